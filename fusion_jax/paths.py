@@ -1,0 +1,34 @@
+"""Where data sets and pretrained weights are kept."""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def cache_dir() -> Path:
+    """$FUSION_JAX_HOME, else ~/.cache/fusion_jax; it need not exist yet."""
+    home = os.environ.get("FUSION_JAX_HOME")
+    return Path(home).expanduser() if home else Path.home() / ".cache" / "fusion_jax"
+
+
+@contextlib.contextmanager
+def write_folder(target: Path) -> Iterator[Path]:
+    """Yields a temporary folder beside `target` that becomes `target` only if the block succeeds.
+
+    A kill at any moment leaves no half-written `target`. If somebody else finished the same
+    folder meanwhile, theirs stays.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield draft
+        draft.chmod(0o755)
+        with contextlib.suppress(FileExistsError, OSError):
+            draft.rename(target)
+        if not target.exists():
+            raise OSError(f"could not move {draft} to {target}")
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
