@@ -1,4 +1,4 @@
-"""The one exception for bad input: its message says what was given, what was expected, what to do."""
+"""The one exception for bad input: says what was given, what was expected and what to do."""
 
 
 class UserError(ValueError):

@@ -13,7 +13,7 @@ features    float          [b, t, d]    bool [b, t]        Tokens [b, t, d']
 ==========  ==========================  =================  =====================
 
 An absent modality is a mask of all False. Whatever its values hold, NaN included, cannot change
-the result: readers go through `fill`, `mean_pool` or an attention mask, never through `values` bare.
+the result: readers go through `fill`, `mean_pool` or an attention mask, never bare `values`.
 """
 
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ class Tokens:
 
 
 def fill(tokens: Tokens, value: float = 0.0) -> jax.Array:
-    """`values` with padding replaced by `value`, so that no NaN or stale number leaks. [b, t, d]."""
+    """`values` with padding replaced by `value`, so that no NaN or stale number leaks."""
     mask = tokens.mask.reshape(tokens.mask.shape + (1,) * (tokens.values.ndim - tokens.mask.ndim))
     return jnp.where(mask, tokens.values, jnp.asarray(value, tokens.values.dtype))
 
