@@ -74,6 +74,12 @@ class Attention(nn.Module):
     dtype: jnp.dtype = jnp.float32
     attend: Attend = attend
 
+    def empty_cache(self, batch: int, size: int, width: int, dtype: jnp.dtype) -> KVCache:
+        """A cache for `size` positions, or for the window if that is shorter. Needs no params."""
+        size = size if self.window is None else min(size, self.window)
+        head_dim = self.head_dim or width // self.heads
+        return KVCache.empty(batch, size, self.kv_heads or self.heads, head_dim, dtype)
+
     @nn.compact
     def __call__(
         self,
@@ -248,6 +254,14 @@ class Transformer(nn.Module):
     remat: bool = False
     scan: bool = False
     dtype: jnp.dtype = jnp.float32
+
+    def empty_caches(
+        self, batch: int, size: int, width: int, dtype: jnp.dtype = jnp.float32
+    ) -> list[KVCache] | KVCache:
+        """Nothing seen yet: one cache per layer (stacked when `scan`). Needs no params."""
+        layers = [block(parent=None).attention(parent=None) for block in self.blocks]
+        caches = [layer.empty_cache(batch, size, width, dtype) for layer in layers]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches) if self.scan else caches
 
     @nn.compact
     def __call__(
