@@ -7,6 +7,7 @@ projections have a bias, rotary positions, gated or plain MLP. Each of these is 
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -15,8 +16,9 @@ import numpy as np
 from einops import rearrange
 
 from fusion_jax.attention import Attend, KVCache, Mask, attend
+from fusion_jax.errors import UserError
+from fusion_jax.norm import LayerNorm
 
-LayerNorm = partial(nn.LayerNorm, epsilon=1e-6)
 gelu = partial(nn.gelu, approximate=False)
 
 
@@ -55,6 +57,7 @@ class Attention(nn.Module):
     Attributes:
         heads, kv_heads, head_dim: kv_heads defaults to heads, head_dim to width / heads.
         bias, out_bias: on the three input projections; on the output projection.
+        key_bias: on the key projection; as `bias` unless given (Whisper has none there).
         head_norm: a norm over each query and key head (Qwen3, Gemma 3), or None.
         rope: rotary positions, or None.
         window: local attention, see `Mask`.
@@ -65,6 +68,7 @@ class Attention(nn.Module):
     kv_heads: int | None = None
     head_dim: int | None = None
     bias: bool = True
+    key_bias: bool | None = None
     out_bias: bool = True
     head_norm: Callable[..., nn.Module] | None = None
     rope: Rope | None = None
@@ -101,7 +105,8 @@ class Attention(nn.Module):
         source = hidden if context is None else context
 
         def project(inputs: jax.Array, heads: int, name: str) -> jax.Array:
-            dense = nn.Dense(heads * head_dim, use_bias=self.bias, dtype=self.dtype, name=name)
+            bias = self.key_bias if name == "key" and self.key_bias is not None else self.bias
+            dense = nn.Dense(heads * head_dim, use_bias=bias, dtype=self.dtype, name=name)
             return rearrange(dense(inputs), "b t (h d) -> b t h d", h=heads)
 
         query = project(hidden, self.heads, "query")
@@ -235,6 +240,26 @@ class Block(nn.Module):
             hidden = leave("cross_attention", branch, hidden)
         branch = self.mlp(dtype=self.dtype, name="mlp")(enter("mlp", hidden))
         return leave("mlp", branch, hidden), cache
+
+
+def plain_block(
+    width: int, heads: int, *, mlp_ratio: int = 4, dropout: float = 0.0, **settings: Any
+) -> Callable[..., Block]:
+    """The block that most encoders share: pre-norm, full attention, a GELU MLP (ViT, GPT-2).
+
+    Args:
+        width, heads: of the residual stream; raises `UserError` unless heads divide width.
+        mlp_ratio: hidden width of the MLP over width.
+        dropout: rate on each branch's output.
+        settings: further fields of `Block`.
+    """
+    if width % heads:
+        raise UserError(f"width {width} is not a multiple of {heads} heads: change either")
+    return partial(
+        Block,
+        attention=partial(Attention, heads=heads),
+        **{"mlp": partial(MLP, hidden_width=mlp_ratio * width), "dropout": dropout} | settings,
+    )
 
 
 class Transformer(nn.Module):
