@@ -52,6 +52,16 @@ def cross_entropy(
     return cross_entropy
 
 
+def own_logits(outputs: Any) -> Mapping[str, jax.Array]:
+    """What each modality says alone, {name: [b, classes]}; UserError if the model was not asked."""
+    if not outputs.unimodal_logits:
+        raise UserError(
+            "this objective reads outputs.unimodal_logits, which are empty; "
+            "build the model with unimodal=True"
+        )
+    return outputs.unimodal_logits
+
+
 def unimodal_cross_entropy(
     weights: Mapping[str, float] | None = None,
     label: str = "label",
@@ -65,7 +75,7 @@ def unimodal_cross_entropy(
 
     def unimodal_cross_entropy(outputs: Any, batch: Batch) -> tuple[jax.Array, Metrics]:
         total, metrics = jnp.zeros((), jnp.float32), {}
-        for name, logits in sorted(outputs.unimodal_logits.items()):
+        for name, logits in sorted(own_logits(outputs).items()):
             labels = jnp.where(outputs.present[name], batch[label], -1)
             loss = row_mean(label_nll(logits, labels), labels >= 0, axis_name)
             correct = logits.argmax(axis=-1).astype(labels.dtype) == labels
