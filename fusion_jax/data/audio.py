@@ -1,0 +1,81 @@
+"""Sound: any encoded bytes that soundfile reads -> mono float32 at 16 kHz."""
+
+import io
+
+import numpy as np
+import soundfile
+import soxr
+
+from fusion_jax.errors import UserError
+
+SAMPLE_RATE = 16_000
+
+
+def decode(data: bytes, name: str = "audio", max_seconds: float | None = None) -> np.ndarray:
+    """Decodes WAV, FLAC, Ogg, MP3 ... bytes to mono 16 kHz float32 in -1..1, [samples].
+
+    Args:
+      data: the whole encoded file.
+      name: what to call it in errors (its path).
+      max_seconds: what lies beyond is cut off.
+
+    Raises:
+      UserError: empty, truncated or corrupt, or holding no sample.
+    """
+    if not data:
+        raise UserError(f"{name}: the file is empty; expected sound (WAV, FLAC, Ogg, MP3 ...)")
+    if _truncated(data):
+        raise UserError(f"{name}: the sound breaks off before its end; fetch or export it again")
+    try:
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            rate = file.samplerate
+            # A little more than asked for, since the resampling filter looks ahead.
+            frames = -1 if max_seconds is None else int((max_seconds + 0.1) * rate)
+            samples = file.read(frames, dtype="float32", always_2d=True)
+    except (soundfile.LibsndfileError, RuntimeError) as error:
+        raise UserError(
+            f"{name}: not a readable sound ({error}); expected WAV, FLAC, Ogg ..."
+        ) from (error)
+    return resample(samples, rate, name, max_seconds)
+
+
+def resample(
+    samples: np.ndarray, rate: int, name: str = "audio", max_seconds: float | None = None
+) -> np.ndarray:
+    """[n] or [n, channels] at any rate, integers or floats -> mono 16 kHz float32, [samples]."""
+    if np.issubdtype(samples.dtype, np.integer):
+        samples = samples / np.float32(np.iinfo(samples.dtype).max)
+    mono = samples.astype(np.float32)
+    mono = mono if mono.ndim == 1 else mono.mean(axis=1)
+    if rate != SAMPLE_RATE:
+        mono = soxr.resample(mono, rate, SAMPLE_RATE)
+    if max_seconds is not None:
+        mono = mono[: int(max_seconds * SAMPLE_RATE)]
+    if mono.size == 0:
+        raise UserError(f"{name}: holds no sample; expected at least one")
+    if not np.isfinite(mono).all():
+        raise UserError(f"{name}: holds NaN or infinite samples; expected finite sound")
+    return np.ascontiguousarray(mono, dtype=np.float32)
+
+
+def encode(samples: np.ndarray) -> bytes:
+    """Mono 16 kHz float32 -> 16-bit FLAC: half of PCM's size, and decoded in well under 1 ms."""
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples.clip(-1, 1), SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+    return buffer.getvalue()
+
+
+def _truncated(data: bytes) -> bool:
+    """Whether the container says that more should follow; the decoders read such files silently."""
+    if data[:4] == b"OggS":
+        # The last page must be whole. Its end-of-stream flag is not asked for: some encoders, two
+        # of the stamps' recordings among them, leave it out.
+        page = data.rfind(b"OggS")
+        lacing = data[page + 27 : page + 27 + data[page + 26]] if page + 27 <= len(data) else b""
+        whole = page + 27 <= len(data) and len(lacing) == data[page + 26]
+        return not whole or page + 27 + len(lacing) + sum(lacing) > len(data)
+    if data[:4] == b"RIFF":
+        size = int.from_bytes(data[4:8], "little")
+        streamed = size in (0, 0xFFFFFFFF)  # written to a pipe: the size was not known
+        return not streamed and size + 8 > len(data) + 1
+    return False
