@@ -1,0 +1,123 @@
+"""python -m fusion_jax train|evaluate|fetch|ask ...: each command is a function below."""
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import tyro
+
+from fusion_jax.errors import UserError
+
+USAGE = """usage: python -m fusion_jax COMMAND ...
+
+  train EXPERIMENT.py [--SETTING VALUE ...]   train, or go on training; --help lists the settings
+  evaluate --workdir DIR                      report on a trained workdir again
+  fetch NAME                                  bring a pretrained checkpoint or data set
+  ask --model NAME | --workdir DIR QUESTION   ask a language model
+"""
+
+
+def train(arguments: list[str]) -> None:
+    """Trains an experiment file, one seed or several."""
+    if not arguments or arguments[0].startswith("-"):
+        raise UserError("which experiment? python -m fusion_jax train experiments/NAME.py ...")
+    from fusion_jax.training import experiment as experiments
+    from fusion_jax.training import loop, runtime, seeds
+
+    source = Path(arguments[0])
+    module = experiments.load_file(source)
+    settings = tyro.cli(
+        module.Settings,
+        args=arguments[1:],
+        prog=f"python -m fusion_jax train {source}",
+        description=module.__doc__,
+    )
+    runtime.start(settings)
+    workdir = settings.workdir or Path("runs") / source.stem
+
+    def run(settings: module.Settings, workdir: Path) -> dict[str, float]:
+        experiments.open_workdir(workdir, source, settings)
+        return loop.train(module.build(settings), settings, workdir)
+
+    if settings.seeds == 1:
+        run(settings, workdir)
+        return
+    found = {
+        seed: run(dataclasses.replace(settings, seed=seed), workdir / f"seed-{seed}")
+        for seed in range(settings.seed, settings.seed + settings.seeds)
+    }
+    seeds.summarise(found, workdir)
+
+
+def evaluate(arguments: list[str]) -> None:
+    """Reports on a trained workdir again."""
+    from fusion_jax.training import experiment as experiments
+    from fusion_jax.training import loop, runtime
+
+    def parse(workdir: Path) -> Path:
+        """Reports on a trained workdir again.
+
+        Args:
+            workdir: what --workdir was when it was trained.
+        """
+        return workdir
+
+    workdir = tyro.cli(parse, args=arguments, prog="python -m fusion_jax evaluate")
+    runtime.start()
+    module, settings = experiments.reopen(workdir)
+    loop.evaluate(module.build(settings), settings, workdir)
+
+
+def fetch(arguments: list[str]) -> None:
+    """Brings a pretrained checkpoint."""
+    from fusion_jax.pretrained.fetch import fetch as bring
+
+    def parse(name: tyro.conf.Positional[str]) -> str:
+        """Brings a pretrained checkpoint, once, and prints its folder.
+
+        Args:
+            name: a short name like efficientnet-lite2, a hub name like org/model, or a folder.
+        """
+        return name
+
+    print(bring(tyro.cli(parse, args=arguments, prog="python -m fusion_jax fetch")))
+
+
+def ask(arguments: list[str]) -> None:
+    """Asks a language model."""
+    from fusion_jax.language.ask import ask as answer
+    from fusion_jax.training import runtime
+
+    runtime.start()
+    tyro.cli(answer, args=arguments, prog="python -m fusion_jax ask")
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "train": train,
+    "evaluate": evaluate,
+    "fetch": fetch,
+    "ask": ask,
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Runs a command; bad input is one line on stderr and exit status 2."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
+    try:
+        if arguments[0] not in COMMANDS:
+            raise UserError(f"unknown command {arguments[0]!r}; there are {', '.join(COMMANDS)}")
+        COMMANDS[arguments[0]](arguments[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error.strerror or error}: {error.filename or ''}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,133 @@
+"""What an experiment file builds, and how such a file and its workdir are opened."""
+
+import dataclasses
+import difflib
+import importlib.util
+import json
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+import jax
+import optax
+
+from fusion_jax.errors import UserError
+from fusion_jax.training.partition import Params
+from fusion_jax.training.settings import Settings
+from fusion_jax.training.sharding import DEFAULT_RULES, Rules
+from fusion_jax.training.step import Objective
+
+
+class Data(Protocol):
+    """`data[step]` is this process's rows of the batch of that step, as numpy."""
+
+    def __getitem__(self, step: int) -> dict[str, Any]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """All that training needs to know.
+
+    Attributes:
+        data: data[step] -> batch.
+        init: key -> params, a pure function.
+        objective: (params, batch, rng) -> (loss, metrics).
+        optimizer: an optax transform.
+        pretrained: leaves that replace those of `init`, a tree with any part of its paths.
+        trainable: regular expression; params whose path it is found in are trained, the others
+            are frozen: not differentiated, without optimizer state, not in checkpoints.
+        rules: how params are split over the mesh.
+        validate: params -> metrics, on validation data; called every `evaluate_every` steps.
+        best: which validation metric picks the checkpoint that `report` gets; None: the last.
+        report: (params, folder for plots) -> metrics, on test data; prints its tables.
+    """
+
+    data: Data
+    init: Callable[[jax.Array], Params]
+    objective: Objective
+    optimizer: optax.GradientTransformation
+    pretrained: Params = dataclasses.field(default_factory=dict)
+    trainable: str = ""
+    rules: Rules = DEFAULT_RULES
+    validate: Callable[[Params], Mapping[str, float]] | None = None
+    best: str | None = None
+    report: Callable[[Params, Path], Mapping[str, float]] | None = None
+
+
+def load_file(path: Path) -> ModuleType:
+    """Imports an experiment file: `Settings` and `build(settings) -> Experiment`.
+
+    Raises:
+        UserError: no such file, or it lacks one of the two.
+    """
+    if not path.is_file():
+        raise UserError(f"no experiment file {path}: give the path of one, like experiments/*.py")
+    spec = importlib.util.spec_from_file_location(f"experiment_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    for name in ("Settings", "build"):
+        if not hasattr(module, name):
+            raise UserError(f"{path} defines no {name}; an experiment needs Settings and build")
+    return module
+
+
+def open_workdir(workdir: Path, source: Path, settings: Settings) -> None:
+    """Makes a workdir for a run, or checks that the one there holds this very run.
+
+    Raises:
+        UserError: it holds a run with other settings or of another file; says what differs.
+    """
+    if settings.overwrite and jax.process_index() == 0:
+        shutil.rmtree(workdir, ignore_errors=True)
+    record, copy = workdir / "run.json", workdir / "experiment.py"
+    identity = json.loads(json.dumps(settings.identity()))
+    advice = "give another --workdir, or --overwrite to start anew"
+    if record.exists():
+        before = json.loads(record.read_text())["settings"]
+        other = [
+            f"{name} was {before.get(name)!r}, now {identity.get(name)!r}"
+            for name in sorted(before.keys() | identity.keys())
+            if before.get(name) != identity.get(name)
+        ]
+        if other:
+            raise UserError(f"{workdir} holds another run ({'; '.join(other)}): {advice}")
+        old, new = copy.read_text().splitlines(), source.read_text().splitlines()
+        changed = [line for line in difflib.unified_diff(old, new, n=0) if line[:1] in "+-"][2:]
+        if changed:
+            raise UserError(
+                f"{source} differs from the copy in {workdir} by {len(changed)} lines, the first "
+                f"{changed[0]!r}: {advice}, or copy it over {copy} to go on with the new code"
+            )
+    elif workdir.exists() and any(workdir.iterdir()):
+        raise UserError(f"{workdir} is not empty and holds no run: {advice}")
+    elif jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, copy)
+        draft = record.with_suffix(".tmp")
+        content = {"experiment": source.stem, "settings": identity}
+        draft.write_text(json.dumps(content, indent=2) + "\n")
+        draft.rename(record)
+
+
+def reopen(workdir: Path) -> tuple[ModuleType, Settings]:
+    """The experiment and settings that a workdir was trained with.
+
+    Raises:
+        UserError: there is no run in it.
+    """
+    record = workdir / "run.json"
+    if not record.exists():
+        raise UserError(f"{workdir} holds no run (no run.json): train first, or check --workdir")
+    module = load_file(workdir / "experiment.py")
+    saved = json.loads(record.read_text())["settings"]
+    hints = {field.name: field.type for field in dataclasses.fields(module.Settings)}
+    values = {
+        name: Path(value) if "Path" in str(hints[name]) and value is not None else value
+        for name, value in saved.items()
+    }
+    values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    return module, module.Settings(**values, workdir=workdir)

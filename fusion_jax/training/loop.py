@@ -1,0 +1,282 @@
+"""The loop: one linear function from an experiment to a trained, saved and evaluated model."""
+
+import collections
+import contextlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from fusion_jax.data.pipeline import iterate
+from fusion_jax.errors import UserError
+from fusion_jax.training.checkpoint import Checkpoints, check_model
+from fusion_jax.training.experiment import Experiment
+from fusion_jax.training.metrics import MetricsFile
+from fusion_jax.training.partition import Params
+from fusion_jax.training.settings import Settings
+from fusion_jax.training.sharding import make_mesh, put_batch
+from fusion_jax.training.state import evaluation_params, init_frozen, init_state, plan_state
+from fusion_jax.training.step import compile_step
+
+LAG = 2  # steps that the host may run ahead of the metrics that it reads
+
+
+def train(experiment: Experiment, settings: Settings, workdir: Path) -> dict[str, float]:
+    """Trains, or goes on training, what `workdir` holds, then reports on it.
+
+    Killed at any moment and called again, it continues from the last whole checkpoint; the metrics
+    of every later step are those of an unkilled run. SIGTERM and Ctrl-C save first and exit 0.
+
+    Returns:
+        What the experiment's report measured.
+
+    Raises:
+        UserError: a non-finite loss (with the step and the example ids), or bad input.
+    """
+    clock = Clock()
+
+    # ------------------------------------------------------------------ state, and where it lives
+    mesh = make_mesh(settings.mesh)
+    plan = plan_state(experiment, mesh)
+    check_model(workdir, plan.state.params)
+    checkpoints = Checkpoints(workdir, settings.keep, experiment.best)
+    frozen = init_frozen(experiment, plan, settings.seed)
+    start = checkpoints.latest() or 0
+    if start:
+        state = checkpoints.restore(start, plan.state)
+        say(f"resumed from step {start}")
+    else:
+        state = init_state(experiment, plan, settings.seed)
+    trained, still = (
+        sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+        for tree in (plan.state.params, plan.frozen)
+    )
+    say(f"{trained:,} params to train, {still:,} frozen, on {mesh.size} {device_name()}")
+
+    # ------------------------------------------------------------------------------ the step
+    step_fn = compile_step(
+        experiment.objective,
+        experiment.optimizer,
+        mesh,
+        plan.state_shardings,
+        engine=settings.engine,
+        seed=settings.seed,
+        accumulation=settings.accumulation,
+    )
+    metrics_file = MetricsFile(workdir, start, settings.tensorboard)
+    pending: collections.deque[tuple[int, dict, Any]] = collections.deque()
+    bar = tqdm(
+        total=settings.steps,
+        initial=start,
+        unit="step",
+        desc="train",
+        disable=jax.process_index() != 0,
+        mininterval=0.5 if sys.stderr.isatty() else 20,
+    )
+
+    def settle(keep: int) -> None:
+        """Reads the metrics of all but the last `keep` steps; stops at one that is not finite."""
+        while len(pending) > keep:
+            step, arrays, ids = pending.popleft()
+            metrics = {f"train/{name}": float(v) for name, v in jax.device_get(arrays).items()}
+            if not all(map(math.isfinite, (metrics["train/loss"], metrics["train/grad_norm"]))):
+                raise UserError(_not_finite(step, metrics, ids, checkpoints))
+            if step % settings.log_every == 0 or step == settings.steps:
+                metrics_file.write(step, metrics)
+                rate = settings.batch_size * clock.rate(step)
+                bar.set_postfix_str(f"loss {metrics['train/loss']:.4f}, {rate:,.0f} examples/s")
+
+    def save(step: int) -> None:
+        """Validates if it is due, and saves."""
+        settle(0)
+        metrics = None
+        last = step == settings.steps
+        due = bool(settings.evaluate_every) and step % settings.evaluate_every == 0
+        if experiment.validate is not None and (due or last):
+            with clock("evaluate"):
+                metrics = dict(experiment.validate(evaluation_params(state, frozen)))
+            metrics_file.write(step, metrics)
+            bar.write(
+                f"step {step}: " + ", ".join(f"{name} {v:.4f}" for name, v in metrics.items()),
+                file=sys.stderr,
+            )
+        with clock("checkpoint"):
+            checkpoints.save(step, state, metrics)
+
+    # ------------------------------------------------------------------------------ the loop
+    batches = iterate(experiment.data, start, settings.steps, workers=settings.workers)
+    with interruption() as interrupted, contextlib.ExitStack() as tracing:
+        for step in range(start + 1, settings.steps + 1):
+            with clock("data"):
+                batch = next(batches)
+            if settings.profile and step == start + 10:
+                tracing.enter_context(jax.profiler.trace(str(workdir / "profile")))
+            with clock("step"), jax.transfer_guard("disallow"):
+                state, metrics = step_fn(state, frozen, put_batch(batch, mesh))
+            pending.append((step, metrics, batch.get("id")))
+            with clock("step"):
+                settle(LAG)
+            if settings.profile and step == start + 15:
+                settle(0)
+                tracing.close()
+            bar.update()
+            clock.tick(step)
+            due = settings.evaluate_every and step % settings.evaluate_every == 0
+            if step % settings.checkpoint_every == 0 or due or step == settings.steps:
+                save(step)
+            if interrupted(step) and step < settings.steps:
+                settle(0)
+                checkpoints.save(step, state)
+                checkpoints.close()
+                metrics_file.close()
+                bar.close()
+                say(f"interrupted: saved step {step} in {workdir}; the same command goes on")
+                raise SystemExit(0)
+    bar.close()
+    with clock("checkpoint"):
+        checkpoints.wait()
+    metrics_file.close()
+    say(clock.summary())
+
+    # ------------------------------------------------------------------------------ the report
+    chosen = checkpoints.chosen()
+    if chosen != settings.steps:
+        say(f"step {chosen} has the best {experiment.best}: it is the one reported on")
+        state = checkpoints.restore(chosen, plan.state)
+    checkpoints.close()
+    return report(experiment, evaluation_params(state, frozen), workdir)
+
+
+def evaluate(experiment: Experiment, settings: Settings, workdir: Path) -> dict[str, float]:
+    """Reports on the checkpoint of a workdir again.
+
+    Raises:
+        UserError: the workdir has no checkpoint, or one of another model.
+    """
+    params = restore_params(experiment, settings, workdir)
+    return report(experiment, params, workdir)
+
+
+def restore_params(experiment: Experiment, settings: Settings, workdir: Path) -> Params:
+    """All params of a trained workdir, those of the chosen checkpoint."""
+    plan = plan_state(experiment, make_mesh(settings.mesh))
+    check_model(workdir, plan.state.params)
+    checkpoints = Checkpoints(workdir, settings.keep, experiment.best)
+    chosen = checkpoints.chosen()
+    if chosen is None:
+        raise UserError(f"{workdir} has no checkpoint yet: train first")
+    state = checkpoints.restore(chosen, plan.state)
+    checkpoints.close()
+    return evaluation_params(state, init_frozen(experiment, plan, settings.seed))
+
+
+def report(experiment: Experiment, params: Params, workdir: Path) -> dict[str, float]:
+    """Runs the experiment's report; its numbers go to report/metrics.json."""
+    if experiment.report is None:
+        return {}
+    folder = workdir / "report"
+    folder.mkdir(exist_ok=True)
+    metrics = {name: float(value) for name, value in experiment.report(params, folder).items()}
+    if jax.process_index() == 0:
+        draft = folder / "metrics.tmp"
+        draft.write_text(json.dumps(metrics, indent=1) + "\n")
+        os.replace(draft, folder / "metrics.json")
+        say(f"numbers and plots are in {folder}")
+    return metrics
+
+
+@contextlib.contextmanager
+def interruption() -> Iterator[Any]:
+    """Inside, SIGTERM and Ctrl-C only set a flag; yields `asked(step)`. A second one kills.
+
+    With several processes JAX's preemption service makes all of them stop at the same step.
+    """
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    asked = False
+
+    def ask(number: int, _: Any) -> None:
+        nonlocal asked
+        asked = True
+        signal.signal(number, before[number])
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda step: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Clock:
+    """Where the wall time of a run went."""
+
+    def __init__(self) -> None:
+        self.spent: dict[str, float] = collections.defaultdict(float)
+        self.began = time.perf_counter()
+        self._ticks: collections.deque[tuple[int, float]] = collections.deque(maxlen=50)
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.spent[name] += time.perf_counter() - start
+
+    def tick(self, step: int) -> None:
+        """A step was dispatched now."""
+        self._ticks.append((step, time.perf_counter()))
+
+    def rate(self, step: int) -> float:
+        """Steps a second lately."""
+        if len(self._ticks) < 2:
+            return 0.0
+        (first, began), (last, ended) = self._ticks[0], self._ticks[-1]
+        return (last - first) / max(ended - began, 1e-9)
+
+    def summary(self) -> str:
+        """One line; waiting for data is counted from the host, so it is an upper bound."""
+        total = time.perf_counter() - self.began
+        looped = self.spent["data"] + self.spent["step"]
+        waited = 100 * self.spent["data"] / max(looped, 1e-9)
+        parts = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.spent.items())
+        return f"{total:.1f} s in all: {parts}; waited for data {waited:.1f}% of the loop"
+
+
+def _not_finite(
+    step: int, metrics: dict[str, float], ids: np.ndarray | None, checkpoints: Checkpoints
+) -> str:
+    checkpoints.wait()
+    saved = checkpoints.latest()
+    where = "none was saved" if saved is None else str(checkpoints.folder / str(saved))
+    examples = "unknown" if ids is None else ", ".join(map(str, np.asarray(ids).tolist()))
+    return (
+        f"loss {metrics['train/loss']} and gradient norm {metrics['train/grad_norm']} at step "
+        f"{step}, which read examples {examples}. Last good checkpoint: {where}. Look at these "
+        "examples, lower the learning rate, or clip the gradient"
+    )
+
+
+def say(line: str) -> None:
+    """One line to the user, once for all processes."""
+    if jax.process_index() == 0:
+        print(line, file=sys.stderr, flush=True)
+
+
+def device_name() -> str:
+    """The kind of device, like "cpu device"."""
+    device = jax.devices()[0]
+    return f"{device.device_kind} device" + ("s" if jax.device_count() > 1 else "")

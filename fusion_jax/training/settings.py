@@ -1,0 +1,64 @@
+"""The settings that every experiment has; an experiment's own settings subclass these."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+
+def runtime(default: Any) -> Any:
+    """A field that says where and how a run is computed, not what: it may change on resuming."""
+    return dataclasses.field(default=default, metadata={"runtime": True})
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Settings of a run. Those below `accumulation` may differ when a run is resumed."""
+
+    seed: int = 0
+    """Determines initialisation, data order, augmentation, dropout."""
+    steps: int = 1000
+    """Optimizer steps in all."""
+    batch_size: int = 64
+    """Rows of a global batch, over all devices and processes."""
+    accumulation: int = 1
+    """Micro-batches a step, to save memory."""
+
+    workdir: Path | None = runtime(None)
+    """Checkpoints, metrics, plots (default: runs/NAME)."""
+    overwrite: bool = runtime(False)
+    """Delete what the workdir holds and start anew."""
+    seeds: int = runtime(1)
+    """Train so many seeds, from --seed on, and print mean and spread."""
+    mesh: str = runtime("data=-1")
+    """Devices along each axis: data=-1,fsdp=1,tensor=1."""
+    engine: Literal["jit", "pmap"] = runtime("jit")
+    """What compiles the step."""
+    log_every: int = runtime(10)
+    """Steps between two lines of metrics."""
+    evaluate_every: int = runtime(0)
+    """Steps between validations; 0: only at the end."""
+    checkpoint_every: int = runtime(200)
+    """Steps between checkpoints."""
+    keep: int = runtime(2)
+    """Latest checkpoints that are kept, besides the best one."""
+    workers: int = runtime(0)
+    """Processes that prepare batches; 0: threads of this one."""
+    tensorboard: bool = runtime(True)
+    """Write TensorBoard events too."""
+    profile: bool = runtime(False)
+    """Write a trace of steps 10 to 15 to the workdir."""
+    coordinator: str | None = runtime(None)
+    """host:port of process 0, for several hosts."""
+    processes: int | None = runtime(None)
+    """Number of processes, with --coordinator."""
+    process: int | None = runtime(None)
+    """Index of this process, with --coordinator."""
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that make this run what it is, ready for JSON."""
+        named = {field.name: field for field in dataclasses.fields(self)}
+        return {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in dataclasses.asdict(self).items()
+            if "runtime" not in named[name].metadata
+        }

@@ -1,0 +1,108 @@
+"""Where each array lives: a mesh of devices, and rules from a param's path to its axes.
+
+The mesh has three axes. `data` splits the batch and replicates params; `fsdp` splits the batch and
+every large param (ZeRO-3, https://arxiv.org/abs/1910.02054); `tensor` splits matrices inside a
+layer (Megatron, https://arxiv.org/abs/1909.08053). XLA inserts the collectives.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from fusion_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = P(("data", "fsdp"))
+Rules = Sequence[tuple[str, P]]
+
+# The first rule whose pattern is found in the path wins; what matches none is left to `fsdp`.
+DEFAULT_RULES: Rules = (
+    (r"(query|key|value|gate|up)/kernel$", P("fsdp", "tensor")),
+    (r"(out|down)/kernel$", P("tensor", "fsdp")),
+    (r"embedding$", P("tensor", "fsdp")),
+)
+
+
+def make_mesh(sizes: str = "data=-1", devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh that a line like "data=-1,fsdp=4,tensor=2" describes; -1 takes what is left.
+
+    Raises:
+        UserError: an unknown axis, or sizes that do not fit the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    shape = dict.fromkeys(AXES, 1)
+    for part in filter(None, sizes.split(",")):
+        name, _, size = part.partition("=")
+        if name not in AXES or not re.fullmatch(r"-1|[1-9]\d*", size):
+            raise UserError(f"mesh {sizes!r}: expected axis=size with axis in {AXES}, got {part!r}")
+        shape[name] = int(size)
+    if list(shape.values()).count(-1) > 1:
+        raise UserError(f"mesh {sizes!r}: only one axis can be -1")
+    known = int(np.prod([size for size in shape.values() if size != -1]))
+    shape = {name: len(devices) // known if size == -1 else size for name, size in shape.items()}
+    if int(np.prod(list(shape.values()))) != len(devices):
+        raise UserError(
+            f"mesh {sizes!r} needs a multiple of {known} devices (exactly that many without a -1); "
+            f"there are {len(devices)}"
+        )
+    return Mesh(np.array(devices).reshape(tuple(shape.values())), AXES)
+
+
+def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules, smallest: int) -> P:
+    """The axes of one param: the first rule that matches and fits, else its largest dim on fsdp."""
+    for pattern, spec in rules:
+        if re.search(pattern, path) and len(spec) <= len(shape):
+            stacked = (None,) * (len(shape) - len(spec))  # scanned layers have a leading axis
+            return _fitting(stacked + tuple(spec), shape, mesh)
+    if int(np.prod(shape)) < smallest:
+        return P()
+    for dim in sorted(range(len(shape)), key=lambda dim: -shape[dim]):
+        if shape[dim] % mesh.shape["fsdp"] == 0:
+            return P(*(None,) * dim, "fsdp")
+    return P()
+
+
+def _fitting(spec: tuple, shape: tuple[int, ...], mesh: Mesh) -> P:
+    """`spec` without the axes that do not divide their dim."""
+    fits = zip(spec, shape, strict=True)
+    return P(*(axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in fits))
+
+
+def tree_shardings(
+    tree: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES, smallest: int = 2**14
+) -> Any:
+    """A NamedSharding for each leaf of a (possibly abstract) tree, by its path.
+
+    Optimizer moments end in their param's path, so the same rules place both alike. Arrays with
+    fewer than `smallest` entries that no rule names are replicated.
+    """
+
+    def place(path: tuple, leaf: Any) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return NamedSharding(mesh, spec_of(name, leaf.shape, mesh, rules, smallest))
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def put_batch(batch: Any, mesh: Mesh) -> Any:
+    """This process's rows of a global batch, placed as one array split over data and fsdp.
+
+    Raises:
+        UserError: the global batch is not divisible by the devices that split it.
+    """
+    sharding = NamedSharding(mesh, BATCH)
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    for leaf in jax.tree.leaves(batch):
+        rows = leaf.shape[0] * jax.process_count()
+        if rows % shards:
+            raise UserError(
+                f"a batch of {rows} rows cannot be split over {shards} devices "
+                f"(mesh data={mesh.shape['data']}, fsdp={mesh.shape['fsdp']}): "
+                f"make batch_size a multiple of {shards}"
+            )
+    return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, leaf), batch)

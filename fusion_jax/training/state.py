@@ -1,0 +1,98 @@
+"""Training state from an experiment: shapes and places first, memory only where it will stay."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import traverse_util
+from jax.sharding import Mesh, NamedSharding
+
+from fusion_jax.errors import UserError
+from fusion_jax.training.experiment import Experiment
+from fusion_jax.training.partition import Params, merge, partition, paths
+from fusion_jax.training.sharding import tree_shardings
+from fusion_jax.training.step import State
+
+
+class Plan(NamedTuple):
+    """Shape, dtype and sharding of everything, before any of it exists."""
+
+    state: State
+    frozen: Params
+
+    @property
+    def state_shardings(self) -> State:
+        """The sharding of each leaf of the state."""
+        return jax.tree.map(lambda leaf: leaf.sharding, self.state)
+
+
+def plan_state(experiment: Experiment, mesh: Mesh) -> Plan:
+    """What `init_state` and `init_frozen` will make.
+
+    Raises:
+        UserError: a pretrained param that the model lacks, or of another shape; a pattern of
+            trainable paths that matches none.
+    """
+    params = jax.eval_shape(experiment.init, jax.random.key(0))
+    expected = paths(params)
+    for path, leaf in paths(experiment.pretrained).items():
+        if path not in expected:
+            raise UserError(f"pretrained param {path} {leaf.shape} has no place in the model")
+        if expected[path].shape != leaf.shape:
+            raise UserError(
+                f"pretrained param {path} has shape {leaf.shape}, the model's is "
+                f"{expected[path].shape}"
+            )
+    trainable, frozen = partition(params, experiment.trainable)
+    state = State(
+        step=jax.ShapeDtypeStruct((), jnp.int32),
+        params=trainable,
+        opt_state=jax.eval_shape(experiment.optimizer.init, trainable),
+    )
+
+    def place(tree: Any) -> Any:
+        def with_sharding(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+        return jax.tree.map(with_sharding, tree, tree_shardings(tree, mesh, experiment.rules))
+
+    return Plan(place(state), place(frozen))
+
+
+def _materialise(experiment: Experiment, wanted: Params, seed: int) -> Params:
+    """The wanted params: pretrained leaves put in their place, the others drawn there."""
+    given = paths(experiment.pretrained)
+    flat = paths(wanted)
+    drawn = {path: leaf.sharding for path, leaf in flat.items() if path not in given}
+
+    def init(key: jax.Array) -> dict[str, jax.Array]:
+        everything = paths(experiment.init(key))
+        return {path: everything[path] for path in drawn}
+
+    made = jax.jit(init, out_shardings=drawn)(jax.random.key(seed)) if drawn else {}
+    made |= {
+        path: jax.device_put(jnp.asarray(given[path], flat[path].dtype), flat[path].sharding)
+        for path in flat.keys() & given.keys()
+    }
+    return traverse_util.unflatten_dict(made, sep="/")
+
+
+def init_frozen(experiment: Experiment, plan: Plan, seed: int) -> Params:
+    """The params that training does not change."""
+    return _materialise(experiment, plan.frozen, seed)
+
+
+def init_state(experiment: Experiment, plan: Plan, seed: int) -> State:
+    """The state before the first step."""
+    params = _materialise(experiment, plan.state.params, seed)
+    shardings = plan.state_shardings
+    opt_state = jax.jit(experiment.optimizer.init, out_shardings=shardings.opt_state)(params)
+    step = jax.device_put(jnp.zeros((), jnp.int32), shardings.step)
+    return State(step, params, opt_state)
+
+
+def evaluation_params(state: State, frozen: Params) -> Params:
+    """All params, the averaged ones in place of the trained ones if an average is kept."""
+    average = optax.tree_utils.tree_get(state.opt_state, "ema", None)
+    return merge(frozen, state.params if average is None else average)

@@ -1,0 +1,73 @@
+"""A small experiment that the tests of the loop run, in this process and in others."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fusion_jax.training.experiment import Experiment
+from fusion_jax.training.settings import Settings as Base
+from fusion_jax.training.step import parameter_ema
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(Base):
+    steps: int = 30
+    batch_size: int = 16
+    width: int = 8
+    poison: int = -1
+    """Step whose batch holds a NaN."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    settings: Settings
+
+    def __getitem__(self, step: int) -> dict:
+        rows = self.settings.batch_size // jax.process_count()
+        mine = slice(rows * jax.process_index(), rows * (jax.process_index() + 1))
+        rng = np.random.default_rng([self.settings.seed, step])
+        x = rng.normal(size=(self.settings.batch_size, 4)).astype(np.float32)
+        if step == self.settings.poison:
+            x[3] = np.nan
+        ids = np.arange(self.settings.batch_size, dtype=np.int32) + 100 * step
+        return {"x": x[mine], "y": np.sin(x).sum(1)[mine], "id": ids[mine]}
+
+
+class Net(nn.Module):
+    width: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        hidden = nn.tanh(nn.Dense(self.width, name="hidden")(x))
+        hidden = nn.Dropout(0.1, deterministic=not train)(hidden)
+        return nn.Dense(1, name="out")(hidden)[:, 0]
+
+
+def build(s: Settings) -> Experiment:
+    net = Net(s.width)
+
+    def squared_error(params, batch, rng):
+        rngs = {"dropout": rng}
+        error = net.apply({"params": params}, batch["x"], train=True, rngs=rngs) - batch["y"]
+        return jnp.mean(error**2), {"bias": error.mean()}
+
+    def held_out(params, prefix):
+        batch = Data(dataclasses.replace(s, seed=s.seed + 1, poison=-1))[0]
+        error = net.apply({"params": params}, batch["x"]) - batch["y"]
+        return {f"{prefix}/fit": -float(jnp.mean(error**2))}
+
+    return Experiment(
+        data=Data(s),
+        init=lambda key: net.init(key, jnp.zeros((1, 4)))["params"],
+        objective=squared_error,
+        optimizer=optax.chain(
+            optax.clip_by_global_norm(1.0), optax.adamw(1e-2), parameter_ema(0.9)
+        ),
+        validate=lambda params: held_out(params, "validation"),
+        best="validation/fit",
+        report=lambda params, folder: held_out(params, "test"),
+    )
