@@ -1,0 +1,228 @@
+"""Published tensors <-> our params, by a mapping that is read in both directions.
+
+A family describes its checkpoint as `{published name: Slot}`, where a slot says which of our
+params the tensor holds and how its axes are arranged. `to_params` and `to_published` check that
+nothing is missing, nothing is left over and every shape fits, and say which tensor does not.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import traverse_util
+from safetensors import SafetensorError, safe_open
+
+from fusion_jax.errors import UserError
+
+LINEAR = "o i -> i o"
+CONV1D = "o i k -> k i o"
+CONV2D = "o i h w -> h w i o"
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """Where a published tensor goes.
+
+    Attributes:
+        paths: our param's path ("encoder/layer_0/mlp/up/kernel"), or several, when the published
+            tensor holds them one after the other along `axis`.
+        pattern: einops pattern from the published axes to ours; None keeps them.
+        order: which published place along the first axis comes at each place of ours.
+        axis: see `paths`.
+        offset: added to the published numbers (Gemma publishes the norms' scales minus one).
+        row: the tensor is this row of our param's first axis (one expert of a mixture); None
+            means that it is the whole param.
+    """
+
+    paths: str | tuple[str, ...]
+    pattern: str | None = None
+    order: tuple[int, ...] | None = None
+    axis: int = 0
+    offset: float = 0.0
+    row: int | None = None
+
+    def under(self, scope: str) -> "Slot":
+        """The same for a module that is part of another, called `scope` there."""
+        return dataclasses.replace(self, paths=tuple(f"{scope}/{path}" for path in self.all_paths))
+
+    @property
+    def all_paths(self) -> tuple[str, ...]:
+        return (self.paths,) if isinstance(self.paths, str) else self.paths
+
+    def ours(self, published: np.ndarray) -> np.ndarray:
+        """One part of a published tensor, arranged as our param."""
+        if self.order is not None:
+            published = published[list(self.order)]
+        if self.offset:
+            published = published.astype(np.float32) + np.float32(self.offset)
+        return published if self.pattern is None else rearrange(published, self.pattern)
+
+    def published(self, ours: np.ndarray) -> np.ndarray:
+        """The inverse of `ours`."""
+        if self.offset:
+            ours = ours.astype(np.float32) - np.float32(self.offset)
+        if self.pattern is not None:
+            before, after = self.pattern.split("->")
+            ours = rearrange(ours, f"{after} -> {before}")
+        return ours if self.order is None else ours[list(np.argsort(self.order))]
+
+    def published_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of a published part, from our param's."""
+        shape = shape if self.row is None else shape[1:]
+        return self.published(np.broadcast_to(np.zeros((), bool), shape)).shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """How the checkpoints of one model_type are read.
+
+    Attributes:
+        build: config.json -> module.
+        slots: config.json -> {published name without prefix: Slot}.
+        inputs: config.json -> small inputs of the module, to shape its params.
+        prefix: stands before every name in some checkpoints ("bert."), and in those that we save.
+        ignore: names (without prefix) that may be there and are not needed.
+    """
+
+    build: Callable[[Mapping], nn.Module]
+    slots: Callable[[Mapping], dict[str, Slot]]
+    inputs: Callable[[Mapping], tuple]
+    prefix: str = ""
+    ignore: Callable[[str], bool] = lambda name: False
+
+
+def shapes_of(module: nn.Module, *inputs: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """Path -> shape of every param of a module, without computing any."""
+    variables = jax.eval_shape(module.init, jax.random.key(0), *inputs)
+    return traverse_util.flatten_dict(variables["params"], sep="/")
+
+
+def put(path: str, array: np.ndarray) -> jax.Array:
+    """Places a param on the default device."""
+    del path
+    return jnp.asarray(array)
+
+
+def to_params(
+    tensors: Mapping[str, np.ndarray],
+    slots: Mapping[str, Slot],
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+    *,
+    ignore: Callable[[str], bool] = lambda name: False,
+    place: Callable[[str, np.ndarray], jax.Array] = put,
+) -> dict:
+    """Our nested params, float32, from published tensors; one tensor is in memory at a time.
+
+    Args:
+        tensors: published name -> tensor; a lazy mapping (`Safetensors`) is read once per name.
+        slots: what each published name holds.
+        shapes: our params (`shapes_of`).
+        ignore: published names that may be there and are not needed.
+        place: puts a param where it belongs, e.g. on its shard of a mesh.
+
+    Raises:
+        UserError: a tensor that is missing, unknown or of another shape.
+    """
+    uncovered = set(shapes) - {path for slot in slots.values() for path in slot.all_paths}
+    if uncovered:
+        raise KeyError(f"no published tensor is mapped to {sorted(uncovered)}")
+    missing = sorted(set(slots) - set(tensors))
+    unknown = sorted(name for name in set(tensors) - set(slots) if not ignore(name))
+    if missing or unknown:
+        raise UserError(
+            "the checkpoint does not have the tensors that its config.json announces: missing "
+            f"{_some(missing)}, left over {_some(unknown)}"
+        )
+    params, rows = {}, {}
+    for name, slot in slots.items():
+        tensor = tensors[name]
+        parts = [slot.published_shape(shapes[path].shape) for path in slot.all_paths]
+        expected = list(parts[0])
+        if slot.all_paths[1:]:
+            expected[slot.axis] = sum(part[slot.axis] for part in parts)
+        if list(tensor.shape) != expected:
+            raise UserError(
+                f"tensor {name}: expected shape {tuple(expected)}, found {tensor.shape}"
+            )
+        start = 0
+        for path, part in zip(slot.all_paths, parts, strict=True):
+            piece = tensor
+            if slot.all_paths[1:]:
+                stop = start + part[slot.axis]
+                piece = tensor[(slice(None),) * slot.axis + (slice(start, stop),)]
+                start = stop
+            array = slot.ours(piece).astype(np.float32)
+            if slot.row is None:
+                params[path] = place(path, array)
+                continue
+            whole, filled = rows.setdefault(path, (np.empty(shapes[path].shape, np.float32), set()))
+            whole[slot.row] = array
+            filled.add(slot.row)
+            if len(filled) == len(whole):
+                params[path] = place(path, rows.pop(path)[0])
+    return traverse_util.unflatten_dict(params, sep="/")
+
+
+def to_published(params: Mapping, slots: Mapping[str, Slot]) -> dict[str, np.ndarray]:
+    """The inverse of `to_params`: published name -> tensor."""
+    flat = traverse_util.flatten_dict(params, sep="/")
+    tensors = {}
+    for name, slot in slots.items():
+        rows = [flat[path] if slot.row is None else flat[path][slot.row] for path in slot.all_paths]
+        parts = [slot.published(np.asarray(row)) for row in rows]
+        joined = np.concatenate(parts, axis=slot.axis) if parts[1:] else parts[0]
+        tensors[name] = np.ascontiguousarray(joined)
+    return tensors
+
+
+class Safetensors(Mapping[str, np.ndarray]):
+    """The tensors of a checkpoint folder (one or several *.safetensors), read when asked for.
+
+    Raises:
+        UserError: no such file, a damaged one, or a shard missing from the index.
+    """
+
+    def __init__(self, folder: Path, prefix: str = ""):
+        """prefix: left out of the names where it stands before one."""
+        self.folder, self.prefix = folder, prefix
+        index = folder / "model.safetensors.index.json"
+        if index.exists():
+            self.files = json.loads(index.read_text())["weight_map"]
+        elif (folder / "model.safetensors").exists():
+            with self._open("model.safetensors") as file:
+                self.files = dict.fromkeys(file.keys(), "model.safetensors")
+        else:
+            raise UserError(f"{folder} has no model.safetensors and no index of its shards")
+        self.names = {name.removeprefix(prefix): name for name in self.files}
+        for shard in sorted(set(self.files.values())):
+            if Path(shard).name != shard or not (folder / shard).is_file():
+                raise UserError(f"{index} names the shard {shard}, which is not in the folder")
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        published = self.names[name]
+        with self._open(self.files[published]) as file:
+            return file.get_tensor(published)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def _open(self, shard: str) -> safe_open:
+        try:
+            return safe_open(self.folder / shard, framework="np")
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{self.folder / shard} is damaged: {error}") from error
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:3]) or "nothing"
+    return f"{shown} and {len(names) - 3} more" if names[3:] else shown
