@@ -95,14 +95,14 @@ def ogm_ge(
 ) -> Objective:
     """`forward(model, loss)` with on-the-fly gradient modulation (OGM-GE, Peng et al. 2022).
 
-    The loss is untouched; in the backward pass the gradients of the params whose path matches
+    The loss is untouched. In the backward pass the gradients of the params whose path matches
     `encoders[name]` (a regular expression searched in "a/b/kernel"; for `Multimodal`,
-    {"image": "^encoders_image/", ...}) are multiplied by that
-    modality's coefficient, computed from `outputs.unimodal_logits` of the same forward pass. With
-    `noise`, Gaussian noise of each param's own gradient deviation is added (the generalization
-    enhancement). Use plain SGD or know that Adam undoes a constant scale. Only the loss can be
-    differentiated, not the metrics. Reports `ogm_coefficient/NAME` and `ogm_ratio/NAME`. Raises
-    UserError if a pattern matches no param or fewer than two modalities are given.
+    {"image": "^encoders_image/", ...}) are multiplied by that modality's coefficient, computed from
+    `outputs.unimodal_logits` of the same forward pass. With `noise`, Gaussian noise of each param's
+    own gradient deviation is added (the generalization enhancement). The paper uses SGD; Adam
+    would divide a constant coefficient out again. Metrics cannot be differentiated. Reports
+    `ogm_coefficient/NAME` and `ogm_ratio/NAME`. Raises UserError if a pattern matches no param or
+    fewer than two modalities are given.
     """
     if len(encoders) < 2:
         raise UserError(f"ogm_ge balances two encoders or more, and was given {sorted(encoders)}")
