@@ -1,11 +1,15 @@
 """Sound: any encoded bytes that soundfile reads -> mono float32 at 16 kHz."""
 
+import dataclasses
 import io
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import soundfile
 import soxr
 
+from fusion_jax.data.languages import choose
 from fusion_jax.errors import UserError
 
 SAMPLE_RATE = 16_000
@@ -79,3 +83,34 @@ def _truncated(data: bytes) -> bool:
         streamed = size in (0, 0xFFFFFFFF)  # written to a pipe: the size was not known
         return not streamed and size + 8 > len(data) + 1
     return False
+
+
+@dataclasses.dataclass(frozen=True)
+class Waveforms:
+    """The transform of a sound field: float32 at 16 kHz, [at most seconds * 16000].
+
+    Attributes:
+      seconds: what lies beyond is cut off.
+      languages: which recordings to draw from, in order of preference; None for all there are.
+      field: which field of the example.
+    """
+
+    seconds: float
+    languages: tuple[str, ...] | None = None
+    field: str = "audio"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (int(self.seconds * SAMPLE_RATE),)
+
+    dtype = np.float32
+
+    def __call__(
+        self, example: Mapping[str, Any], rng: np.random.Generator | None
+    ) -> np.ndarray | None:
+        sound = choose(example.get(self.field), self.languages, rng)
+        if sound is None:
+            return None
+        if isinstance(sound, bytes):
+            sound = decode(sound, str(example.get("name", self.field)), self.seconds)
+        return sound[: self.shape[0]]

@@ -1,8 +1,11 @@
 """Pictures: any encoded bytes -> RGB on white, resized, augmented."""
 
+import dataclasses
 import importlib.util
 import io
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import resvg_py
@@ -77,3 +80,83 @@ def _render(data: bytes, name: str, side: int | None) -> bytes:
         return drawn
     except ValueError as error:  # UnicodeDecodeError is one
         raise UserError(f"{name}: not a readable SVG ({error})") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Augment:
+    """Random resized crop, mirroring and colour jitter; see `Pictures`.
+
+    Attributes:
+      area: the crop's share of the picture's area, drawn between these.
+      ratio: the crop is at most this much wider or taller than the picture's own shape.
+      mirror: whether to mirror half of those pictures whose example allows it (field "mirror";
+        True where there is no such field).
+      jitter: brightness, contrast and saturation are each scaled by 1 - jitter .. 1 + jitter.
+    """
+
+    area: tuple[float, float] = (0.4, 1.0)
+    ratio: float = 4 / 3
+    mirror: bool = True
+    jitter: float = 0.2
+
+    def box(self, width: int, height: int, rng: np.random.Generator) -> tuple[float, ...]:
+        """A crop (left, top, right, bottom) in pixels, inside the picture."""
+        scale = np.sqrt(rng.uniform(*self.area))
+        stretch = np.exp(rng.uniform(-1, 1) * np.log(self.ratio) / 2)
+        w, h = min(scale * stretch, 1.0) * width, min(scale / stretch, 1.0) * height
+        left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
+        return left, top, left + w, top + h
+
+    def recolour(self, picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """float32 RGB in 0..1 [h, w, 3] -> the same, jittered and clipped."""
+        brightness, contrast, saturation = rng.uniform(1 - self.jitter, 1 + self.jitter, 3)
+        grey = picture @ np.array([0.299, 0.587, 0.114], np.float32)
+        picture = grey[..., None] + (picture - grey[..., None]) * np.float32(saturation)
+        mean = np.float32(grey.mean())
+        picture = (mean + (picture - mean) * np.float32(contrast)) * np.float32(brightness)
+        return picture.clip(0, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+    """The transform of a picture field: float32 RGB in 0..1, [size, size, 3].
+
+    The whole picture is fitted into the square on white; with `augment` and a generator a crop
+    is, and it may be mirrored and recoloured.
+    """
+
+    size: int
+    augment: Augment | None = None
+    field: str = "image"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.size, self.size, 3)
+
+    dtype = np.float32
+
+    def __call__(
+        self, example: Mapping[str, Any], rng: np.random.Generator | None
+    ) -> np.ndarray | None:
+        value = example.get(self.field)
+        if value is None:
+            return None
+        if isinstance(value, bytes):
+            value = decode(value, str(example.get("name", self.field)))
+        picture = Image.fromarray(value)
+        if rng is None or self.augment is None:
+            return self._fit(picture, (0, 0, *picture.size))
+        fitted = self._fit(picture, self.augment.box(*picture.size, rng))
+        mirrored = rng.random() < 0.5
+        if mirrored and self.augment.mirror and example.get("mirror", True):
+            fitted = fitted[:, ::-1]
+        return self.augment.recolour(fitted, rng) if self.augment.jitter else fitted
+
+    def _fit(self, picture: Image.Image, box: tuple[float, ...]) -> np.ndarray:
+        width, height = box[2] - box[0], box[3] - box[1]
+        scale = self.size / max(width, height)
+        inner = (max(round(width * scale), 1), max(round(height * scale), 1))
+        resized = picture.resize(inner, Image.Resampling.BILINEAR, box=box)
+        square = Image.new("RGB", (self.size, self.size), "white")
+        square.paste(resized, ((self.size - inner[0]) // 2, (self.size - inner[1]) // 2))
+        return np.asarray(square, np.float32) / np.float32(255)
