@@ -41,14 +41,21 @@ class Rope:
 
     def __call__(self, heads: jax.Array, positions: jax.Array) -> jax.Array:
         """heads [b, t, h, d] rotated by positions [b, t]."""
-        frequencies = jnp.asarray(self.frequencies, jnp.float32)[None, None, None]
-        angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies
-        cos = (jnp.cos(angles) * self.magnitude).astype(heads.dtype)
-        sin = (jnp.sin(angles) * self.magnitude).astype(heads.dtype)
-        half = len(self.frequencies)
-        first, second, rest = jnp.split(heads, [half, 2 * half], axis=-1)
-        rotated = [first * cos - second * sin, second * cos + first * sin, rest]
-        return jnp.concatenate(rotated, axis=-1)
+        frequencies = jnp.asarray(self.frequencies, jnp.float32)
+        return rotate(heads, positions, frequencies, self.magnitude)
+
+
+def rotate(
+    heads: jax.Array, positions: jax.Array, frequencies: jax.Array, magnitude: float = 1.0
+) -> jax.Array:
+    """heads [b, t, h, d] rotated by positions [b, t] times frequencies [half], times magnitude."""
+    angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None]
+    cos = (jnp.cos(angles) * magnitude).astype(heads.dtype)
+    sin = (jnp.sin(angles) * magnitude).astype(heads.dtype)
+    half = frequencies.shape[0]
+    first, second, rest = jnp.split(heads, [half, 2 * half], axis=-1)
+    rotated = [first * cos - second * sin, second * cos + first * sin, rest]
+    return jnp.concatenate(rotated, axis=-1)
 
 
 class Attention(nn.Module):
@@ -59,7 +66,7 @@ class Attention(nn.Module):
         bias, out_bias: on the three input projections; on the output projection.
         key_bias: on the key projection; as `bias` unless given (Whisper has none there).
         head_norm: a norm over each query and key head (Qwen3, Gemma 3), or None.
-        rope: rotary positions, or None.
+        rope: rotary positions (`Rope`, or any function of heads and positions), or None.
         window: local attention, see `Mask`.
         attend: the function that computes it (`fusion_jax.attention.attend` or a fused kernel).
     """
@@ -71,7 +78,7 @@ class Attention(nn.Module):
     key_bias: bool | None = None
     out_bias: bool = True
     head_norm: Callable[..., nn.Module] | None = None
-    rope: Rope | None = None
+    rope: Callable[[jax.Array, jax.Array], jax.Array] | None = None
     window: int | None = None
     scale: float | None = None
     softcap: float | None = None

@@ -5,6 +5,7 @@ Whisper are its fields and the settings of its blocks (`fusion_jax.pretrained.fa
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -56,7 +57,7 @@ class Decoder(nn.Module):
                 self.vocabulary, use_bias=False, dtype=self.dtype, dot_general=_float32_dot
             )
 
-    def _transformer(self, **kwargs) -> Transformer:
+    def _transformer(self, **kwargs: Any) -> Transformer:
         return Transformer(
             blocks=self.blocks,
             final_norm=self.final_norm,
@@ -131,5 +132,5 @@ class Decoder(nn.Module):
         return transformer.empty_caches(batch, size, self.width, dtype or self.dtype)
 
 
-def _float32_dot(*args, **kwargs) -> jax.Array:
+def _float32_dot(*args: Any, **kwargs: Any) -> jax.Array:
     return jax.lax.dot_general(*args, **kwargs | {"preferred_element_type": jnp.float32})

@@ -1,0 +1,216 @@
+"""The small models of `parity`: for every family, each of its options is on in some case."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import transformers
+
+from fusion_jax.attention import self_mask
+
+VOCABULARY = 61
+TEXT = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 16,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "attn_implementation": "eager",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One small model.
+
+    Attributes:
+        model: its class in `transformers`, built from `config`.
+        theirs: (model, batch of tensors) -> outputs [..., n].
+        ours: (module, variables, batch) -> the same outputs.
+        batch: name -> array.
+        part: which part of the checkpoint is opened.
+    """
+
+    model: type[transformers.PreTrainedModel]
+    config: transformers.PreTrainedConfig
+    theirs: Callable[[Any, dict[str, torch.Tensor]], torch.Tensor]
+    ours: Callable[[nn.Module, Any, dict[str, np.ndarray]], jax.Array]
+    batch: dict[str, np.ndarray]
+    part: str | None = None
+
+
+def language_model(
+    model: type[transformers.PreTrainedModel],
+    config: type[transformers.PreTrainedConfig],
+    length: int = 14,
+    **options: Any,
+) -> Case:
+    """A ragged batch of two texts -> logits of the real tokens."""
+
+    def theirs(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        mask = batch["mask"]
+        return model(input_ids=batch["ids"], attention_mask=mask.long()).logits[mask]
+
+    def ours(module: nn.Module, variables: Any, batch: dict[str, np.ndarray]) -> jax.Array:
+        mask = self_mask(jnp.asarray(batch["mask"]), causal=True)
+        hidden, _ = module.apply(variables, jnp.asarray(batch["ids"], jnp.int32), mask)
+        return module.apply(variables, hidden, method="logits")[np.nonzero(batch["mask"])]
+
+    return Case(model, config(**TEXT | options), theirs, ours, _texts(length))
+
+
+def _texts(length: int) -> dict[str, np.ndarray]:
+    ids = np.random.default_rng(0).integers(3, VOCABULARY, (2, length))
+    return {"ids": ids, "mask": np.arange(length)[None] < np.array([[length], [length - 5]])}
+
+
+def _llama(**options: Any) -> Case:
+    return language_model(transformers.LlamaForCausalLM, transformers.LlamaConfig, **options)
+
+
+def _qwen3_moe(**options: Any) -> Case:
+    return language_model(
+        transformers.Qwen3MoeForCausalLM,
+        transformers.Qwen3MoeConfig,
+        num_experts=5,
+        moe_intermediate_size=24,
+        num_experts_per_tok=2,
+        head_dim=12,
+        **options,
+    )
+
+
+def _scaled(kind: str, **settings: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 500.0, "factor": 4.0} | settings}
+
+
+CASES: dict[str, Callable[[], Case]] = {
+    "gpt2": partial(
+        language_model,
+        transformers.GPT2LMHeadModel,
+        transformers.GPT2Config,
+        n_positions=16,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+    ),
+    "gpt2 options": partial(
+        language_model,
+        transformers.GPT2LMHeadModel,
+        transformers.GPT2Config,
+        n_positions=16,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_inner=40,
+        scale_attn_by_inverse_layer_idx=True,
+        activation_function="relu",
+        tie_word_embeddings=False,
+        layer_norm_epsilon=1e-3,
+    ),
+    "llama 3": partial(
+        _llama,
+        **_scaled(
+            "llama3", low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
+        ),
+    ),
+    "llama options": partial(
+        _llama,
+        attention_bias=True,
+        mlp_bias=True,
+        head_dim=12,
+        tie_word_embeddings=True,
+        hidden_act="gelu",
+        rms_norm_eps=1e-3,
+    ),
+    "rope linear": partial(_llama, **_scaled("linear")),
+    "rope dynamic": partial(_llama, length=24, **_scaled("dynamic")),
+    "rope dynamic, short": partial(_llama, length=12, **_scaled("dynamic")),
+    "rope yarn": partial(_llama, **_scaled("yarn", original_max_position_embeddings=8)),
+    "rope yarn options": partial(
+        _llama,
+        **_scaled(
+            "yarn",
+            original_max_position_embeddings=8,
+            beta_fast=4.0,
+            beta_slow=0.5,
+            mscale=0.7,
+            mscale_all_dim=1.2,
+            truncate=False,
+        ),
+    ),
+    "smollm2": partial(_llama, tie_word_embeddings=True),
+    "mistral": partial(
+        language_model,
+        transformers.MistralForCausalLM,
+        transformers.MistralConfig,
+        sliding_window=5,
+        head_dim=12,
+    ),
+    "qwen2.5": partial(
+        language_model,
+        transformers.Qwen2ForCausalLM,
+        transformers.Qwen2Config,
+        tie_word_embeddings=True,
+        use_sliding_window=True,
+        sliding_window=5,
+        max_window_layers=1,
+    ),
+    "qwen3": partial(
+        language_model,
+        transformers.Qwen3ForCausalLM,
+        transformers.Qwen3Config,
+        head_dim=12,
+        attention_bias=True,
+        use_sliding_window=True,
+        sliding_window=5,
+        max_window_layers=2,
+    ),
+    "qwen3 moe": partial(_qwen3_moe, norm_topk_prob=True, mlp_only_layers=[1]),
+    "qwen3 moe options": partial(
+        _qwen3_moe,
+        decoder_sparse_step=2,
+        attention_bias=True,
+        use_sliding_window=True,
+        sliding_window=5,
+        tie_word_embeddings=True,
+    ),
+    "gemma 2": partial(
+        language_model,
+        transformers.Gemma2ForCausalLM,
+        transformers.Gemma2Config,
+        head_dim=12,
+        sliding_window=5,
+        query_pre_attn_scalar=20,
+        attn_logit_softcapping=1.0,
+        final_logit_softcapping=2.0,
+        attention_bias=True,
+    ),
+    "gemma 3": partial(
+        language_model,
+        transformers.Gemma3ForCausalLM,
+        transformers.Gemma3TextConfig,
+        head_dim=12,
+        sliding_window=5,
+        query_pre_attn_scalar=20,
+        final_logit_softcapping=2.0,
+        attention_bias=True,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        num_hidden_layers=4,
+        rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5000.0},
+        },
+    ),
+}

@@ -1,0 +1,81 @@
+"""Mixture of experts: each token goes through the few MLPs that a router picks for it."""
+
+from collections.abc import Callable, Mapping
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+
+class Mixture(nn.Module):
+    """Gated MLPs of which every token uses `chosen` (https://arxiv.org/abs/2101.03961).
+
+    No token is dropped: tokens are sorted by expert and multiplied by ragged groups. The router's
+    logits are sown as `router_logits` among the intermediates for `load_balancing_loss`.
+
+    Attributes:
+        experts, chosen: how many MLPs there are, and how many a token goes through.
+        hidden_width: of each MLP.
+        normalize: whether the weights of the chosen ones sum to one.
+    """
+
+    experts: int
+    chosen: int
+    hidden_width: int
+    activation: Callable[[jax.Array], jax.Array] = nn.silu
+    normalize: bool = True
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, hidden: jax.Array) -> jax.Array:
+        """[b, t, width] -> [b, t, width]"""
+        batch, width = hidden.shape[0], hidden.shape[-1]
+        router = nn.Dense(self.experts, use_bias=False, dtype=self.dtype, name="router")
+        logits = router(hidden).astype(jnp.float32)
+        self.sow("intermediates", "router_logits", logits)
+        weights, picked = jax.lax.top_k(jax.nn.softmax(logits), self.chosen)
+        if self.normalize:
+            weights /= weights.sum(axis=-1, keepdims=True)
+
+        # one row per token and expert of it, sorted so that each expert's rows are together
+        picked = picked.reshape(-1)
+        order = jnp.argsort(picked)
+        sizes = jnp.bincount(picked, length=self.experts).astype(jnp.int32)
+        tokens = rearrange(hidden, "b t d -> (b t) d").astype(self.dtype)[order // self.chosen]
+
+        def experts(name: str, inputs: jax.Array, out: int) -> jax.Array:
+            init = nn.initializers.lecun_normal(batch_axis=0)
+            kernel = self.param(name, init, (self.experts, inputs.shape[-1], out))
+            return jax.lax.ragged_dot(inputs, kernel.astype(self.dtype), sizes)
+
+        gate = self.activation(experts("gate", tokens, self.hidden_width))
+        inner = gate * experts("up", tokens, self.hidden_width)
+        out = experts("down", inner, width)[jnp.argsort(order)]
+        out = rearrange(out, "(b t k) d -> b t k d", b=batch, k=self.chosen)
+        return (out * weights[..., None].astype(out.dtype)).sum(axis=2)
+
+
+def load_balancing_loss(intermediates: Mapping, mask: jax.Array, chosen: int) -> jax.Array:
+    """How uneven the router's choices are over all layers: `chosen` when even, more otherwise.
+
+    Equations 4 to 6 of https://arxiv.org/abs/2101.03961, over real tokens.
+
+    Args:
+        intermediates: what `apply(..., mutable=["intermediates"])` gave under that name.
+        mask: bool [b, t], True where a token is real.
+        chosen: how many experts a token goes through.
+    """
+    found = jax.tree_util.tree_leaves_with_path(intermediates)
+    logits = [leaf for path, leaf in found if "router_logits" in jax.tree_util.keystr(path)]
+    if not logits:
+        raise ValueError("no router_logits among the intermediates: the model has no Mixture")
+    experts = logits[0].shape[-1]
+    layers = [leaf.reshape(-1, *mask.shape, experts) for leaf in logits]
+    probabilities = jax.nn.softmax(jnp.concatenate(layers))  # [layers, b, t, experts]
+    _, picked = jax.lax.top_k(probabilities, chosen)
+    real = mask.astype(jnp.float32)[None, :, :, None]
+    count = real.sum() * probabilities.shape[0]
+    used = (jax.nn.one_hot(picked, experts).sum(axis=3) * real).sum(axis=(0, 1, 2)) / count
+    share = (probabilities * real).sum(axis=(0, 1, 2)) / count
+    return experts * (used * share).sum()
