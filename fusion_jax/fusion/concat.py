@@ -13,7 +13,7 @@ class Concat(nn.Module):
     """A dense layer over the pooled modalities side by side; an absent one is zeros.
 
     The standard joint representation of Baltrušaitis et al., Multimodal Machine Learning
-    (https://arxiv.org/abs/1705.09406). Cost: t d + 2 m d^2 for m modalities of t tokens in all.
+    (https://arxiv.org/abs/1705.09406). Cost: 2 t d + 2 m d^2 for m modalities of t tokens in all.
     """
 
     dtype: jnp.dtype = jnp.float32

@@ -15,7 +15,7 @@ class Gated(nn.Module):
 
     h_i = tanh(W_i x_i), z_i = sigmoid(V_i [x_1, ..., x_m]), fused = sum over the present
     modalities of z_i * h_i (Arevalo et al., https://arxiv.org/abs/1702.01992).
-    Cost: t d + 2 (m + m^2) d^2 for m modalities of t tokens in all.
+    Cost: 2 t d + 2 (m + m^2) d^2 for m modalities of t tokens in all.
     """
 
     dtype: jnp.dtype = jnp.float32

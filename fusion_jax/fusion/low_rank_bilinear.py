@@ -17,7 +17,7 @@ class LowRankBilinear(nn.Module):
     fused = sum over ranks r of w_r * product over modalities of W_i^r [x_i, 1] (Liu et al.,
     https://arxiv.org/abs/1806.00064): bilinear for two modalities. The 1 keeps the terms of lower
     order, so an absent modality (x_i = 0) leaves the interactions of the others.
-    Cost: t d + 2 m r d^2 for m modalities of t tokens in all.
+    Cost: 2 t d + 2 m r d^2 for m modalities of t tokens in all.
 
     Attributes:
         rank: number of products that are summed.

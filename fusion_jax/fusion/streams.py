@@ -6,6 +6,7 @@ batch built in another order gives the same params and the same result.
 
 from collections.abc import Mapping, Sequence
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -40,16 +41,30 @@ def single(vector: jax.Array, tokens: Mapping[str, Tokens]) -> Tokens:
     return Tokens(vector[:, None], any_present(tokens)[:, None])
 
 
-def lengths(tokens: Mapping[str, Tokens]) -> dict[str, int]:
-    """{name: padded length}, in alphabetical order."""
-    return {name: tokens[name].values.shape[1] for name in sorted(tokens)}
+class ModalityEmbedding(nn.Module):
+    """Adds one learned vector per modality to each of its tokens, and sets padding to zero first.
+
+    Attention over several modalities needs it to tell them apart (the type embedding of ViLT,
+    https://arxiv.org/abs/2102.03334).
+    """
+
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: Mapping[str, Tokens]) -> dict[str, Tokens]:
+        """{name: [b, t, d]} -> the same in alphabetical order, of type `dtype`."""
+        width = check_widths(tokens)
+        embedded = {}
+        for name in sorted(tokens):
+            vector = self.param(name, nn.initializers.normal(0.02), (width,)).astype(self.dtype)
+            values = fill(tokens[name]).astype(self.dtype) + vector[None, None]
+            embedded[name] = Tokens(values, tokens[name].mask)
+        return embedded
 
 
 def merge(tokens: Mapping[str, Tokens]) -> Tokens:
-    """One sequence of all modalities' tokens, padding set to zero: [b, t1 + t2 + ..., d]."""
-    check_widths(tokens)
-    parts = [tokens[name] for name in sorted(tokens)]
-    return concat([Tokens(fill(part), part.mask) for part in parts])
+    """One sequence of all modalities' tokens: [b, t1 + t2 + ..., d]."""
+    return concat([tokens[name] for name in sorted(tokens)])
 
 
 def split(values: jax.Array, sizes: Sequence[int]) -> list[jax.Array]:

@@ -12,7 +12,7 @@ class Sum(nn.Module):
     """The sum of the pooled modalities that are present; no params.
 
     The formula this project grew from, and late fusion's simplest baseline. An absent modality
-    adds zero. Cost: t d, with t the tokens of all modalities.
+    adds zero. Cost: 2 t d, with t the tokens of all modalities.
     """
 
     def __call__(self, tokens: Mapping[str, Tokens], train: bool = False) -> Tokens:

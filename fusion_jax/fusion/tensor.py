@@ -18,7 +18,7 @@ class Tensor(nn.Module):
 
     Zadeh et al., https://arxiv.org/abs/1707.07250. Modalities are first brought to a small width
     k, since the tensor has (k + 1)^m numbers. An absent modality leaves its 1.
-    Cost: t d + 2 m k d + 2 (k + 1)^m d for m modalities of t tokens in all.
+    Cost: 2 t d + 2 m k d + 2 (k + 1)^m d for m modalities of t tokens in all.
 
     Attributes:
         factor_width: k.
