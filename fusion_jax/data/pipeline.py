@@ -11,7 +11,8 @@ plain dict; every field may be absent:
     label   int, index of the class
     mirror  bool, whether the picture may be mirrored (absent: it may)
 
-Any of image, audio and text may be a dict {language: value}: one of them is drawn each time.
+Any of image, audio and text may be a dict {language: value} or a list of values: one of them is
+drawn each time.
 Stamps (stamps.py), the user's own files (records.py), any TFDS data set and the cached tokens of
 frozen towers (features.py: image, audio or text is then float [t, d]) are all such sources.
 

@@ -29,7 +29,6 @@ every parrot), so a caption in those may stand on both sides: train on SPLIT_LAN
 dealt out within each category, by `concepts.split`.
 """
 
-import errno
 import hashlib
 import io
 import os
@@ -44,6 +43,7 @@ import tensorflow_datasets as tfds
 
 from fusion_jax import paths
 from fusion_jax.data import audio, concepts, image, tuxpaint
+from fusion_jax.data.disk import needs_room
 from fusion_jax.errors import UserError
 
 CATEGORIES = (
@@ -279,12 +279,8 @@ def _build(builder: Stamps, home: Path) -> None:
             f"{home}: {free / 2**20:.0f} MiB free, building the stamps needs"
             f" {NEEDED_BYTES / 2**20:.0f}; make room or point FUSION_JAX_HOME elsewhere"
         )
-    try:
+    with needs_room(home):
         builder.download_and_prepare()
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise UserError(f"{home}: the disk is full ({error})") from error
-        raise
 
 
 def splits(
