@@ -7,6 +7,7 @@ batch["concept"] agree are not each other's negatives. Under pmap, `axis_name` m
 all devices candidates; under jit over a mesh nothing is needed.
 """
 
+import functools
 import itertools
 from typing import Any
 
@@ -157,7 +158,7 @@ def _sigmoid_rows(
         rows = jnp.pad(rows, [(0, padding)] + [(0, 0)] * (rows.ndim - 1))  # padded `both` is False
         return rearrange(rows, "(chunks chunk) ... -> chunks chunk ...", chunk=chunk)
 
-    @jax.checkpoint
+    @functools.partial(jax.checkpoint, prevent_cse=False)  # scan already prevents it
     def add_chunk(
         total: jax.Array, part: tuple[jax.Array, jax.Array, jax.Array, jax.Array]
     ) -> tuple[jax.Array, None]:

@@ -42,7 +42,7 @@ def cross_entropy(
         raise UserError(f"label_smoothing is a share in [0, 1), and {label_smoothing} was given")
 
     def cross_entropy(outputs: Any, batch: Batch) -> tuple[jax.Array, Metrics]:
-        labels = batch[label]
+        labels = jnp.asarray(batch[label])
         rows = (labels >= 0).astype(jnp.float32)
         weights = rows if weight is None else rows * batch[weight].astype(jnp.float32)
         loss = row_mean(label_nll(outputs.logits, labels, label_smoothing), weights, axis_name)

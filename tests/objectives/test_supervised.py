@@ -11,7 +11,7 @@ from fusion_jax.objectives.supervised import cross_entropy, unimodal_cross_entro
 
 RNG = np.random.default_rng(0)
 LOGITS = RNG.normal(size=(8, 5)).astype(np.float32) * 3
-LABELS = np.array([0, 3, -1, 4, 2, -1, 1, 1], np.int32)
+LABELS = np.array([0, 3, -1, -1, 4, 2, 1, 1], np.int32)  # the two halves differ in rows
 WEIGHTS = RNG.uniform(size=8).astype(np.float32)
 
 
