@@ -26,6 +26,7 @@ from tensorflow_datasets.core.features import audio_feature
 from tqdm import tqdm
 
 from fusion_jax.data import audio, image
+from fusion_jax.data.disk import needs_room
 from fusion_jax.errors import UserError
 
 # TFDS's Audio feature asks TensorFlow for the name of one dtype when it is constructed, and for
@@ -284,7 +285,8 @@ def tfds_source(
     """
     try:
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
-        builder.download_and_prepare()
+        with needs_room(Path(builder.data_path)):
+            builder.download_and_prepare()
     except tfds.core.DatasetNotFoundError as error:
         raise UserError(f"TFDS has no data set {name!r} ({str(error).splitlines()[0]})") from error
     except ImportError as error:

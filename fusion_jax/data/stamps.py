@@ -43,7 +43,7 @@ import tensorflow_datasets as tfds
 
 from fusion_jax import paths
 from fusion_jax.data import audio, concepts, image, tuxpaint
-from fusion_jax.data.disk import needs_room
+from fusion_jax.data.disk import needs_room, one_at_a_time
 from fusion_jax.errors import UserError
 
 CATEGORIES = (
@@ -68,7 +68,7 @@ SPLIT_LANGUAGES = (
     "ru",
 )
 IMAGE_SIDE = 384
-NEEDED_BYTES = 500 * 2**20  # what the data set takes, with room to spare
+ROOM = 3  # times the folder's size is what building takes at its peak
 
 
 class Stamps(tfds.core.GeneratorBasedBuilder):
@@ -255,11 +255,12 @@ def load(folder: str | Path | None = None, damaged: Literal["error", "skip"] = "
     if folder is not None:
         folder = tuxpaint.find_folder(folder)
         home = home / fingerprint(folder)[:12]
-    builder = Stamps(stamps=folder, damaged=damaged, data_dir=home)
+    builder = Stamps(data_dir=home)
     if not builder.data_path.exists():
-        if folder is None:
-            builder = Stamps(stamps=tuxpaint.find_folder(), damaged=damaged, data_dir=home)
-        _build(builder, home)
+        with one_at_a_time(home):
+            if not builder.data_path.exists():
+                _build(folder or tuxpaint.find_folder(), damaged, home)
+        builder = Stamps(data_dir=home)
     source = Source(builder)
     if source.skipped and damaged == "error":
         raise UserError(
@@ -270,15 +271,18 @@ def load(folder: str | Path | None = None, damaged: Literal["error", "skip"] = "
     return source
 
 
-def _build(builder: Stamps, home: Path) -> None:
+def _build(stamps: Path, damaged: str, home: Path) -> None:
     """TFDS writes to a temporary folder and renames it: a kill leaves nothing half-written."""
-    home.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(home).free
-    if free < NEEDED_BYTES:
+    needed = ROOM * sum(path.stat().st_size for path in stamps.rglob("*") if path.is_file())
+    if free < needed:
         raise UserError(
             f"{home}: {free / 2**20:.0f} MiB free, building the stamps needs"
-            f" {NEEDED_BYTES / 2**20:.0f}; make room or point FUSION_JAX_HOME elsewhere"
+            f" {needed / 2**20:.0f}; make room or point FUSION_JAX_HOME elsewhere"
         )
+    builder = Stamps(stamps=stamps, damaged=damaged, data_dir=home)
+    for left in (home / builder.name).glob("incomplete.*"):  # by a kill; we hold the lock
+        shutil.rmtree(left, ignore_errors=True)
     with needs_room(home):
         builder.download_and_prepare()
 

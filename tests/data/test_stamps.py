@@ -144,6 +144,6 @@ def test_without_any_source_the_error_tells_the_ways(tmp_path, monkeypatch):
 
 
 def test_no_room_on_the_disk(few, monkeypatch):
-    monkeypatch.setattr(stamps, "NEEDED_BYTES", 10**18)
+    monkeypatch.setattr(stamps, "ROOM", 10**15)
     with pytest.raises(UserError, match="MiB free"):
         stamps.load(few)
