@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from fusion_jax.attention import Attend, attend, self_mask
 from fusion_jax.errors import UserError
+from fusion_jax.norm import LayerNorm
 from fusion_jax.tokens import Tokens, fill
 from fusion_jax.transformer import MLP, Attention, Block, Transformer, gelu
 
@@ -49,7 +50,7 @@ class Bert(nn.Module):
         words = embed(self.vocabulary, name="words")(fill(text, 0))
         places = embed(self.max_length, name="positions")(jnp.arange(length))
         segment = embed(self.segments, name="segments")(jnp.zeros((1,), jnp.int32))
-        norm = partial(nn.LayerNorm, epsilon=self.norm_epsilon)
+        norm = partial(LayerNorm, epsilon=self.norm_epsilon)
         hidden = norm(dtype=self.dtype, name="norm")(words + (places + segment)[None])
         hidden = nn.Dropout(self.dropout, deterministic=not train)(hidden)
         block = partial(

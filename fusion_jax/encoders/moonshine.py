@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from fusion_jax.attention import Attend, KVCache, Mask, attend, cross_mask, self_mask
+from fusion_jax.norm import LayerNorm
 from fusion_jax.tokens import Tokens, fill
 from fusion_jax.transformer import MLP, Attention, Block, Rope, Transformer, gelu
 
@@ -17,14 +18,14 @@ CONVOLUTIONS = ((127, 64), (7, 3), (3, 2))
 SHORTEST = 895  # samples that one frame sees
 START, END = 1, 2
 
-LayerNorm = partial(nn.LayerNorm, epsilon=1e-5, use_bias=False)
+Norm = partial(LayerNorm, epsilon=1e-5, use_bias=False)
 
 
-def frames_of(samples: jax.Array | int) -> jax.Array | int:
-    """How many frames the convolutions make of that many samples, 0 if too few."""
+def frames_of(samples: jax.Array) -> jax.Array:
+    """How many frames the convolutions make of that many samples; 0 or less if too few."""
     for kernel, stride in CONVOLUTIONS:
         samples = (samples - kernel) // stride + 1
-    return samples * (samples > 0)
+    return samples
 
 
 class Conv1D(nn.Module):
@@ -99,9 +100,9 @@ class MoonshineEncoder(nn.Module):
                 attend=self.attend,
             ),
             mlp=partial(MLP, hidden_width=self.mlp_width),
-            norm=LayerNorm,
+            norm=Norm,
         )
-        encoder = Transformer([block] * self.depth, LayerNorm, dtype=self.dtype, name="encoder")
+        encoder = Transformer([block] * self.depth, Norm, dtype=self.dtype, name="encoder")
         hidden, _ = encoder(hidden, self_mask(real), train=train)
         return Tokens(hidden, real)
 
@@ -168,9 +169,9 @@ class MoonshineDecoder(nn.Module):
             attention=partial(attention, rope=self.rope),
             cross_attention=attention,
             mlp=partial(MLP, hidden_width=self.mlp_width, activation=nn.silu, gated=True),
-            norm=LayerNorm,
+            norm=Norm,
         )
-        decoder = Transformer([block] * self.depth, LayerNorm, dtype=self.dtype, name="decoder")
+        decoder = Transformer([block] * self.depth, Norm, dtype=self.dtype, name="decoder")
         hidden, caches = decoder(
             embed(ids),
             mask,

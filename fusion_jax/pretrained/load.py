@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from fusion_jax.errors import UserError
 from fusion_jax.paths import write_folder
-from fusion_jax.pretrained import bert, efficientnet, moonshine
+from fusion_jax.pretrained.families import bert, efficientnet, moonshine
 from fusion_jax.pretrained.checkpoint import (
     Family,
     Safetensors,

@@ -15,9 +15,9 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from fusion_jax.encoders.efficientnet import LITE
-from fusion_jax.pretrained.efficientnet import fold_batch_norms
-from fusion_jax.pretrained.moonshine import CONFIG as MOONSHINE_CONFIG
-from fusion_jax.pretrained.moonshine import read_tokenizer
+from fusion_jax.pretrained.families.efficientnet import fold_batch_norms
+from fusion_jax.pretrained.families.moonshine import CONFIG as MOONSHINE_CONFIG
+from fusion_jax.pretrained.families.moonshine import read_tokenizer
 from fusion_jax.pretrained.ort import read_ort
 from fusion_jax.pretrained.unpickle import read_torch
 
