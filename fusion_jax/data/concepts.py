@@ -10,6 +10,7 @@ import math
 import unicodedata
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Protocol
 
 from fusion_jax.errors import UserError
 
@@ -87,3 +88,15 @@ def split(
             start = stop
         splits[rest] += [i for concept in group[start:] for i in members[concept]]
     return {name: sorted(rows) for name, rows in splits.items()}
+
+
+class ConceptSource(Protocol):
+    concepts: Sequence[str]
+    labels: Sequence[int]
+
+
+def splits(
+    source: ConceptSource, seed: int = 0, fractions: Mapping[str, float] = FRACTIONS
+) -> dict[str, list[int]]:
+    """Rows of each split of the stamps or of a table: `split` by concept within each class."""
+    return split(source.concepts, seed, source.labels, fractions)

@@ -67,13 +67,14 @@ class Ragged:
         shape = (int(self._offsets[-1]), self.width)
         if 0 in shape:
             return np.zeros(shape, self._dtype)
-        return np.memmap(self._folder / "values.bin", self._dtype, "r", shape=shape)
+        # As a plain array: slicing a memmap object costs ten times as much.
+        return np.asarray(np.memmap(self._folder / "values.bin", self._dtype, "r", shape=shape))
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
 
     def __getitem__(self, index: int) -> np.ndarray:
-        return np.asarray(self._values[self._offsets[index] : self._offsets[index + 1]])
+        return self._values[self._offsets[index] : self._offsets[index + 1]]
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker process maps the file itself instead of being sent its content.

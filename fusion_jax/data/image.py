@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import resvg_py
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from fusion_jax.errors import UserError
 
@@ -38,13 +38,15 @@ def decode(data: bytes, name: str = "image", side: int | None = None) -> np.ndar
         data = _render(data, name, side)
     try:
         with Image.open(io.BytesIO(data)) as picture:
-            picture.load()
+            picture = ImageOps.exif_transpose(picture)
+            if picture.mode.startswith("I"):  # 16-bit grey, which PIL would clip at 255
+                picture = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
             if picture.has_transparency_data:
                 picture = picture.convert("RGBA")
                 white = Image.new("RGBA", picture.size, "white")
                 picture = Image.alpha_composite(white, picture)
             picture = picture.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(
             f"{name}: not a readable picture ({error}); expected PNG, JPEG ..."
         ) from error

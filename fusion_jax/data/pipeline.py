@@ -143,6 +143,8 @@ class Batches:
     ):
         if len(source) == 0:
             raise UserError("the data source is empty; expected at least one example")
+        if isinstance(source, Mixture) and not train:
+            raise UserError("a mixture has no end; evaluate on each of its sources by itself")
         if batch_size < 1 or batch_size % process_count:
             raise UserError(
                 f"batch size {batch_size} does not divide among {process_count} processes;"

@@ -1,6 +1,7 @@
 """The user's own data: a JSONL or CSV file, or any TFDS data set, as a source (see pipeline.py).
 
     source = records.read_table("things.jsonl", classes=["cat", "dog"])
+    train = Subset(source, concepts.splits(source, seed=0)["train"])
     source = records.tfds_source("mnist", "train", {"image": "image", "label": "label"})
 
 A table has the columns image, audio, text and label, any of which may be absent in any row; paths
@@ -25,7 +26,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core.features import audio_feature
 from tqdm import tqdm
 
-from fusion_jax.data import audio, image
+from fusion_jax.data import audio, concepts, image
 from fusion_jax.data.disk import needs_room
 from fusion_jax.errors import UserError
 
@@ -77,6 +78,19 @@ class Table:
         """Per row, -1 where there is none."""
         index = {name: i for i, name in enumerate(self.classes)}
         return [index.get(fields.get("label"), -1) for _, fields in self.rows]
+
+    @property
+    def concepts(self) -> list[str]:
+        """Per row what is dealt to one split: rows that share a text or a file are one."""
+        keys = [
+            [
+                (field, concepts.normalize(value) if field == "text" else value)
+                for field, value in fields.items()
+                if field != "label"
+            ]
+            for _, fields in self.rows
+        ]
+        return concepts.merge([f"row {line:09d}" for line, _ in self.rows], keys)
 
     @property
     def checksum(self) -> str:

@@ -1,10 +1,10 @@
 """Tux Paint stamps: picture, sound, text in many languages, and a taxonomy of the same 961 things.
 
 `load()` gives a random-access source of examples, building the TFDS data set (array_record, no
-TensorFlow) on first use; `splits(source, seed)` gives the rows of each split.
+TensorFlow) on first use; `concepts.splits` gives the rows of each split.
 
     source = stamps.load()
-    rows = stamps.splits(source, seed=0)["train"]
+    train = Subset(source, concepts.splits(source, seed=0)["train"])
 
 An example (see pipeline.py for the convention):
 
@@ -203,6 +203,8 @@ def fingerprint(folder: Path) -> str:
 class Source:
     """Random access to the built stamps: `source[row]` is an example, `len(source)` counts them."""
 
+    classes = CATEGORIES
+
     def __init__(self, builder: tfds.core.DatasetBuilder):
         self._rows = builder.as_data_source(
             "stamps", decoders={"image": tfds.decode.SkipDecoding()}
@@ -285,10 +287,3 @@ def _build(stamps: Path, damaged: str, home: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
     with needs_room(home):
         builder.download_and_prepare()
-
-
-def splits(
-    source: Source, seed: int = 0, fractions: Mapping[str, float] = concepts.FRACTIONS
-) -> dict[str, list[int]]:
-    """Rows of each split, {"train": [...], "validation": ..., "test": ...}, by the rule above."""
-    return concepts.split(source.concepts, seed, source.labels, fractions)

@@ -80,6 +80,17 @@ def test_transparency_becomes_white_in_every_mode():
         assert decoded[0, 0].tolist() == [255, 0, 0] and decoded[1, 1].tolist() == [255] * 3
 
 
+def test_deep_grey_is_scaled_and_a_turned_photograph_turned_back():
+    deep = np.linspace(0, 65535, 6).astype(np.uint16).reshape(2, 3)
+    decoded = image.decode(png(Image.fromarray(deep)))
+    assert decoded[..., 0].tolist() == [[0, 51, 102], [153, 204, 255]]
+    photo, buffer = Image.new("RGB", (6, 4)), io.BytesIO()
+    exif = photo.getexif()
+    exif[0x0112] = 6
+    photo.save(buffer, "JPEG", exif=exif)
+    assert image.decode(buffer.getvalue()).shape == (6, 4, 3)
+
+
 def test_svg_is_drawn_up_to_the_side_with_fonts_of_its_own():
     head = '<svg xmlns="http://www.w3.org/2000/svg" width="12pt" height="24pt">'
     square = f'{head}<rect width="100%" height="50%" fill="#0000ff"/></svg>'.encode()

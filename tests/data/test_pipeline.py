@@ -133,6 +133,8 @@ def test_mixture_keeps_its_proportions():
     many = Subset(Things(), range(1, 11))
     ids = Batches(Mixture([few, many], [0.25, 0.75]), 100, {})[0]["id"]
     assert (ids == 0).sum() == 25
+    with pytest.raises(UserError, match="no end"):
+        Batches(Mixture([few, many], [0.25, 0.75]), 10, {}, train=False)
 
 
 def test_an_uneven_batch_and_an_empty_source_are_refused():

@@ -8,7 +8,7 @@ import pytest
 import soundfile
 import tensorflow_datasets as tfds
 
-from fusion_jax.data import audio, image, records
+from fusion_jax.data import audio, concepts, image, records
 from fusion_jax.data.audio import Waveforms
 from fusion_jax.data.image import Pictures
 from fusion_jax.data.pipeline import Batches
@@ -53,6 +53,19 @@ def test_jsonl_and_csv_give_the_same_batches(folder):
         assert batch["text"].mask.sum(1).tolist() == [13, 0, 14]
         assert np.allclose(batch["image"].values[0, :, 1:3], [1, 0, 0])
     assert table.classes == ("sound", "thing") and table.labels == [1, 0, -1]
+
+
+def test_rows_that_share_a_text_or_a_file_stay_together(folder):
+    rows = [{"text": f"thing {i // 2}!"} for i in range(40)] + [
+        {"image": "red.png", "text": "Thing 3"},
+        {"image": "red.png", "text": "thing 9"},
+    ]
+    table = records.read_table(write(folder, rows))
+    splits = concepts.splits(table, seed=0, fractions={"train": 0.5, "test": 0.5})
+    side = {row: name for name, found in splits.items() for row in found}
+    assert all(side[i] == side[i + 1] for i in range(0, 40, 2))
+    assert len({side[row] for row in (6, 18, 40, 41)}) == 1
+    assert 12 < len(splits["test"]) < 30
 
 
 @pytest.mark.parametrize(
