@@ -1,8 +1,8 @@
 """Published tensors <-> our params, by a mapping that is read in both directions.
 
 A family describes its checkpoint as `{published name: Slot}`, where a slot says which of our
-params the tensor holds and how its axes are arranged. `to_params` and `to_published` check that
-nothing is missing, nothing is left over and every shape fits, and say which tensor does not.
+params the tensor holds and how its axes are arranged. `to_params` checks that nothing is missing,
+nothing is left over and every shape fits, and says which tensor does not; `save` goes back.
 """
 
 import dataclasses
@@ -88,6 +88,7 @@ class Family:
         slots: config.json -> {published name without prefix: Slot}.
         inputs: config.json -> small inputs of the module, to shape its params.
         prefix: stands before every name in some checkpoints ("bert."), and in those that we save.
+        outside: beginnings of names that never take the prefix ("lm_head.").
         ignore: names (without prefix) that may be there and are not needed.
     """
 
@@ -95,7 +96,12 @@ class Family:
     slots: Callable[[Mapping], dict[str, Slot]]
     inputs: Callable[[Mapping], tuple]
     prefix: str = ""
+    outside: tuple[str, ...] = ()
     ignore: Callable[[str], bool] = lambda name: False
+
+    def full_name(self, name: str) -> str:
+        """A published name as we save it, prefix included."""
+        return name if name.startswith(self.outside) else f"{self.prefix}{name}"
 
 
 def shapes_of(module: nn.Module, *inputs: Any) -> dict[str, jax.ShapeDtypeStruct]:
@@ -158,7 +164,7 @@ def to_params(
                 stop = start + part[slot.axis]
                 piece = tensor[(slice(None),) * slot.axis + (slice(start, stop),)]
                 start = stop
-            array = slot.ours(piece).astype(np.float32)
+            array = slot.ours(piece).astype(np.float32, copy=False)
             if slot.row is None:
                 params[path] = place(path, array)
                 continue
@@ -168,18 +174,6 @@ def to_params(
             if len(filled) == len(whole):
                 params[path] = place(path, rows.pop(path)[0])
     return traverse_util.unflatten_dict(params, sep="/")
-
-
-def to_published(params: Mapping, slots: Mapping[str, Slot]) -> dict[str, np.ndarray]:
-    """The inverse of `to_params`: published name -> tensor."""
-    flat = traverse_util.flatten_dict(params, sep="/")
-    tensors = {}
-    for name, slot in slots.items():
-        rows = [flat[path] if slot.row is None else flat[path][slot.row] for path in slot.all_paths]
-        parts = [slot.published(np.asarray(row)) for row in rows]
-        joined = np.concatenate(parts, axis=slot.axis) if parts[1:] else parts[0]
-        tensors[name] = np.ascontiguousarray(joined)
-    return tensors
 
 
 class Safetensors(Mapping[str, np.ndarray]):
@@ -194,7 +188,7 @@ class Safetensors(Mapping[str, np.ndarray]):
         self.folder, self.prefix = folder, prefix
         index = folder / "model.safetensors.index.json"
         if index.exists():
-            self.files = json.loads(index.read_text())["weight_map"]
+            self.files = _weight_map(index)
         elif (folder / "model.safetensors").exists():
             with self._open("model.safetensors") as file:
                 self.files = dict.fromkeys(file.keys(), "model.safetensors")
@@ -208,7 +202,10 @@ class Safetensors(Mapping[str, np.ndarray]):
     def __getitem__(self, name: str) -> np.ndarray:
         published = self.names[name]
         with self._open(self.files[published]) as file:
-            return file.get_tensor(published)
+            try:
+                return file.get_tensor(published)
+            except SafetensorError as error:
+                raise UserError(f"{self.folder / self.files[published]}: {error}") from error
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -221,6 +218,15 @@ class Safetensors(Mapping[str, np.ndarray]):
             return safe_open(self.folder / shard, framework="np")
         except (SafetensorError, OSError) as error:
             raise UserError(f"{self.folder / shard} is damaged: {error}") from error
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> file name, of the index of a sharded checkpoint."""
+    try:
+        files = json.loads(index.read_text())["weight_map"]
+        return {str(name): str(file) for name, file in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index} is damaged: {error!r}") from error
 
 
 def _some(names: list[str]) -> str:

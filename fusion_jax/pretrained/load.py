@@ -1,4 +1,4 @@
-"""Opens and writes checkpoint folders of the known families: module, params, tokenizer."""
+"""Opens checkpoints of the known families: module, params, tokenizer, chat template."""
 
 import dataclasses
 import json
@@ -9,27 +9,33 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
-from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
 from fusion_jax.errors import UserError
-from fusion_jax.paths import write_folder
-from fusion_jax.pretrained.families import bert, efficientnet, moonshine
+from fusion_jax.pretrained import gguf, gguf_tokenizer
 from fusion_jax.pretrained.checkpoint import (
     Family,
     Safetensors,
     put,
     shapes_of,
     to_params,
-    to_published,
 )
+from fusion_jax.pretrained.families import bert, efficientnet, gemma, gpt2, llama, moonshine
 from fusion_jax.pretrained.fetch import checksum, fetch
 
 # config.json's model_type -> the parts of it that can be opened; the first unless asked.
 FAMILIES: dict[str, dict[str, Family]] = {
     "bert": {"encoder": bert.ENCODER},
     "efficientnet-lite": {"encoder": efficientnet.ENCODER, "classifier": efficientnet.CLASSIFIER},
+    "gemma2": {"language_model": gemma.LANGUAGE_MODEL},
+    "gemma3_text": {"language_model": gemma.LANGUAGE_MODEL},
+    "gpt2": {"language_model": gpt2.LANGUAGE_MODEL},
+    "llama": {"language_model": llama.LANGUAGE_MODEL},
+    "mistral": {"language_model": llama.LANGUAGE_MODEL},
     "moonshine": {"encoder": moonshine.ENCODER, "recogniser": moonshine.RECOGNISER},
+    "qwen2": {"language_model": llama.LANGUAGE_MODEL},
+    "qwen3": {"language_model": llama.LANGUAGE_MODEL},
+    "qwen3_moe": {"language_model": llama.LANGUAGE_MODEL},
 }
 
 
@@ -41,6 +47,7 @@ class Pretrained:
         module, params: `module.apply({"params": params}, ...)`.
         config: what config.json says, e.g. "image_size".
         tokenizer: a `tokenizers.Tokenizer`, or None if the checkpoint has none.
+        chat_template: how turns of a conversation are written (jinja), or None.
         checksum: sha256 of the weights; what was computed from them can be cached under it.
     """
 
@@ -48,6 +55,7 @@ class Pretrained:
     params: dict
     config: dict[str, Any]
     tokenizer: Tokenizer | None
+    chat_template: str | None
     checksum: str
 
 
@@ -68,40 +76,65 @@ def load(
         UserError: cannot be fetched; of an unknown family; damaged, or not as its config says.
     """
     folder = fetch(str(name))
-    config = read_config(folder)
+    file = _gguf_file(folder)
+    if file is not None:
+        stored = gguf.GGUF(file)
+        config = gguf.read_config(stored)
+        tokenizer = gguf_tokenizer.read_tokenizer(stored.metadata)
+        chat_template = stored.metadata.get("tokenizer.chat_template")
+        module, shapes, family = _describe(config, part, file)
+        tensors: Mapping[str, np.ndarray] = gguf.Published(stored)
+    else:
+        config = read_config(folder)
+        tokenizer, chat_template = read_tokenizer(folder), read_chat_template(folder)
+        module, shapes, family = _describe(config, part, folder / "config.json")
+        tensors = Safetensors(folder, family.prefix)
+    slots = family.slots(config)
+    params = to_params(tensors, slots, shapes, ignore=family.ignore, place=place)
+    return Pretrained(module, params, config, tokenizer, chat_template, checksum(folder))
+
+
+def _gguf_file(folder: Path) -> Path | None:
+    """The GGUF file that a name stands for: itself, or the only one of a folder without weights."""
+    if folder.suffix == ".gguf":
+        return folder
+    found = sorted(folder.glob("*.gguf"))
+    if not found or (folder / "config.json").exists():
+        return None
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found)
+        raise UserError(f"{folder} has several GGUF files: give the path of one of {names}")
+    return found[0]
+
+
+def _describe(
+    config: Mapping[str, Any], part: str | None, source: Path
+) -> tuple[nn.Module, dict[str, jax.ShapeDtypeStruct], Family]:
+    """The module that a config describes, its params' shapes and its family."""
     family = family_of(config, part)
     try:
-        module, slots, inputs = (f(config) for f in (family.build, family.slots, family.inputs))
-    except (KeyError, IndexError, TypeError) as error:
-        raise UserError(f"{folder / 'config.json'} lacks or has a wrong {error}") from error
-    tensors = Safetensors(folder, family.prefix)
-    shapes = shapes_of(module, *inputs)
-    params = to_params(tensors, slots, shapes, ignore=family.ignore, place=place)
-    return Pretrained(module, params, config, read_tokenizer(folder), checksum(folder))
+        module = family.build(config)
+        return module, shapes_of(module, *family.inputs(config)), family
+    except KeyError as error:
+        raise UserError(f"{source} lacks {error}") from error
+    except UserError:
+        raise
+    except (IndexError, TypeError, ValueError, ArithmeticError) as error:
+        raise UserError(f"{source} describes no model that can be built: {error}") from error
 
 
-def save(
-    folder: Path,
-    params: Mapping,
-    config: Mapping[str, Any],
-    part: str | None = None,
-    tokenizer: Tokenizer | None = None,
-) -> None:
-    """Writes a checkpoint folder that `load` and the family's own library open.
-
-    Raises:
-        UserError: the folder exists already.
-    """
-    if folder.exists():
-        raise UserError(f"{folder} exists already: give another folder, or remove it")
-    family = family_of(config, part)
-    tensors = to_published(params, family.slots(config))
-    named = {f"{family.prefix}{name}": tensor for name, tensor in tensors.items()}
-    with write_folder(folder) as draft:
-        save_file(named, draft / "model.safetensors", metadata={"format": "pt"})
-        (draft / "config.json").write_text(json.dumps(config, indent=2))
-        if tokenizer is not None:
-            tokenizer.save(str(draft / "tokenizer.json"))
+def read_chat_template(folder: Path) -> str | None:
+    """The chat template of a checkpoint folder, from either place where it may be."""
+    if (folder / "chat_template.jinja").exists():
+        return (folder / "chat_template.jinja").read_text()
+    try:
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+    except (OSError, ValueError):
+        return None
+    template = settings.get("chat_template") if isinstance(settings, dict) else None
+    if isinstance(template, list):  # several by name
+        template = {each["name"]: each["template"] for each in template}.get("default")
+    return template
 
 
 def read_config(folder: Path) -> dict[str, Any]:
