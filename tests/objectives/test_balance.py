@@ -106,17 +106,17 @@ def two_encoders():
         "here": jnp.arange(16) != 5,
     }
     model = TwoEncoders()
-    params = model.init(KEY, batch)["params"]
+    params = jax.jit(lambda key: model.init(key, batch)["params"])(KEY)
+    grad = jax.jit(jax.grad(lambda p: forward(model, cross_entropy())(p, batch, KEY)[0]))
     for _ in range(20):  # so that one modality is ahead
-        step = jax.grad(lambda p: forward(model, cross_entropy())(p, batch, KEY)[0])(params)
-        params = jax.tree.map(lambda p, g: p - 0.1 * g, params, step)
+        params = jax.tree.map(lambda p, g: p - np.float32(0.1) * g, params, grad(params))
     return model, params, batch
 
 
 def test_ogm_scales_each_encoder_and_nothing_else():
     model, params, batch = two_encoders()
     plain = forward(model, cross_entropy())
-    loss, grads = jax.value_and_grad(lambda p: plain(p, batch, KEY)[0])(params)
+    loss, grads = jax.jit(jax.value_and_grad(lambda p: plain(p, batch, KEY)[0]))(params)
     objective = weighted_sum({ogm_ge(model, cross_entropy(), ENCODERS, 0.3, noise=False): 2.0})
     run = jax.jit(jax.value_and_grad(objective, has_aux=True))
     (value, metrics), modulated = run(params, batch, KEY)

@@ -90,6 +90,7 @@ def test_equals_the_definition(make, row_loss, same, silent):
 def test_gradients(make, row_loss):
     embeddings, present, ids = example(1)
 
+    @jax.jit
     def loss(embeddings):
         return evaluate(make(same="concept"), embeddings, present, ids)[0]
 
