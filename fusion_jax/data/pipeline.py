@@ -230,16 +230,22 @@ def collate(
 
 
 def iterate(
-    batches: Batches, start: int = 0, *, workers: int = 0, prefetch: int = 2
+    batches: Batches,
+    start: int = 0,
+    stop: int | None = None,
+    *,
+    workers: int = 0,
+    prefetch: int = 2,
 ) -> Iterator[dict[str, Any]]:
-    """Batches from step `start` on, made ahead of time.
+    """Batches of steps `start` to `stop` (None: the end, if any), made ahead of time.
 
     Args:
+      batches: or any other sequence that maps a step to a batch.
       workers: processes that make batches, for transforms that hold Python's lock (pure-Python
         ones); 0 makes them in threads of this one, which is enough for decoding.
       prefetch: batches made ahead (per worker).
     """
-    steps = grain.MapDataset.source(batches).slice(slice(start, None))
+    steps = grain.MapDataset.source(batches).slice(slice(start, stop))
     threads = 1 if workers else min(prefetch, 4)
     dataset = steps.to_iter_dataset(grain.ReadOptions(threads, prefetch_buffer_size=prefetch))
     if workers:

@@ -61,10 +61,9 @@ def test_resumed_threaded_and_worker_made_batches_are_the_same():
     batches = Batches(Things(), 4, TRANSFORMS, seed=3)
     expected = [batches[step] for step in range(9)]
     for start, workers in [(0, 0), (5, 0), (5, 2)]:
-        stream = iterate(batches, start, workers=workers, prefetch=2)
-        for step in range(start, 9):
-            assert equal(next(stream), expected[step])
-        stream.close()
+        found = list(iterate(batches, start, 9, workers=workers, prefetch=2))
+        assert len(found) == 9 - start
+        assert all(map(equal, found, expected[start:]))
 
 
 def test_each_epoch_has_every_example_once_in_a_new_order():
@@ -94,6 +93,7 @@ def test_evaluation_goes_through_once_and_fills_up_with_absent_rows():
     assert found[-1]["label"][-1] == -1
     for name in TRANSFORMS:
         assert not found[-1][name].mask[-1].any()
+    assert all(map(equal, found, iterate(batches)))
     assert equal(found[0], Batches(Things(), 4, TRANSFORMS, train=False, seed=9)[0])
     with pytest.raises(IndexError):
         batches[3]
