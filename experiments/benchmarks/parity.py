@@ -25,7 +25,8 @@ from flax import traverse_util
 
 from experiments.benchmarks.parity_cases import CASES, Case
 from fusion_jax.pretrained.checkpoint import Safetensors, shapes_of, to_params
-from fusion_jax.pretrained.load import family_of, load, save
+from fusion_jax.pretrained.load import family_of, load
+from fusion_jax.pretrained.save import save
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
+from einops import rearrange
 
 from fusion_jax.attention import self_mask
+from fusion_jax.tokens import Tokens
 
 VOCABULARY = 61
 TEXT = {
@@ -93,6 +95,102 @@ def _qwen3_moe(**options: Any) -> Case:
 
 def _scaled(kind: str, **settings: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 500.0, "factor": 4.0} | settings}
+
+
+TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "patch_size": 4,
+}
+TOWER_TEXT = {"vocab_size": VOCABULARY, "max_position_embeddings": 14, "bos_token_id": 2}
+TOWER_TEXT |= {"eos_token_id": 1, "pad_token_id": 0}
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+HALF = (0.5, 0.5, 0.5)
+
+
+def _pictures(height: int, width: int, mean: tuple, std: tuple) -> dict[str, np.ndarray]:
+    """In 0..1 for us, normalised and channels first for them."""
+    picture = np.random.default_rng(0).random((2, height, width, 3), np.float32)
+    normal = (picture - np.float32(mean)) / np.float32(std)
+    return {"picture": picture, "pixel_values": np.ascontiguousarray(normal.transpose(0, 3, 1, 2))}
+
+
+def _present(picture: np.ndarray) -> Tokens:
+    return Tokens(jnp.asarray(picture), jnp.ones((len(picture),), bool))
+
+
+def dinov2(
+    model: type[transformers.PreTrainedModel],
+    config: type[transformers.PreTrainedConfig],
+    size: tuple[int, int] = (16, 16),
+    **options: Any,
+) -> Case:
+    """Two pictures -> all tokens."""
+    options = TOWER | {"image_size": 16, "attn_implementation": "eager"} | options
+    return Case(
+        model,
+        config(**options),
+        theirs=lambda model, batch: model(pixel_values=batch["pixel_values"]).last_hidden_state,
+        ours=lambda module, variables, batch: (
+            module.apply(variables, _present(batch["picture"])).values
+        ),
+        batch=_pictures(*size, IMAGENET_MEAN, IMAGENET_STD),
+    )
+
+
+def contrastive(
+    model: type[transformers.PreTrainedModel],
+    config: type[transformers.PreTrainedConfig],
+    size: tuple[int, int] = (16, 16),
+    vision: dict[str, Any] | None = None,
+    text: dict[str, Any] | None = None,
+    **options: Any,
+) -> Case:
+    """Two pictures and two ragged texts -> logits, pooled embeddings and the patches' tokens."""
+    clip = model is transformers.CLIPModel
+    texts = _texts(11)
+    ids, mask = texts["ids"], texts["mask"]
+    ids[np.arange(2), mask.sum(1) - 1] = TOWER_TEXT["eos_token_id"]
+    padded = np.pad(np.where(mask, ids, 0), ((0, 0), (0, 3)))  # SigLIP reads its padding
+    pictures = _pictures(*size, *((CLIP_MEAN, CLIP_STD) if clip else (HALF, HALF)))
+    if model is transformers.Siglip2Model:
+        patches = rearrange(
+            pictures["pixel_values"], "b c (y p) (x q) -> b (y x) (p q c)", p=4, q=4
+        )
+        pictures |= {
+            "pixel_values": np.ascontiguousarray(patches),
+            "spatial_shapes": np.array([[size[0] // 4, size[1] // 4]] * 2),
+            "pixel_attention_mask": np.ones(patches.shape[:2], np.int64),
+        }
+
+    def theirs(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        keys = [key for key in batch if key.startswith(("pixel", "spatial"))]
+        out = model(input_ids=batch["padded"], **{key: batch[key] for key in keys})
+        tokens = out.vision_model_output.last_hidden_state
+        parts = [out.logits_per_image, out.text_embeds, out.image_embeds, tokens]
+        return torch.cat([part.flatten() for part in parts])
+
+    def ours(module: nn.Module, variables: Any, batch: dict[str, np.ndarray]) -> jax.Array:
+        picture = _present(batch["picture"])
+        text = Tokens(jnp.asarray(batch["ids"], jnp.int32), jnp.asarray(batch["mask"]))
+        logits = module.apply(variables, picture, text)
+        run = nn.apply(lambda m: (m.text.embedding(text), m.vision.embedding(picture)), module)
+        vectors = [each / jnp.linalg.norm(each, axis=1, keepdims=True) for each in run(variables)]
+        tokens = nn.apply(lambda m: m.vision(picture), module)(variables).values
+        return jnp.concatenate([part.reshape(-1) for part in (logits, *vectors, tokens)])
+
+    side = {"num_patches": 16} if model is transformers.Siglip2Model else {"image_size": 16}
+    settings = config(
+        vision_config=TOWER | side | (vision or {}),
+        text_config=TOWER | TOWER_TEXT | (text or {}),
+        attn_implementation="eager",
+        **options,
+    )
+    batch = {"ids": ids, "mask": mask, "padded": padded} | pictures
+    return Case(model, settings, theirs, ours, batch, part="contrastive")
 
 
 CASES: dict[str, Callable[[], Case]] = {
@@ -212,5 +310,38 @@ CASES: dict[str, Callable[[], Case]] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
             "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5000.0},
         },
+    ),
+    "clip": partial(
+        contrastive,
+        transformers.CLIPModel,
+        transformers.CLIPConfig,
+        projection_dim=20,
+        text={"hidden_act": "gelu", "hidden_size": 24},
+    ),
+    "siglip": partial(
+        contrastive,
+        transformers.SiglipModel,
+        transformers.SiglipConfig,
+        text={"hidden_size": 24, "projection_size": 32},
+    ),
+    "siglip 2": partial(
+        contrastive, transformers.Siglip2Model, transformers.Siglip2Config, size=(12, 24)
+    ),
+    "dinov2": partial(dinov2, transformers.Dinov2Model, transformers.Dinov2Config),
+    "dinov2 options": partial(
+        dinov2,
+        transformers.Dinov2Model,
+        transformers.Dinov2Config,
+        size=(12, 28),
+        use_swiglu_ffn=True,
+        qkv_bias=False,
+        mlp_ratio=3,
+    ),
+    "dinov2 registers": partial(
+        dinov2,
+        transformers.Dinov2WithRegistersModel,
+        transformers.Dinov2WithRegistersConfig,
+        size=(12, 28),
+        num_register_tokens=3,
     ),
 }

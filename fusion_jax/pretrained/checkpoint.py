@@ -34,6 +34,7 @@ class Slot:
         paths: our param's path ("encoder/layer_0/mlp/up/kernel"), or several, when the published
             tensor holds them one after the other along `axis`.
         pattern: einops pattern from the published axes to ours; None keeps them.
+        sizes: of axes in the pattern that the published tensor's shape does not tell.
         order: which published place along the first axis comes at each place of ours.
         axis: see `paths`.
         offset: added to the published numbers (Gemma publishes the norms' scales minus one).
@@ -47,6 +48,7 @@ class Slot:
     axis: int = 0
     offset: float = 0.0
     row: int | None = None
+    sizes: tuple[tuple[str, int], ...] = ()
 
     def under(self, scope: str) -> "Slot":
         """The same for a module that is part of another, called `scope` there."""
@@ -62,7 +64,9 @@ class Slot:
             published = published[list(self.order)]
         if self.offset:
             published = published.astype(np.float32) + np.float32(self.offset)
-        return published if self.pattern is None else rearrange(published, self.pattern)
+        if self.pattern is None:
+            return published
+        return rearrange(published, self.pattern, **dict(self.sizes))
 
     def published(self, ours: np.ndarray) -> np.ndarray:
         """The inverse of `ours`."""

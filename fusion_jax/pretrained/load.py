@@ -20,12 +20,24 @@ from fusion_jax.pretrained.checkpoint import (
     shapes_of,
     to_params,
 )
-from fusion_jax.pretrained.families import bert, efficientnet, gemma, gpt2, llama, moonshine
+from fusion_jax.pretrained.families import (
+    bert,
+    contrastive,
+    dinov2,
+    efficientnet,
+    gemma,
+    gpt2,
+    llama,
+    moonshine,
+)
 from fusion_jax.pretrained.fetch import checksum, fetch
 
 # config.json's model_type -> the parts of it that can be opened; the first unless asked.
 FAMILIES: dict[str, dict[str, Family]] = {
     "bert": {"encoder": bert.ENCODER},
+    "clip": contrastive.CONTRASTIVE,
+    "dinov2": {"vision": dinov2.VISION},
+    "dinov2_with_registers": {"vision": dinov2.VISION},
     "efficientnet-lite": {"encoder": efficientnet.ENCODER, "classifier": efficientnet.CLASSIFIER},
     "gemma2": {"language_model": gemma.LANGUAGE_MODEL},
     "gemma3_text": {"language_model": gemma.LANGUAGE_MODEL},
@@ -36,6 +48,8 @@ FAMILIES: dict[str, dict[str, Family]] = {
     "qwen2": {"language_model": llama.LANGUAGE_MODEL},
     "qwen3": {"language_model": llama.LANGUAGE_MODEL},
     "qwen3_moe": {"language_model": llama.LANGUAGE_MODEL},
+    "siglip": contrastive.CONTRASTIVE,
+    "siglip2": contrastive.CONTRASTIVE,
 }
 
 
