@@ -229,8 +229,23 @@ def collate(
     return batch
 
 
+@dataclasses.dataclass(frozen=True)
+class _Steps:
+    """Batches `start` to `stop` as a source of their own."""
+
+    batches: Any
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __getitem__(self, step: int) -> dict[str, Any]:
+        return self.batches[self.start + step]
+
+
 def iterate(
-    batches: Batches,
+    batches: Any,
     start: int = 0,
     stop: int | None = None,
     *,
@@ -240,12 +255,12 @@ def iterate(
     """Batches of steps `start` to `stop` (None: the end, if any), made ahead of time.
 
     Args:
-      batches: or any other sequence that maps a step to a batch.
+      batches: anything that maps a step to a batch; a length only if `stop` is None.
       workers: processes that make batches, for transforms that hold Python's lock (pure-Python
         ones); 0 makes them in threads of this one, which is enough for decoding.
       prefetch: batches made ahead (per worker).
     """
-    steps = grain.MapDataset.source(batches).slice(slice(start, stop))
+    steps = grain.MapDataset.source(_Steps(batches, start, len(batches) if stop is None else stop))
     threads = 1 if workers else min(prefetch, 4)
     dataset = steps.to_iter_dataset(grain.ReadOptions(threads, prefetch_buffer_size=prefetch))
     if workers:

@@ -83,6 +83,8 @@ def check_model(workdir: Path, params: Any) -> None:
     Raises:
         UserError: the workdir was made by another model; names the first param that differs.
     """
+    if jax.process_index() != 0:
+        return
     record = workdir / "params.json"
     shapes = {
         jax.tree_util.keystr(path, simple=True, separator="/"): [list(leaf.shape), str(leaf.dtype)]
@@ -96,7 +98,7 @@ def check_model(workdir: Path, params: Any) -> None:
                     f"{workdir} holds another model: {path} was {before.get(path)}, now "
                     f"{shapes.get(path)}; give another --workdir, or --overwrite to start anew"
                 )
-    elif jax.process_index() == 0:
+    else:
         draft = record.with_suffix(".tmp")
         draft.write_text(json.dumps(shapes, indent=1) + "\n")
         draft.rename(record)

@@ -76,12 +76,14 @@ def load_file(path: Path) -> ModuleType:
 
 
 def open_workdir(workdir: Path, source: Path, settings: Settings) -> None:
-    """Makes a workdir for a run, or checks that the one there holds this very run.
+    """Makes a workdir for a run, or checks that the one there holds this very run (process 0).
 
     Raises:
         UserError: it holds a run with other settings or of another file; says what differs.
     """
-    if settings.overwrite and jax.process_index() == 0:
+    if jax.process_index() != 0:
+        return
+    if settings.overwrite:
         shutil.rmtree(workdir, ignore_errors=True)
     record, copy = workdir / "run.json", workdir / "experiment.py"
     identity = json.loads(json.dumps(settings.identity()))
@@ -104,7 +106,7 @@ def open_workdir(workdir: Path, source: Path, settings: Settings) -> None:
             )
     elif workdir.exists() and any(workdir.iterdir()):
         raise UserError(f"{workdir} is not empty and holds no run: {advice}")
-    elif jax.process_index() == 0:
+    else:
         workdir.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, copy)
         draft = record.with_suffix(".tmp")

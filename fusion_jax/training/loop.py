@@ -72,8 +72,9 @@ def train(experiment: Experiment, settings: Settings, workdir: Path) -> dict[str
         seed=settings.seed,
         accumulation=settings.accumulation,
     )
-    metrics_file = MetricsFile(workdir, start, settings.tensorboard)
     pending: collections.deque[tuple[int, dict, Any]] = collections.deque()
+    metrics_file = MetricsFile(workdir, start, settings.tensorboard)
+    batches = iterate(experiment.data, start, settings.steps, workers=settings.workers)
     bar = tqdm(
         total=settings.steps,
         initial=start,
@@ -82,6 +83,9 @@ def train(experiment: Experiment, settings: Settings, workdir: Path) -> dict[str
         disable=jax.process_index() != 0,
         mininterval=0.5 if sys.stderr.isatty() else 20,
     )
+    closing = contextlib.ExitStack()
+    for open_thing in (metrics_file, batches, bar):
+        closing.callback(open_thing.close)
 
     def settle(keep: int) -> None:
         """Reads the metrics of all but the last `keep` steps; stops at one that is not finite."""
@@ -113,15 +117,16 @@ def train(experiment: Experiment, settings: Settings, workdir: Path) -> dict[str
             checkpoints.save(step, state, metrics)
 
     # ------------------------------------------------------------------------------ the loop
-    batches = iterate(experiment.data, start, settings.steps, workers=settings.workers)
-    with interruption() as interrupted, contextlib.ExitStack() as tracing:
+    with closing, contextlib.ExitStack() as tracing, interruption() as interrupted:
         for step in range(start + 1, settings.steps + 1):
             with clock("data"):
                 batch = next(batches)
             if settings.profile and step == start + 10:
                 tracing.enter_context(jax.profiler.trace(str(workdir / "profile")))
-            with clock("step"), jax.transfer_guard("disallow"):
-                state, metrics = step_fn(state, frozen, put_batch(batch, mesh))
+            with clock("step"):
+                placed = put_batch(batch, mesh)
+                with jax.transfer_guard("disallow"):
+                    state, metrics = step_fn(state, frozen, placed)
             pending.append((step, metrics, batch.get("id")))
             with clock("step"):
                 settle(LAG)
@@ -137,14 +142,11 @@ def train(experiment: Experiment, settings: Settings, workdir: Path) -> dict[str
                 settle(0)
                 checkpoints.save(step, state)
                 checkpoints.close()
-                metrics_file.close()
-                bar.close()
+                closing.close()
                 say(f"interrupted: saved step {step} in {workdir}; the same command goes on")
                 raise SystemExit(0)
-    bar.close()
     with clock("checkpoint"):
         checkpoints.wait()
-    metrics_file.close()
     say(clock.summary())
 
     # ------------------------------------------------------------------------------ the report

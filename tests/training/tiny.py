@@ -29,12 +29,15 @@ class Data:
     def __getitem__(self, step: int) -> dict:
         rows = self.settings.batch_size // jax.process_count()
         mine = slice(rows * jax.process_index(), rows * (jax.process_index() + 1))
+        return {name: leaf[mine] for name, leaf in self.whole(step).items()}
+
+    def whole(self, step: int) -> dict:
         rng = np.random.default_rng([self.settings.seed, step])
         x = rng.normal(size=(self.settings.batch_size, 4)).astype(np.float32)
         if step == self.settings.poison:
             x[3] = np.nan
         ids = np.arange(self.settings.batch_size, dtype=np.int32) + 100 * step
-        return {"x": x[mine], "y": np.sin(x).sum(1)[mine], "id": ids[mine]}
+        return {"x": x, "y": np.sin(x).sum(1), "id": ids}
 
 
 class Net(nn.Module):
@@ -56,7 +59,7 @@ def build(s: Settings) -> Experiment:
         return jnp.mean(error**2), {"bias": error.mean()}
 
     def held_out(params, prefix):
-        batch = Data(dataclasses.replace(s, seed=s.seed + 1, poison=-1))[0]
+        batch = Data(dataclasses.replace(s, seed=s.seed + 1, poison=-1)).whole(0)
         error = net.apply({"params": params}, batch["x"]) - batch["y"]
         return {f"{prefix}/fit": -float(jnp.mean(error**2))}
 

@@ -1,0 +1,170 @@
+"""Killed at any moment and run again, a run ends as if it had never been killed."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fusion_jax.__main__ import main
+from fusion_jax.training.metrics import read_metrics
+
+TINY = str(Path(__file__).parent / "tiny.py")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path_factory):
+    monkeypatch.setenv("FUSION_JAX_HOME", str(tmp_path_factory.getbasetemp() / "home"))
+
+
+def command(workdir, *flags, steps=30):
+    fixed = ["--log-every", "1", "--checkpoint-every", "5", "--no-tensorboard"]
+    return ["train", TINY, "--workdir", str(workdir), "--steps", str(steps), *fixed, *flags]
+
+
+def spawn(*arguments, devices=1, **kwargs):
+    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    line = [sys.executable, "-m", "fusion_jax", *arguments]
+    kwargs |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(line, env=env, **kwargs)
+
+
+def finish(process):
+    out, error = process.communicate(timeout=120)
+    return process.returncode, error
+
+
+@pytest.fixture(scope="module")
+def unkilled(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("unkilled")
+    assert finish(spawn(*command(workdir)))[0] == 0
+    return read_metrics(workdir / "metrics.jsonl")
+
+
+def test_loss_falls_and_each_step_is_logged_once(unkilled):
+    losses = [row["train/loss"] for row in unkilled if "train/loss" in row]
+    assert len(losses) == 30
+    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
+
+
+def test_sigkill_ten_times_then_bit_for_bit(unkilled, tmp_path):
+    """Saves after every step, so that most kills hit one in the middle."""
+    flags = ("--checkpoint-every", "1", "--keep", "1")
+    kills, luck = 0, random.Random(0)
+    for _ in range(40):
+        process = spawn(*command(tmp_path / "run", *flags))
+        began = len(read_metrics(tmp_path / "run" / "metrics.jsonl"))
+        while process.poll() is None and kills < 10:
+            if len(read_metrics(tmp_path / "run" / "metrics.jsonl")) > began:
+                time.sleep(luck.random() * 0.05)
+                process.kill()
+                kills += 1
+            time.sleep(0.002)
+        status, error = finish(process)
+        if status == 0:
+            break
+        assert status == -signal.SIGKILL, error
+    assert kills >= 5
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl") == unkilled
+
+
+def test_sigterm_saves_and_exits_0_and_goes_on_with_more_devices(unkilled, tmp_path):
+    process = spawn(*command(tmp_path, "--checkpoint-every", "1000", steps=30))
+    while len(read_metrics(tmp_path / "metrics.jsonl")) < 3:
+        time.sleep(0.002)
+        assert process.poll() is None
+    process.terminate()
+    status, error = finish(process)
+    assert status == 0, error
+    if "interrupted: saved step" in error:  # else it was quick enough to end
+        status, error = finish(spawn(*command(tmp_path), devices=4))
+        assert status == 0 and "resumed from step" in error
+    found = read_metrics(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in found] == [row["step"] for row in unkilled]
+    for mine, theirs in zip(found, unkilled, strict=True):
+        for name in theirs:
+            np.testing.assert_allclose(mine[name], theirs[name], atol=1e-5)
+
+
+def test_two_processes_give_the_curve_of_one(unkilled, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        coordinator = f"localhost:{probe.getsockname()[1]}"
+    ranks = [
+        spawn(
+            *command(tmp_path, "--coordinator", coordinator),
+            *("--processes", "2", "--process", str(rank)),
+        )
+        for rank in range(2)
+    ]
+    for status, error in map(finish, ranks):
+        assert status == 0, error
+    for mine, theirs in zip(read_metrics(tmp_path / "metrics.jsonl"), unkilled, strict=True):
+        for name in theirs:
+            np.testing.assert_allclose(mine[name], theirs[name], atol=1e-5)
+
+
+def test_best_checkpoint_is_kept_and_reported(tmp_path, capsys):
+    flags = ("--evaluate-every", "5", "--keep", "1", "--seeds", "2")
+    assert main(command(tmp_path, *flags, steps=20)) == 0
+    assert "2 seeds (0, 1)" in capsys.readouterr().out
+    for seed in range(2):
+        workdir = tmp_path / f"seed-{seed}"
+        rows = [row for row in read_metrics(workdir / "metrics.jsonl") if "validation/fit" in row]
+        best = max(rows, key=lambda row: row["validation/fit"])
+        reported = json.loads((workdir / "report" / "metrics.json").read_text())
+        assert reported["test/fit"] == pytest.approx(best["validation/fit"], abs=1e-6)
+        assert {best["step"], 20} == {int(p.name) for p in (workdir / "checkpoints").glob("[0-9]*")}
+        (workdir / "report" / "metrics.json").unlink()
+        assert main(["evaluate", "--workdir", str(workdir)]) == 0
+        assert json.loads((workdir / "report" / "metrics.json").read_text()) == reported
+
+
+def test_non_finite_loss_names_step_examples_and_checkpoint(tmp_path, capsys):
+    assert main(command(tmp_path, "--poison", "12")) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "step 13" in error and "1200, 1201" in error
+    assert error.count(str(tmp_path / "checkpoints" / "10")) == 1
+    assert max(row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")) == 12
+
+
+def test_bad_input_is_one_line(tmp_path, capsys):
+    def said(*arguments):
+        assert main(list(arguments)) == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    assert main(command(tmp_path / "a", steps=5)) == 0
+    assert "seed was 0, now 1" in said(*command(tmp_path / "a", "--seed", "1", steps=5))
+    assert "no experiment file" in said("train", "nowhere.py")
+    assert "unknown command" in said("tarin")
+    assert "no run.json" in said("evaluate", "--workdir", str(tmp_path))
+    assert "multiple of 8" in said(*command(tmp_path / "b", "--batch-size", "12"))
+    assert main(command(tmp_path / "a", "--seed", "1", "--overwrite", steps=5)) == 0
+
+    source = tmp_path / "other.py"
+    source.write_text(Path(TINY).read_text().replace("nn.tanh", "nn.relu"))
+    again = command(tmp_path / "a", "--seed", "1", steps=5)
+    assert "differs from the copy" in said("train", str(source), *again[2:])
+    record = tmp_path / "a" / "params.json"
+    record.write_text(record.read_text().replace("8", "9"))
+    assert "holds another model" in said("evaluate", "--workdir", str(tmp_path / "a"))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(command(tmp_path / "c", "--no-such-setting", "1"))
+    assert stop.value.code == 2 and "no-such-setting" in capsys.readouterr().err
+
+
+def test_damaged_checkpoint_is_said(tmp_path, capsys):
+    assert main(command(tmp_path, steps=5)) == 0
+    for file in (tmp_path / "checkpoints" / "5").rglob("*"):
+        if file.is_file() and "ocdbt" in str(file):
+            file.write_bytes(b"")
+    assert main(["evaluate", "--workdir", str(tmp_path)]) == 2
+    assert "cannot restore" in capsys.readouterr().err.splitlines()[-1]
