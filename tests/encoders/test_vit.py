@@ -101,7 +101,8 @@ def test_other_sizes_run_on_the_same_params_and_bad_ones_are_refused():
         size: Tokens(jnp.ones((1, *size, 3)), jnp.ones(1, bool))
         for size in ((8, 8), (12, 20), (10, 8))
     }
-    params = vit.init(jax.random.key(0), pictures[8, 8])
-    assert vit.apply(params, pictures[12, 20]).values.shape == (1, 15, 8)
+    params = jax.eval_shape(vit.init, jax.random.key(0), pictures[8, 8])
+    larger = jax.eval_shape(vit.apply, params, pictures[12, 20])
+    assert larger.values.shape == (1, 15, 8)
     with pytest.raises(UserError, match="multiples of the patch"):
-        vit.apply(params, pictures[10, 8])
+        vit.init(jax.random.key(0), pictures[10, 8])
