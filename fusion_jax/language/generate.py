@@ -147,7 +147,7 @@ def advance(
 ) -> tuple[jax.Array, Caches]:
     """One more token [b] at its position [b]: next logits [b, v] and the caches after it."""
     where = position[:, None]
-    items = None if prompt.query_items is None else prompt.query_items[:, -1:]
+    items = None if prompt.query_items is None else answer_items(prompt)
     hidden, caches = model.apply(
         {"params": params},
         token[:, None],
@@ -156,6 +156,11 @@ def advance(
         **cross_context(prompt, items),
     )
     return model.apply({"params": params}, hidden, method="logits")[:, 0], caches
+
+
+def answer_items(prompt: Prompt) -> jax.Array:
+    """The item that an answer's tokens look at: the prompt's last, int32 [b, 1]."""
+    return prompt.query_items.max(axis=1, keepdims=True)
 
 
 def cross_context(prompt: Prompt, query_items: jax.Array | None) -> dict[str, Any]:
@@ -332,7 +337,7 @@ def _choose(
         return total
     items = None
     if prompt.query_items is not None:
-        items = jnp.repeat(prompt.query_items[:, -1:], length - 1, axis=1)
+        items = jnp.repeat(answer_items(prompt), length - 1, axis=1)
 
     def rest(choice: tuple[jax.Array, jax.Array]) -> jax.Array:
         """log p of all but the first token of one choice after each prompt: [b]."""

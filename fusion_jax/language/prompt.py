@@ -1,4 +1,4 @@
-"""Prompts: ids or vectors with a mask, where each token stands, and packing of short sequences."""
+"""Prompts: ids or vectors with a mask, and where each token stands."""
 
 from collections.abc import Sequence
 
@@ -97,54 +97,3 @@ def bucket(length: int) -> int:
     while size < length:
         size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
     return size
-
-
-def plan_packing(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Which sequences share a row of `size` tokens: first fit, longest first.
-
-    Returns one list of indices into `lengths` per row, each index once.
-
-    Raises:
-        UserError: a sequence longer than `size`.
-    """
-    rows: list[list[int]] = []
-    room: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        length = lengths[index]
-        if length > size:
-            raise UserError(f"sequence {index} has {length} tokens, a row has {size}: shorten it")
-        row = next((r for r, left in enumerate(room) if left >= length), None)
-        if row is None:
-            rows.append([])
-            room.append(size)
-            row = len(rows) - 1
-        rows[row].append(index)
-        room[row] -= length
-    return rows
-
-
-def pack(
-    sequences: Sequence[Sequence[int]], weights: Sequence[Sequence[float]], size: int
-) -> dict[str, np.ndarray | Tokens]:
-    """Several sequences in each row, as `objectives.generative.causal_lm` reads them.
-
-    Args:
-        sequences: lists of ids.
-        weights: of each id as a target: 1 for an answer, 0 for a prompt.
-        size: tokens per row.
-
-    Returns:
-        "text" Tokens [rows, size], "weights" float32 and "segments" int32 [rows, size]: 1, 2, ...
-        by sequence, 0 where padded.
-    """
-    rows = plan_packing([len(sequence) for sequence in sequences], size)
-    ids = np.zeros((len(rows), size), np.int32)
-    weight = np.zeros(ids.shape, np.float32)
-    segments = np.zeros(ids.shape, np.int32)
-    for row, members in enumerate(rows):
-        start = 0
-        for number, index in enumerate(members, start=1):
-            part = slice(start, start + len(sequences[index]))
-            ids[row, part], weight[row, part] = sequences[index], weights[index]
-            segments[row, part], start = number, part.stop
-    return {"text": Tokens(ids, segments > 0), "weights": weight, "segments": segments}

@@ -1,13 +1,15 @@
 """Causal language modelling on answer tokens, without ever holding logits for a whole batch."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
+from jax.custom_derivatives import SymbolicZero
 
 from fusion_jax.objectives.combine import Batch, Loss, Metrics, Objective, Params
+from fusion_jax.tokens import fill
 
 
 def causal_lm(
@@ -15,10 +17,10 @@ def causal_lm(
 ) -> Objective:
     """Cross-entropy of each answer token given what comes before, the mean over answer tokens.
 
-    The batch has "text" (Tokens of ids [b, t]) and "weights" [b, t]: how much each id counts as a
-    target, 0 for a prompt's. "segments" int32 [b, t] says which tokens of a packed row belong
-    together; the loss of packed rows is that of the same sequences in rows of their own. Reports
-    `perplexity`, `accuracy` and `answer_tokens`.
+    The batch has Tokens of "text", ids [b, t], and "weight", float32 [b, t]: how much each id
+    counts as a target, 0 for a prompt's. "segment" int32 [b, t] says which tokens of a packed row
+    belong together; the loss of packed rows is that of the same sequences in rows of their own.
+    Reports `perplexity`, `accuracy` and `answer_tokens`.
 
     Args:
         model: `FusedLM`, or anything whose `apply` returns `.hidden` and whose "logits" method
@@ -37,9 +39,10 @@ def causal_lm(
         def logits(hidden: jax.Array) -> jax.Array:
             return model.apply({"params": params}, hidden, method="logits")
 
-        weights = target_weights(batch)
-        targets = jnp.roll(batch["text"].values, -1, axis=1)
-        loss, correct = answer_cross_entropy(logits, outputs.hidden, targets, weights, chunk)
+        before, weights = sources(outputs.mask, batch)
+        loss, correct = answer_cross_entropy(
+            logits, outputs.hidden, before, batch["text"].values, weights, chunk
+        )
         total = weights.sum()
         safe = jnp.where(total == 0, jnp.float32(1), total)
         loss, correct = loss / safe, correct / safe
@@ -53,63 +56,144 @@ def causal_lm(
     return causal_lm
 
 
-def target_weights(batch: Batch) -> jax.Array:
-    """How much the token after each position counts, float32 [b, t]: 0 across segments."""
-    text = batch["text"]
-    ahead = jnp.where(text.mask & (text.values >= 0), batch["weights"].astype(jnp.float32), 0.0)
-    ahead = jnp.where(text.mask, jnp.roll(ahead, -1, axis=1), 0.0).at[:, -1].set(0.0)
-    if "segments" in batch:
-        segments = batch["segments"]
-        ahead = jnp.where(segments == jnp.roll(segments, -1, axis=1), ahead, 0.0)
-    return ahead
+def sources(mask: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Which position predicts each token, int32 [b, t], and how much the token counts, [b, t].
+
+    It is the last real position before it (an absent picture may lie between) in its segment;
+    where there is none, the token does not count. mask: bool [b, t], True where hidden is real.
+    """
+    index = jnp.broadcast_to(jnp.arange(mask.shape[1], dtype=jnp.int32)[None], mask.shape)
+    last = jax.lax.cummax(jnp.where(mask, index, -1), axis=1)
+    before = jnp.pad(last[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    counts = mask & (before >= 0) & (batch["text"].values >= 0)
+    before = before.clip(0)
+    if "segment" in batch:
+        segments = fill(batch["segment"])
+        counts &= jnp.take_along_axis(segments, before, axis=1) == segments
+    return before, jnp.where(counts, fill(batch["weight"]).astype(jnp.float32), 0.0)
 
 
 def answer_cross_entropy(
     logits: Callable[[jax.Array], jax.Array],
     hidden: jax.Array,
+    before: jax.Array,
     targets: jax.Array,
     weights: jax.Array,
     chunk: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Weighted sums of cross-entropy and of hits over positions with a weight.
+    """Weighted sums of cross-entropy and of hits over tokens with a weight.
 
-    The positions of each row that count are moved to its front and projected `chunk` at a time;
-    chunks in which nothing counts are skipped, and logits are computed again in the backward pass
-    instead of kept.
+    The tokens of each row that count are moved to its front, and the hidden states before them
+    are projected `chunk` at a time, for as many chunks as any row needs. The gradient is computed
+    along with the loss, while a chunk's logits are there, so that they are made once and never
+    kept (after the Liger kernels, arXiv 2410.10989). It can be differentiated once.
 
     Args:
         logits: hidden [b, c, d] -> [b, c, v].
-        hidden: [b, t, d].  targets: int [b, t].  weights: float32 [b, t].
+        hidden: [b, t, d].
+        before: int32 [b, t], the position whose hidden state predicts each token.
+        targets, weights: ids int32 [b, t], and how much each counts, float32 [b, t].
     """
     length = hidden.shape[1]
     order = jnp.argsort(weights == 0, axis=1, stable=True)
     chunk = min(chunk, length)
-    extra = -length % chunk
 
-    def chunks(leaf: jax.Array) -> jax.Array:
-        index = order.reshape(order.shape + (1,) * (leaf.ndim - 2))
+    def front(leaf: jax.Array, index: jax.Array) -> jax.Array:
+        index = index.reshape(index.shape + (1,) * (leaf.ndim - 2))
         leaf = jnp.take_along_axis(leaf, index, axis=1)
-        leaf = jnp.pad(leaf, ((0, 0), (0, extra)) + ((0, 0),) * (leaf.ndim - 2))
-        return rearrange(leaf, "b (n c) ... -> n b c ...", c=chunk)
+        return jnp.pad(leaf, ((0, 0), (0, -length % chunk)) + ((0, 0),) * (leaf.ndim - 2))
 
-    @jax.checkpoint
-    def project(
-        hidden: jax.Array, targets: jax.Array, weights: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        scores = logits(hidden)
-        targets = jnp.where(weights > 0, targets, 0)
-        at_target = jnp.take_along_axis(scores, targets[:, :, None], axis=-1)[..., 0]
-        losses = jax.nn.logsumexp(scores, axis=-1) - at_target
-        hits = (scores.argmax(axis=-1) == targets).astype(jnp.float32)
-        return (weights * losses).sum(), (weights * hits).sum()
+    hidden = front(hidden, jnp.take_along_axis(before, order, axis=1))
+    project, closed_over = jax.closure_convert(logits, hidden[:, :chunk])
+    return _sums(project, chunk, hidden, front(targets, order), front(weights, order), closed_over)
 
-    def step(
-        total: tuple[jax.Array, jax.Array], part: tuple[jax.Array, jax.Array, jax.Array]
-    ) -> tuple[tuple[jax.Array, jax.Array], None]:
-        zero = jnp.zeros((), jnp.float32)
-        added = jax.lax.cond((part[2] > 0).any(), project, lambda *_: (zero, zero), *part)
-        return jax.tree.map(jnp.add, total, added), None
+
+Sums = tuple[jax.Array, jax.Array]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _sums(
+    project: Callable[..., jax.Array],
+    chunk: int,
+    hidden: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    closed_over: list[jax.Array],
+) -> Sums:
+    def add(index: jax.Array, total: Sums) -> Sums:
+        part = _part((hidden, targets, weights), index, chunk)
+        return jax.tree.map(jnp.add, total, _chunk_sums(project(part[0], *closed_over), *part[1:]))
 
     zero = jnp.zeros((), jnp.float32)
-    total, _ = jax.lax.scan(step, (zero, zero), tuple(map(chunks, (hidden, targets, weights))))
-    return total
+    return jax.lax.fori_loop(0, _chunks_needed(weights, chunk), add, (zero, zero))
+
+
+def _sums_and_gradients(
+    project: Callable[..., jax.Array],
+    chunk: int,
+    hidden: Any,
+    targets: Any,
+    weights: Any,
+    closed_over: list[Any],
+) -> tuple[Sums, tuple[jax.Array, list[jax.Array | None]]]:
+    """The sums, and what they change by with hidden states and each array that is trained."""
+    hidden, targets, weights = hidden.value, targets.value, weights.value
+    trained = [leaf.value for leaf in closed_over if leaf.perturbed]
+
+    def sums(hidden: jax.Array, trained: list[jax.Array], rest: tuple) -> Sums:
+        rows = iter(trained)
+        arrays = [next(rows) if leaf.perturbed else leaf.value for leaf in closed_over]
+        return _chunk_sums(project(hidden, *arrays), *rest)
+
+    def add(index: jax.Array, carry: tuple) -> tuple:
+        loss, hits, d_hidden, d_trained = carry
+        part, *rest = _part((hidden, targets, weights), index, chunk)
+        more, pull, hit = jax.vjp(lambda h, t: sums(h, t, rest), part, trained, has_aux=True)
+        d_part, d_more = pull(jnp.ones_like(more))
+        d_hidden = jax.lax.dynamic_update_slice_in_dim(d_hidden, d_part, index * chunk, axis=1)
+        return loss + more, hits + hit, d_hidden, jax.tree.map(jnp.add, d_trained, d_more)
+
+    zero = jnp.zeros((), jnp.float32)
+    start = (zero, zero, jnp.zeros_like(hidden), jax.tree.map(jnp.zeros_like, trained))
+    loss, hits, d_hidden, d_trained = jax.lax.fori_loop(
+        0, _chunks_needed(weights, chunk), add, start
+    )
+    rows = iter(d_trained)
+    d_closed_over = [next(rows) if leaf.perturbed else None for leaf in closed_over]
+    return (loss, hits), (d_hidden, d_closed_over)
+
+
+def _scaled(
+    project: Callable[..., jax.Array], chunk: int, gradients: tuple, cotangents: tuple
+) -> tuple:
+    d_hidden, d_closed_over = gradients
+    d_loss = cotangents[0]
+    if isinstance(d_loss, SymbolicZero):
+        return (None, None, None, [None] * len(d_closed_over))
+
+    def scale(leaf: jax.Array | None) -> jax.Array | None:
+        return None if leaf is None else leaf * d_loss.astype(leaf.dtype)
+
+    return scale(d_hidden), None, None, [scale(leaf) for leaf in d_closed_over]
+
+
+_sums.defvjp(_sums_and_gradients, _scaled, symbolic_zeros=True)
+
+
+def _chunk_sums(scores: jax.Array, targets: jax.Array, weights: jax.Array) -> Sums:
+    """Of one chunk's logits [b, c, v]."""
+    targets = jnp.where(weights > 0, targets, 0)
+    at_target = jnp.take_along_axis(scores, targets[:, :, None], axis=-1)[..., 0]
+    losses = jax.nn.logsumexp(scores, axis=-1) - at_target
+    hits = (scores.argmax(axis=-1) == targets).astype(jnp.float32)
+    return (weights * losses).sum(), (weights * hits).sum()
+
+
+def _part(arrays: tuple, index: jax.Array, chunk: int) -> list[jax.Array]:
+    cut = partial(jax.lax.dynamic_slice_in_dim, start_index=index * chunk, slice_size=chunk, axis=1)
+    return [cut(array) for array in arrays]
+
+
+def _chunks_needed(weights: jax.Array, chunk: int) -> jax.Array:
+    longest = (weights > 0).sum(axis=1, dtype=jnp.int32).max()
+    return (longest + chunk - 1) // chunk
