@@ -127,23 +127,71 @@ def depthwise_by_groups(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Arr
     )
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
 def depthwise_by_shifts(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     """The same as k x k shifted products: on CPU, XLA's grouped convolution is 12 times slower."""
+    height, width = (-(-side // stride) for side in x.shape[1:3])
+    return _sum_of_shifts(_padded(x, kernel.shape[0], stride), kernel, height, width, stride)
+
+
+def _forward(x: jax.Array, kernel: jax.Array, stride: int) -> tuple[jax.Array, tuple]:
+    return depthwise_by_shifts(x, kernel, stride), (x, kernel)
+
+
+def _backward(stride: int, saved: tuple, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Written out, since the derivative of k x k slices is as many padded copies of the picture."""
+    x, kernel = saved
     size = kernel.shape[0]
-    _, height, width, _ = x.shape
-    out_height, out_width = -(-height // stride), -(-width // stride)
-    vertical = max((out_height - 1) * stride + size - height, 0)
-    horizontal = max((out_width - 1) * stride + size - width, 0)
-    padding = [(vertical // 2, vertical - vertical // 2)]
-    padding += [(horizontal // 2, horizontal - horizontal // 2)]
-    x = jnp.pad(x, [(0, 0), *padding, (0, 0)])
-    rows, columns = (out_height - 1) * stride + 1, (out_width - 1) * stride + 1
-    total = jnp.zeros((), x.dtype)
-    for i in range(size):
-        for j in range(size):
-            shifted = x[:, i : i + rows : stride, j : j + columns : stride]
-            total = total + shifted * kernel[i, j][None, None]
-    return total
+    height, width = gradient.shape[1:3]
+    padded = _padded(x, size, stride)
+
+    def for_place(place: jax.Array) -> jax.Array:
+        seen = _shift(padded, place // size, place % size, height, width, stride)
+        return (seen * gradient).sum(axis=(0, 1, 2))
+
+    # A loop: XLA's CPU code for all sums at once takes 4 times as long, and longer to compile.
+    for_kernel = jax.lax.map(for_place, jnp.arange(size**2)).reshape(kernel.shape)
+    edges = [(0, 0, 0)]
+    for side, out in zip(x.shape[1:3], (height, width), strict=True):
+        before = size - 1 - _margins(side, size, stride)[0]
+        spread = (out - 1) * stride + 1
+        edges.append((before, side + size - 1 - before - spread, stride - 1))
+    spread_out = jax.lax.pad(gradient, jnp.zeros((), gradient.dtype), [*edges, (0, 0, 0)])
+    for_x = _sum_of_shifts(spread_out, kernel[::-1, ::-1], *x.shape[1:3], stride=1)
+    return for_x, for_kernel
+
+
+depthwise_by_shifts.defvjp(_forward, _backward)
+
+
+def _sum_of_shifts(
+    x: jax.Array, kernel: jax.Array, height: int, width: int, stride: int
+) -> jax.Array:
+    shifts = [
+        _shift(x, i, j, height, width, stride) * kernel[i, j][None, None]
+        for i in range(kernel.shape[0])
+        for j in range(kernel.shape[1])
+    ]
+    return sum(shifts[1:], start=shifts[0])
+
+
+def _shift(
+    x: jax.Array, i: int | jax.Array, j: int | jax.Array, height: int, width: int, stride: int
+) -> jax.Array:
+    """What the place (i, j) of a kernel sees at each place of the output."""
+    rows, columns = (height - 1) * stride + 1, (width - 1) * stride + 1
+    x = jax.lax.dynamic_slice_in_dim(x, i, rows, axis=1)
+    return jax.lax.dynamic_slice_in_dim(x, j, columns, axis=2)[:, ::stride, ::stride]
+
+
+def _padded(x: jax.Array, size: int, stride: int) -> jax.Array:
+    return jnp.pad(x, [(0, 0), *(_margins(side, size, stride) for side in x.shape[1:3]), (0, 0)])
+
+
+def _margins(side: int, size: int, stride: int) -> tuple[int, int]:
+    """SAME padding before and after."""
+    total = max((-(-side // stride) - 1) * stride + size - side, 0)
+    return total // 2, total - total // 2
 
 
 class InvertedBottleneck(nn.Module):

@@ -202,11 +202,12 @@ def _sha256(path: Path) -> str:
 
 
 def _size(folder: Path) -> int:
-    """Bytes of all files under a folder that another process is writing."""
+    """Bytes of all files under a folder in which another process adds and removes."""
     total = 0
-    for file in folder.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):
-            total += file.stat().st_size
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += (Path(parent) / name).stat().st_size
     return total
 
 

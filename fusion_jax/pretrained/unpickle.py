@@ -8,7 +8,6 @@ storages, so a file cannot ask for more memory than its own size.
 
 import io
 import math
-import mmap
 import pickle
 import struct
 import zipfile
@@ -99,12 +98,7 @@ def read_torch(path: Path) -> dict[str, np.ndarray]:
         UserError: a pickle that names anything but tensors, or a damaged file.
     """
     try:
-        with (
-            path.open("rb") as file,
-            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole,
-        ):
-            read = _read_zip if zipfile.is_zipfile(path) else _read_legacy
-            return _tensors(read(whole))
+        return _tensors(_read_zip(path) if zipfile.is_zipfile(path) else _read_legacy(path))
     except (
         pickle.UnpicklingError,
         zipfile.BadZipFile,
@@ -139,8 +133,8 @@ def _described(kind: str, dtype: np.dtype, size: int) -> np.dtype:
     return dtype
 
 
-def _read_zip(whole: mmap.mmap) -> Any:
-    with zipfile.ZipFile(whole) as archive:
+def _read_zip(path: Path) -> Any:
+    with zipfile.ZipFile(path) as archive:
         pickles = [n for n in archive.namelist() if n.endswith("data.pkl")]
         if len(pickles) != 1:
             raise pickle.UnpicklingError(f"{len(pickles)} parts called data.pkl")
@@ -170,7 +164,9 @@ def _read_zip(whole: mmap.mmap) -> Any:
         return _Unpickler(io.BytesIO(archive.read(pickles[0])), load).load()
 
 
-def _read_legacy(whole: mmap.mmap) -> Any:
+def _read_legacy(path: Path) -> Any:
+    whole = memoryview(path.read_bytes())
+
     def forbidden(saved: tuple) -> None:
         raise pickle.UnpicklingError("a storage where none belongs")
 

@@ -1,34 +1,21 @@
 """BERT-like checkpoints as `transformers` has them (model_type bert: BERT, MiniLM, E5, BGE)."""
 
 from collections.abc import Mapping
-from functools import partial
 
-import flax.linen as nn
 import jax.numpy as jnp
 
 from fusion_jax.encoders.bert import Bert
 from fusion_jax.errors import UserError
 from fusion_jax.pretrained.checkpoint import LINEAR, Family, Slot
+from fusion_jax.pretrained.families import settings
 from fusion_jax.tokens import Tokens
-from fusion_jax.transformer import gelu
-
-ACTIVATIONS = {
-    "gelu": gelu,
-    "gelu_new": partial(nn.gelu, approximate=True),
-    "gelu_pytorch_tanh": partial(nn.gelu, approximate=True),
-    "relu": nn.relu,
-    "silu": nn.silu,
-}
 
 
 def build(config: Mapping) -> Bert:
     """The module of a config.json."""
     kind = config.get("position_embedding_type", "absolute")
-    if kind != "absolute" or config["hidden_act"] not in ACTIVATIONS:
-        raise UserError(
-            f"BERT with {kind} positions and activation {config['hidden_act']}: expected absolute "
-            f"positions and one of {', '.join(ACTIVATIONS)}"
-        )
+    if kind != "absolute":
+        raise UserError(f"BERT with {kind} positions: expected absolute ones")
     return Bert(
         vocabulary=config["vocab_size"],
         width=config["hidden_size"],
@@ -38,7 +25,7 @@ def build(config: Mapping) -> Bert:
         max_length=config["max_position_embeddings"],
         segments=config["type_vocab_size"],
         norm_epsilon=config["layer_norm_eps"],
-        activation=ACTIVATIONS[config["hidden_act"]],
+        activation=settings.activation(config["hidden_act"]),
         dropout=config["hidden_dropout_prob"],
     )
 

