@@ -193,6 +193,60 @@ def contrastive(
     return Case(model, settings, theirs, ours, batch, part="contrastive")
 
 
+def _sounds(samples: int) -> tuple[np.ndarray, np.ndarray]:
+    """Two recordings, one shorter, and which samples are real."""
+    mask = np.arange(samples)[None] < np.array([[samples], [samples * 2 // 3]])
+    sound = np.random.default_rng(0).normal(size=mask.shape).astype(np.float32)
+    return np.where(mask, sound, 0), mask
+
+
+def whisper(**options: Any) -> Case:
+    """Two recordings and two ragged texts -> logits of the real tokens."""
+    settings = transformers.WhisperConfig(
+        vocab_size=VOCABULARY,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=40,
+        num_mel_bins=16,
+        max_source_positions=50,
+        max_target_positions=14,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+        attn_implementation="eager",
+        **options,
+    )
+    sound, real = _sounds(12_000)
+    features = transformers.WhisperFeatureExtractor(feature_size=16, chunk_length=1)(
+        [row[keep] for row, keep in zip(sound, real, strict=True)],
+        sampling_rate=16_000,
+        return_tensors="np",
+    ).input_features
+
+    def theirs(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        mask = batch["mask"]
+        out = model(
+            input_features=batch["features"],
+            decoder_input_ids=batch["ids"],
+            decoder_attention_mask=mask.long(),
+        )
+        return out.logits[mask]
+
+    def ours(module: nn.Module, variables: Any, batch: dict[str, np.ndarray]) -> jax.Array:
+        sound = Tokens(jnp.asarray(batch["sound"]), jnp.asarray(batch["real"]))
+        text = Tokens(jnp.asarray(batch["ids"], jnp.int32), jnp.asarray(batch["mask"]))
+        return module.apply(variables, sound, text)[np.nonzero(batch["mask"])]
+
+    batch = {"sound": sound, "real": real, "features": features} | _texts(14)
+    model = transformers.WhisperForConditionalGeneration
+    return Case(model, settings, theirs, ours, batch, part="recogniser")
+
+
 CASES: dict[str, Callable[[], Case]] = {
     "gpt2": partial(
         language_model,
@@ -344,4 +398,6 @@ CASES: dict[str, Callable[[], Case]] = {
         size=(12, 28),
         num_register_tokens=3,
     ),
+    "whisper": whisper,
+    "whisper options": partial(whisper, activation_function="relu"),
 }

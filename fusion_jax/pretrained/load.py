@@ -29,6 +29,7 @@ from fusion_jax.pretrained.families import (
     gpt2,
     llama,
     moonshine,
+    whisper,
 )
 from fusion_jax.pretrained.fetch import checksum, fetch
 
@@ -50,6 +51,7 @@ FAMILIES: dict[str, dict[str, Family]] = {
     "qwen3_moe": {"language_model": llama.LANGUAGE_MODEL},
     "siglip": contrastive.CONTRASTIVE,
     "siglip2": contrastive.CONTRASTIVE,
+    "whisper": {"encoder": whisper.ENCODER, "recogniser": whisper.RECOGNISER},
 }
 
 
