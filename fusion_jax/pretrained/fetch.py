@@ -115,10 +115,7 @@ def _download_from_hub(hub_id: str, folder: Path) -> str:
     except Exception as error:  # the hub's client changes its exceptions from version to version
         raise ConnectionError(_first_line(error)) from error
     if not any(file.rfilename.endswith(".safetensors") for file in info.siblings):
-        raise UserError(
-            f"{hub_id} holds no safetensors, and pickled weights are not run; convert it first, or "
-            "give a folder"
-        )
+        raise ConnectionError("it holds no safetensors, and pickled weights are not run")
     try:
         hub.snapshot_download(
             hub_id,
@@ -177,10 +174,11 @@ def _seal(folder: Path, provenance: dict[str, str]) -> None:
 
 
 def _complete(folder: Path) -> bool:
-    """Whether a folder was fetched and its weights still have their size."""
-    if not (folder / "checksum").exists():
-        return False
-    sizes = json.loads((folder / "provenance.json").read_text())["bytes"]
+    """Whether a folder is there with weights of the size that they had; one put by hand is."""
+    about = folder / "provenance.json"
+    if not about.exists():
+        return folder.exists()
+    sizes = json.loads(about.read_text())["bytes"]
     files = [folder / name for name in sizes]
     return all(file.is_file() and file.stat().st_size == sizes[file.name] for file in files)
 

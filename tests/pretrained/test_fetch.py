@@ -1,7 +1,12 @@
 import dataclasses
+import hashlib
 import json
+import shutil
 import zipfile
+from fnmatch import fnmatch
+from types import SimpleNamespace
 
+import huggingface_hub
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -112,5 +117,66 @@ def test_offline_says_what_else_can_be_done(home, offline):
         fetch("moonshine")
 
 
-def test_a_folder_is_returned_as_it_is(home, tmp_path):
+def test_a_folder_is_returned_as_it_is(home, tmp_path, offline):
     assert fetch(str(tmp_path)) == tmp_path
+    by_hand = home / "models" / "moonshine-tiny"
+    by_hand.mkdir(parents=True)
+    assert fetch("moonshine-tiny") == by_hand
+
+
+@pytest.fixture
+def hub(home, tmp_path, monkeypatch):
+    """A hub with one repository, org/name, whose files are in the folder given."""
+    remote = tmp_path / "remote"
+    remote.mkdir()
+    (remote / "config.json").write_text("{}")
+    (remote / "code.py").write_text("raise SystemExit")
+    save_file({"w": np.arange(3.0)}, remote / "model.safetensors")
+
+    def model_info(self, name, **kwargs):
+        def sibling(file):
+            sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+            lfs = SimpleNamespace(sha256=sha256) if file.suffix == ".safetensors" else None
+            return SimpleNamespace(rfilename=file.name, lfs=lfs)
+
+        return SimpleNamespace(sha="abc", siblings=[sibling(file) for file in remote.iterdir()])
+
+    def snapshot_download(name, *, local_dir, allow_patterns, **kwargs):
+        local_dir.mkdir(parents=True, exist_ok=True)
+        for file in remote.iterdir():
+            if any(fnmatch(file.name, pattern) for pattern in allow_patterns):
+                shutil.copy(file, local_dir)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return remote
+
+
+def test_from_the_hub_come_only_safe_files(hub, home):
+    folder = fetch("org/name")
+    assert folder == home / "models" / "org" / "name"
+    names = {file.name for file in folder.iterdir()}
+    assert names == {"checksum", "config.json", "model.safetensors", "provenance.json"}
+    assert "hub org/name at abc" in (folder / "provenance.json").read_text()
+    assert [path.name for path in folder.parent.iterdir()] == ["name"]
+
+
+def test_what_arrives_damaged_from_the_hub_is_refused(hub, home, monkeypatch):
+    whole = huggingface_hub.snapshot_download
+
+    def damage(name, *, local_dir, **kwargs):
+        whole(name, local_dir=local_dir, **kwargs)
+        (local_dir / "model.safetensors").write_bytes(b"damaged")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", damage)
+    with pytest.raises(UserError, match=r"model\.safetensors arrived damaged"):
+        fetch("org/name")
+    assert not (home / "models" / "org" / "name").exists()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", whole)
+    assert fetch("org/name").exists()
+
+
+def test_pickled_weights_are_not_taken_from_the_hub(hub):
+    (hub / "model.safetensors").rename(hub / "pytorch_model.bin")
+    with pytest.raises(UserError, match="holds no safetensors"):
+        fetch("org/name")
