@@ -24,9 +24,10 @@ import transformers
 from flax import traverse_util
 
 from experiments.benchmarks.parity_cases import CASES, Case
-from fusion_jax.pretrained.checkpoint import Safetensors, shapes_of, to_params
+from fusion_jax.pretrained.checkpoint import shapes_of, to_params
 from fusion_jax.pretrained.load import family_of, load
 from fusion_jax.pretrained.save import save
+from fusion_jax.pretrained.shards import Shards
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +81,7 @@ def compare(case: Case) -> Parity:
             for name, slot in family.slots(config).items()
         }
         shapes = shapes_of(opened.module, *family.inputs(config))
-        stored = Safetensors(gradient, family.prefix)
+        stored = Shards(gradient, family.prefix)
         expected = to_params(
             stored, slots, shapes, ignore=family.ignore, place=lambda path, array: array
         )

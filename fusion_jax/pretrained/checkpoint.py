@@ -6,18 +6,14 @@ nothing is left over and every shape fits, and says which tensor does not; `save
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import traverse_util
-from safetensors import SafetensorError, safe_open
 
 from fusion_jax.errors import UserError
 
@@ -117,7 +113,7 @@ def shapes_of(module: nn.Module, *inputs: Any) -> dict[str, jax.ShapeDtypeStruct
 def put(path: str, array: np.ndarray) -> jax.Array:
     """Places a param on the default device."""
     del path
-    return jnp.asarray(array)
+    return jax.device_put(array)  # jnp.asarray would copy it twice
 
 
 def to_params(
@@ -131,7 +127,7 @@ def to_params(
     """Our nested params, float32, from published tensors; one tensor is in memory at a time.
 
     Args:
-        tensors: published name -> tensor; a lazy mapping (`Safetensors`) is read once per name.
+        tensors: published name -> tensor; a lazy mapping (`Shards`) is read once per name.
         slots: what each published name holds.
         shapes: our params (`shapes_of`).
         ignore: published names that may be there and are not needed.
@@ -152,23 +148,7 @@ def to_params(
         )
     params, rows = {}, {}
     for name, slot in slots.items():
-        tensor = tensors[name]
-        parts = [slot.published_shape(shapes[path].shape) for path in slot.all_paths]
-        expected = list(parts[0])
-        if slot.all_paths[1:]:
-            expected[slot.axis] = sum(part[slot.axis] for part in parts)
-        if list(tensor.shape) != expected:
-            raise UserError(
-                f"tensor {name}: expected shape {tuple(expected)}, found {tensor.shape}"
-            )
-        start = 0
-        for path, part in zip(slot.all_paths, parts, strict=True):
-            piece = tensor
-            if slot.all_paths[1:]:
-                stop = start + part[slot.axis]
-                piece = tensor[(slice(None),) * slot.axis + (slice(start, stop),)]
-                start = stop
-            array = slot.ours(piece).astype(np.float32, copy=False)
+        for path, array in _arrays(name, slot, tensors[name], shapes):
             if slot.row is None:
                 params[path] = place(path, array)
                 continue
@@ -176,61 +156,26 @@ def to_params(
             whole[slot.row] = array
             filled.add(slot.row)
             if len(filled) == len(whole):
-                params[path] = place(path, rows.pop(path)[0])
+                params[path] = place(path, whole)
+                del rows[path], whole
+        del array  # or it would be held while the next tensor is read
     return traverse_util.unflatten_dict(params, sep="/")
 
 
-class Safetensors(Mapping[str, np.ndarray]):
-    """The tensors of a checkpoint folder (one or several *.safetensors), read when asked for.
-
-    Raises:
-        UserError: no such file, a damaged one, or a shard missing from the index.
-    """
-
-    def __init__(self, folder: Path, prefix: str = ""):
-        """prefix: left out of the names where it stands before one."""
-        self.folder, self.prefix = folder, prefix
-        index = folder / "model.safetensors.index.json"
-        if index.exists():
-            self.files = _weight_map(index)
-        elif (folder / "model.safetensors").exists():
-            with self._open("model.safetensors") as file:
-                self.files = dict.fromkeys(file.keys(), "model.safetensors")
-        else:
-            raise UserError(f"{folder} has no model.safetensors and no index of its shards")
-        self.names = {name.removeprefix(prefix): name for name in self.files}
-        for shard in sorted(set(self.files.values())):
-            if Path(shard).name != shard or not (folder / shard).is_file():
-                raise UserError(f"{index} names the shard {shard}, which is not in the folder")
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        published = self.names[name]
-        with self._open(self.files[published]) as file:
-            try:
-                return file.get_tensor(published)
-            except SafetensorError as error:
-                raise UserError(f"{self.folder / self.files[published]}: {error}") from error
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def _open(self, shard: str) -> safe_open:
-        try:
-            return safe_open(self.folder / shard, framework="np")
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{self.folder / shard} is damaged: {error}") from error
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    """Tensor name -> file name, of the index of a sharded checkpoint."""
-    try:
-        files = json.loads(index.read_text())["weight_map"]
-        return {str(name): str(file) for name, file in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index} is damaged: {error!r}") from error
+def _arrays(
+    name: str, slot: Slot, tensor: np.ndarray, shapes: Mapping[str, jax.ShapeDtypeStruct]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Our params' paths and what a published tensor holds of them."""
+    parts = [slot.published_shape(shapes[path].shape) for path in slot.all_paths]
+    expected = list(parts[0])
+    if parts[1:]:
+        expected[slot.axis] = sum(part[slot.axis] for part in parts)
+    if list(tensor.shape) != expected:
+        raise UserError(f"tensor {name}: expected shape {tuple(expected)}, found {tensor.shape}")
+    ends = np.cumsum([part[slot.axis] for part in parts[:-1]]) if parts[1:] else []
+    pieces = np.split(tensor, ends, axis=slot.axis) if parts[1:] else [tensor]
+    for path, piece in zip(slot.all_paths, pieces, strict=True):
+        yield path, slot.ours(piece).astype(np.float32, copy=False)
 
 
 def _some(names: list[str]) -> str:

@@ -15,7 +15,6 @@ from fusion_jax.errors import UserError
 from fusion_jax.pretrained import gguf, gguf_tokenizer
 from fusion_jax.pretrained.checkpoint import (
     Family,
-    Safetensors,
     put,
     shapes_of,
     to_params,
@@ -32,6 +31,7 @@ from fusion_jax.pretrained.families import (
     whisper,
 )
 from fusion_jax.pretrained.fetch import checksum, fetch
+from fusion_jax.pretrained.shards import Shards
 
 # config.json's model_type -> the parts of it that can be opened; the first unless asked.
 FAMILIES: dict[str, dict[str, Family]] = {
@@ -104,7 +104,7 @@ def load(
         config = read_config(folder)
         tokenizer, chat_template = read_tokenizer(folder), read_chat_template(folder)
         module, shapes, family = _describe(config, part, folder / "config.json")
-        tensors = Safetensors(folder, family.prefix)
+        tensors = Shards(folder, family.prefix)
     slots = family.slots(config)
     params = to_params(tensors, slots, shapes, ignore=family.ignore, place=place)
     return Pretrained(module, params, config, tokenizer, chat_template, checksum(folder))
