@@ -247,6 +247,45 @@ def whisper(**options: Any) -> Case:
     return Case(model, settings, theirs, ours, batch, part="recogniser")
 
 
+def wav2vec2(ragged: bool, **options: Any) -> Case:
+    """Two recordings -> the tokens of their real frames (base models expect equal lengths)."""
+    settings = transformers.Wav2Vec2Config(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        conv_dim=(12, 16),
+        conv_kernel=(10, 3),
+        conv_stride=(5, 2),
+        num_feat_extract_layers=2,
+        num_conv_pos_embedding_groups=4,
+        apply_spec_augment=False,
+        attn_implementation="eager",
+        **options,
+    )
+    sound, real = _sounds(400)
+    if not ragged:
+        sound, real = np.random.default_rng(0).normal(size=sound.shape), np.ones_like(real)
+    sound = sound.astype(np.float32)
+    extract = transformers.Wav2Vec2FeatureExtractor(return_attention_mask=True)
+    rows = [row[keep] for row, keep in zip(sound, real, strict=True)]
+    features = extract(rows, sampling_rate=16_000, padding=True, return_tensors="np")
+    frames = ((real.sum(1) - 10) // 5 + 1 - 3) // 2 + 1
+    kept = np.arange(frames.max())[None] < frames[:, None]
+
+    def theirs(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        mask = batch["attention_mask"] if ragged else None
+        hidden = model(batch["input_values"], attention_mask=mask).last_hidden_state
+        return hidden[batch["kept"]]
+
+    def ours(module: nn.Module, variables: Any, batch: dict[str, np.ndarray]) -> jax.Array:
+        sound = Tokens(jnp.asarray(batch["sound"]), jnp.asarray(batch["real"]))
+        return module.apply(variables, sound).values[np.nonzero(batch["kept"])]
+
+    batch = {"sound": sound, "real": real, "kept": kept, **features}
+    return Case(transformers.Wav2Vec2Model, settings, theirs, ours, batch)
+
+
 CASES: dict[str, Callable[[], Case]] = {
     "gpt2": partial(
         language_model,
@@ -399,5 +438,16 @@ CASES: dict[str, Callable[[], Case]] = {
         num_register_tokens=3,
     ),
     "whisper": whisper,
+    "wav2vec 2.0": partial(wav2vec2, ragged=False, num_conv_pos_embeddings=9),
+    "wav2vec 2.0 large": partial(
+        wav2vec2,
+        ragged=True,
+        num_conv_pos_embeddings=8,
+        do_stable_layer_norm=True,
+        feat_extract_norm="layer",
+        conv_bias=True,
+        feat_extract_activation="silu",
+        hidden_act="relu",
+    ),
     "whisper options": partial(whisper, activation_function="relu"),
 }

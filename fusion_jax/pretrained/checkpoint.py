@@ -90,6 +90,7 @@ class Family:
         prefix: stands before every name in some checkpoints ("bert."), and in those that we save.
         outside: beginnings of names that never take the prefix ("lm_head.").
         ignore: names (without prefix) that may be there and are not needed.
+        older: endings of names in older checkpoints -> those of today.
     """
 
     build: Callable[[Mapping], nn.Module]
@@ -98,6 +99,7 @@ class Family:
     prefix: str = ""
     outside: tuple[str, ...] = ()
     ignore: Callable[[str], bool] = lambda name: False
+    older: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def full_name(self, name: str) -> str:
         """A published name as we save it, prefix included."""

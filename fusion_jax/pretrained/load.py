@@ -28,6 +28,7 @@ from fusion_jax.pretrained.families import (
     gpt2,
     llama,
     moonshine,
+    wav2vec2,
     whisper,
 )
 from fusion_jax.pretrained.fetch import checksum, fetch
@@ -51,6 +52,7 @@ FAMILIES: dict[str, dict[str, Family]] = {
     "qwen3_moe": {"language_model": llama.LANGUAGE_MODEL},
     "siglip": contrastive.CONTRASTIVE,
     "siglip2": contrastive.CONTRASTIVE,
+    "wav2vec2": {"encoder": wav2vec2.ENCODER},
     "whisper": {"encoder": whisper.ENCODER, "recogniser": whisper.RECOGNISER},
 }
 
@@ -104,7 +106,7 @@ def load(
         config = read_config(folder)
         tokenizer, chat_template = read_tokenizer(folder), read_chat_template(folder)
         module, shapes, family = _describe(config, part, folder / "config.json")
-        tensors = Shards(folder, family.prefix)
+        tensors = Shards(folder, family.prefix, family.older)
     slots = family.slots(config)
     params = to_params(tensors, slots, shapes, ignore=family.ignore, place=place)
     return Pretrained(module, params, config, tokenizer, chat_template, checksum(folder))

@@ -51,8 +51,8 @@ class Shards(Mapping[str, np.ndarray]):
         UserError: no such file, a damaged one, or a shard that is missing.
     """
 
-    def __init__(self, folder: Path, prefix: str = ""):
-        """prefix: left out of the names where it stands before one."""
+    def __init__(self, folder: Path, prefix: str = "", older: Mapping[str, str] | None = None):
+        """prefix: left out where a name begins with it; older: endings of names -> today's."""
         index = folder / INDEX
         if index.exists():
             wanted = _weight_map(index)
@@ -68,7 +68,12 @@ class Shards(Mapping[str, np.ndarray]):
         for name, file in (wanted or {}).items():
             if name not in found or found[name].file.name != file:
                 raise UserError(f"{index} says that {name} is in {file}, and it is not")
-        self.entries = {name.removeprefix(prefix): entry for name, entry in found.items()}
+        self.entries = {}
+        for name, entry in found.items():
+            for ending, today in (older or {}).items():
+                if name.endswith(ending):
+                    name = name.removesuffix(ending) + today
+            self.entries[name.removeprefix(prefix)] = entry
 
     def __getitem__(self, name: str) -> np.ndarray:
         entry = self.entries[name]
