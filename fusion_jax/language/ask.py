@@ -1,0 +1,165 @@
+"""Asking a language model, as it comes or fused and trained, and printing as it answers."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import numpy as np
+import tyro
+
+from fusion_jax.errors import UserError
+from fusion_jax.language.chat import Chat, text_stream
+from fusion_jax.language.decoder import Decoder
+from fusion_jax.language.fused import FusedLM, Layout
+from fusion_jax.language.generate import stream
+from fusion_jax.language.prompt import Prompt, bucket, pad
+from fusion_jax.language.sampling import Sampling
+from fusion_jax.tokens import Tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Assistant:
+    """A model that answers, with all that this needs.
+
+    An experiment that can be asked has a function `assistant(settings, params) -> Assistant`.
+
+    Attributes:
+        model, params: a `Decoder`, or a `FusedLM` with a layout.
+        chat: how a question is written.
+        layout: where media stand in a prompt.
+        readers: {name: file -> Tokens of one item, values [1, 1, ...] and mask [1, 1, ...]}.
+    """
+
+    model: Decoder | FusedLM
+    params: dict[str, Any]
+    chat: Chat
+    layout: Layout | None = None
+    readers: Mapping[str, Callable[[Path], Tokens]] = dataclasses.field(default_factory=dict)
+
+    def answer(
+        self,
+        question: str,
+        media: Mapping[str, Sequence[Path]] | None = None,
+        *,
+        max_tokens: int = 256,
+        sampling: Sampling | None = None,
+        stops: Sequence[str] = (),
+        seed: int = 0,
+    ) -> Iterator[str]:
+        """The answer in pieces. Files that the question has no mark for are put before it.
+
+        Raises:
+            UserError: media that the model does not read; more marks than files; too long.
+        """
+        media = {name: files for name, files in (media or {}).items() if files}
+        unread = sorted(set(media) - set(self.readers))
+        if unread:
+            raise UserError(f"this model does not read {unread}; it reads {sorted(self.readers)}")
+        for name, files in media.items():
+            missing = len(files) - question.count(f"<{name}>")
+            question = f"<{name}>" * max(missing, 0) + question
+        prompt, decoder, params = self._prompt(question, media)
+        chunks = stream(
+            decoder,
+            params,
+            prompt,
+            max_tokens=max_tokens,
+            sampling=sampling or Sampling(),
+            stop_ids=self.chat.stop_ids,
+            rng=jax.random.key(seed),
+        )
+        return text_stream(self.chat.tokenizer, (rows[0] for rows in chunks), stops)
+
+    def _prompt(
+        self, question: str, media: Mapping[str, Sequence[Path]]
+    ) -> tuple[Prompt, Decoder, dict[str, Any]]:
+        layout = self.layout
+        if layout is not None:
+            items = {name: len(media.get(name, ())) for name in layout.items}
+            layout = dataclasses.replace(layout, items=items)
+        if self.chat.template is None:
+            ids = self.chat.encode(question, layout)
+        else:
+            ids = self.chat.prompt([{"role": "user", "content": question}], layout)
+        if not isinstance(self.model, FusedLM):
+            return Prompt.of([ids]), self.model, self.params
+        batch: dict[str, Tokens] = {"text": pad([ids], bucket(len(ids)), left=True)}
+        for name, files in media.items():
+            parts = [self.readers[name](file) for file in files]
+            batch[name] = jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1), *parts)
+        run = jax.jit(lambda params, batch: self.model.apply(params, batch, method="prompt"))
+        return run({"params": self.params}, batch), self.model.decoder, self.params["decoder"]
+
+
+def ask(
+    question: Annotated[str, tyro.conf.Positional],
+    model: str | None = None,
+    workdir: Path | None = None,
+    image: tuple[Path, ...] = (),
+    audio: tuple[Path, ...] = (),
+    max_tokens: int = 256,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    stop: tuple[str, ...] = (),
+    seed: int = 0,
+) -> None:
+    """Asks a language model; its answer streams.
+
+    Args:
+        question: what to ask; `<image>` and `<audio>` say where files stand, else before it.
+        model: a checkpoint: a short name, a hub name, a folder or a GGUF file.
+        workdir: or what --workdir was when a model was trained.
+        image: picture files.
+        audio: sound files.
+        max_tokens: at most so many tokens.
+        temperature: 0 always takes the most likely token.
+        top_k: draw among so many of the most likely tokens.
+        top_p: draw among the likeliest that hold this probability together.
+        min_p: draw among those at least this fraction as likely as the likeliest.
+        repetition_penalty: above 1 avoids saying the same again.
+        stop: strings that end the answer.
+        seed: of what is drawn.
+    """
+    if (model is None) == (workdir is None):
+        raise UserError("whom to ask? give either --model NAME or --workdir DIR")
+    sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p)
+    assistant = from_checkpoint(model) if workdir is None else from_workdir(workdir)
+    pieces = assistant.answer(
+        question,
+        {"image": image, "audio": audio},
+        max_tokens=max_tokens,
+        sampling=sampling,
+        stops=stop,
+        seed=seed,
+    )
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+
+
+def from_checkpoint(name: str) -> Assistant:
+    """A published language model. UserError where it is none."""
+    from fusion_jax.pretrained.load import load
+
+    checkpoint = load(name)
+    if not isinstance(checkpoint.module, Decoder):
+        raise UserError(f"{name} is no language model: it is a {type(checkpoint.module).__name__}")
+    return Assistant(checkpoint.module, checkpoint.params, Chat.of(checkpoint))
+
+
+def from_workdir(workdir: Path) -> Assistant:
+    """A model trained by an experiment that can be asked."""
+    from fusion_jax.training import experiment, loop
+
+    module, settings = experiment.reopen(workdir)
+    if not hasattr(module, "assistant"):
+        raise UserError(
+            f"{workdir} was trained by an experiment without assistant(settings, params)"
+        )
+    params = loop.restore_params(module.build(settings), settings, workdir)
+    return module.assistant(settings, params)

@@ -1,0 +1,145 @@
+"""Conversations as a checkpoint expects them: its chat template, and its text as it streams out.
+
+chat = Chat.of(load("smollm2-135m-instruct"))
+ids = chat.prompt([{"role": "user", "content": "<image>What is this?"}], layout)
+"""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+
+from fusion_jax.errors import UserError
+from fusion_jax.language.fused import Layout
+
+Message = Mapping[str, str]
+SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
+
+
+@dataclasses.dataclass(frozen=True)
+class Chat:
+    """How turns become ids, and which ids end an answer.
+
+    Attributes:
+        tokenizer: of the checkpoint.
+        template: jinja, as shipped; it is run in a sandbox. None: a model that knows no turns.
+        special: {"bos_token": "<s>", ...} as templates use them.
+        stop_ids: ids that end an answer.
+    """
+
+    tokenizer: Tokenizer
+    template: str | None
+    special: Mapping[str, str]
+    stop_ids: tuple[int, ...]
+
+    @classmethod
+    def of(cls, checkpoint: Any) -> "Chat":
+        """From what `pretrained.load` gave. UserError where there is no tokenizer."""
+        if checkpoint.tokenizer is None:
+            raise UserError("the checkpoint has no tokenizer: give a folder with tokenizer.json")
+        config, special = checkpoint.config, {}
+        for name in SPECIAL:
+            number = config.get(f"{name}_id")
+            if isinstance(number, list):
+                number = number[0]
+            if number is not None:
+                special[name] = checkpoint.tokenizer.id_to_token(number) or ""
+        stops = config.get("eos_token_id", ())
+        stops = tuple(stops) if isinstance(stops, list | tuple) else (stops,)
+        stops = tuple(stop for stop in stops if stop is not None)
+        return cls(checkpoint.tokenizer, checkpoint.chat_template, special, stops)
+
+    def render(self, messages: Sequence[Message], *, answer: bool = True) -> str:
+        """Messages {"role", "content"} as text, up to where the assistant begins if `answer`.
+
+        Raises:
+            UserError: there is no template, or it fails on these messages.
+        """
+        if self.template is None:
+            raise UserError("the checkpoint has no chat template: give plain text instead")
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.globals["raise_exception"] = _raise
+        try:
+            return environment.from_string(self.template).render(
+                messages=messages, add_generation_prompt=answer, **self.special
+            )
+        except (jinja2.TemplateError, TypeError, ArithmeticError, LookupError) as error:
+            raise UserError(f"the chat template cannot write these messages: {error}") from error
+
+    def encode(self, text: str, layout: Layout | None = None) -> list[int]:
+        """Text to ids, special tokens by their text; marks such as `<image>` by the layout."""
+
+        def plain(text: str) -> list[int]:
+            return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+        return plain(text) if layout is None else layout.encode(plain, text)
+
+    def prompt(self, messages: Sequence[Message], layout: Layout | None = None) -> list[int]:
+        """The ids after which the model answers; raises as `Layout.encode`."""
+        return self.encode(self.render(messages), layout)
+
+    def training(
+        self, messages: Sequence[Message], layout: Layout | None = None
+    ) -> tuple[list[int], list[float]]:
+        """A whole conversation's ids, and weight 1 on what the assistant says, its stop included.
+
+        Raises:
+            UserError: the template writes a turn differently once the next follows.
+        """
+        ids: list[int] = []
+        weights: list[float] = []
+        written = ""
+
+        def write(text: str, weight: float) -> None:
+            new = self.encode(text, layout)
+            ids.extend(new)
+            weights.extend([weight] * len(new))
+
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = self.render(messages[:index])
+            after = self.render(messages[: index + 1], answer=False)
+            if not (before.startswith(written) and after.startswith(before)):
+                raise UserError("the chat template rewrites earlier turns: train on one turn each")
+            said = after[len(before) :].rstrip()
+            write(before[len(written) :], 0.0)
+            write(said, 1.0)
+            written = before + said
+        return ids, weights
+
+
+def _raise(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def text_stream(
+    tokenizer: Tokenizer, chunks: Iterable[Sequence[int]], stops: Sequence[str] = ()
+) -> Iterator[str]:
+    """The text of ids as they come, in pieces; ends before the first of the `stops`.
+
+    A piece is held back while it may be the beginning of a stop string or of a character that is
+    spread over several ids.
+    """
+    ids: list[int] = []
+    shown = 0
+    for chunk in chunks:
+        ids.extend(chunk)
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        end = min((at for at in map(text.find, stops) if at >= 0), default=None)
+        if end is not None:
+            yield text[shown:end]
+            return
+        ready = len(text.rstrip("\ufffd"))
+        for stop in stops:
+            held = (n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n]))
+            ready = min(ready, len(text) - next(held, 0))
+        if ready > shown:
+            yield text[shown:ready]
+            shown = ready
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    if len(text) > shown:
+        yield text[shown:]

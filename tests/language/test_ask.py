@@ -1,0 +1,77 @@
+"""Asking: files, marks and what is refused, on a tiny model; SmolLM2 against transformers."""
+
+import importlib.util
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from fusion_jax.errors import UserError
+from fusion_jax.language.ask import Assistant, ask
+from fusion_jax.language.chat import Chat
+from fusion_jax.language.connectors import Projection
+from fusion_jax.language.fused import FusedLM, init_around
+from fusion_jax.language.generate import generate
+from fusion_jax.language.prompt import pad
+from fusion_jax.tokens import Tokens
+
+spec = importlib.util.spec_from_file_location("tiny", Path(__file__).with_name("tiny.py"))
+tiny = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tiny)
+
+
+def read(file: Path) -> Tokens:
+    values = np.frombuffer(file.read_bytes(), np.uint8)[:6].astype(np.float32) / 100
+    return Tokens(values.reshape(1, 1, 2, 3), np.ones((1, 1, 2), bool))
+
+
+@pytest.fixture(scope="module")
+def assistant():
+    words = {f"w{i}": i for i in range(tiny.VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    decoder = tiny.decoder()
+    model = FusedLM(decoder, {"image": Projection(tiny.WIDTH)})
+    media = {"image": Tokens(np.zeros((1, 1, 2, 3), np.float32), np.ones((1, 1, 2), bool))}
+    batch = {"text": pad([[1, 2]])} | media
+    base = {"decoder": tiny.random_params(decoder)}
+    params = init_around(model, jax.random.key(0), batch, base)
+    layout = model.layout(jax.random.key(0), media)
+    return Assistant(model, params, Chat(tokenizer, None, {}, ()), layout, {"image": read})
+
+
+def test_files_stand_at_their_marks_or_before(assistant, tmp_path):
+    files = []
+    for index, content in enumerate((b"abcdef", b"zyxwvu")):
+        files.append(tmp_path / f"{index}.bin")
+        files[-1].write_bytes(content)
+
+    def answer(question, *files):
+        return "".join(assistant.answer(question, {"image": files}, max_tokens=12))
+
+    assert answer("w5 w6", *files) == answer("<image><image>w5 w6", *files)
+    assert answer("w5 <image> w6", files[0]) == answer("w5<image>w6", files[0])
+    different = {answer("w5 w6"), answer("w5 w6", files[0]), answer("w5 <image> w6", files[1])}
+    assert len(different) == 3
+    with pytest.raises(UserError, match="2 <image> marks and 1 given"):
+        answer("<image> w5 <image>", files[0])
+    with pytest.raises(UserError, match="does not read"):
+        assistant.answer("w5", {"audio": files})
+
+
+def test_the_answer_is_that_of_generate(assistant):
+    decoder, params = assistant.model.decoder, assistant.params["decoder"]
+    from fusion_jax.language.prompt import Prompt
+
+    ids = generate(decoder, params, Prompt.of([[5, 6]]), max_tokens=7).sequences()[0]
+    found = "".join(assistant.answer("w5 w6", max_tokens=7))
+    assert found == " ".join(f"w{i}" for i in ids)
+
+
+def test_whom_to_ask():
+    with pytest.raises(UserError, match="either --model"):
+        ask("Who?")
+    with pytest.raises(UserError, match="holds no run"):
+        ask("Who?", workdir=Path("nowhere"))
