@@ -20,6 +20,8 @@ from fusion_jax.errors import UserError
 from fusion_jax.norm import LayerNorm
 
 gelu = partial(nn.gelu, approximate=False)
+# Added to the logits of self-attention: [1 or b, h, t, s], or made of the mask, caches included.
+Bias = jax.Array | Callable[[Mask], jax.Array] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +101,7 @@ class Attention(nn.Module):
         *,
         context: jax.Array | None = None,
         cache: KVCache | None = None,
-        bias: jax.Array | None = None,
+        bias: Bias = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """hidden [b, t, width], context [b, s, any] -> [b, t, width] and the cache after it.
 
@@ -129,6 +131,8 @@ class Attention(nn.Module):
             mask = mask.replace(window=self.window)
         if cache is not None:
             key, value, mask, cache = _extend(cache, key, value, mask)
+        if callable(bias):
+            bias = bias(mask)
         out = self.attend(
             query, key, value, mask, bias=bias, scale=self.scale, softcap=self.softcap
         )
@@ -214,7 +218,7 @@ class Block(nn.Module):
         context: jax.Array | None = None,
         context_mask: Mask | None = None,
         cache: KVCache | None = None,
-        bias: jax.Array | None = None,
+        bias: Bias = None,
         train: bool = False,
     ) -> tuple[jax.Array, KVCache | None]:
         """hidden [b, t, d], context [b, s, any] -> hidden [b, t, d] and the cache after it."""
@@ -304,7 +308,7 @@ class Transformer(nn.Module):
         context: jax.Array | None = None,
         context_mask: Mask | None = None,
         caches: Sequence[KVCache] | KVCache | None = None,
-        bias: jax.Array | None = None,
+        bias: Bias = None,
         train: bool = False,
     ) -> tuple[jax.Array, Sequence[KVCache] | KVCache | None]:
         """hidden [b, t, d] -> [b, t, d] and one cache per layer (stacked when `scan`)."""

@@ -286,6 +286,42 @@ def wav2vec2(ragged: bool, **options: Any) -> Case:
     return Case(transformers.Wav2Vec2Model, settings, theirs, ours, batch)
 
 
+def t5(**options: Any) -> Case:
+    """Two ragged source texts and two target texts -> logits of the real target tokens."""
+    settings = transformers.T5Config(
+        vocab_size=VOCABULARY,
+        d_model=32,
+        d_kv=6,
+        d_ff=48,
+        num_layers=2,
+        num_decoder_layers=3,
+        num_heads=4,
+        relative_attention_num_buckets=8,
+        relative_attention_max_distance=12,
+        decoder_start_token_id=0,
+        attn_implementation="eager",
+        **options,
+    )
+
+    def theirs(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        mask = batch["mask"]
+        out = model(
+            input_ids=batch["ids"].flip(0),
+            attention_mask=mask.flip(0).long(),
+            decoder_input_ids=batch["ids"],
+            decoder_attention_mask=mask.long(),
+        )
+        return out.logits[mask]
+
+    def ours(module: nn.Module, variables: Any, batch: dict[str, np.ndarray]) -> jax.Array:
+        target = Tokens(jnp.asarray(batch["ids"], jnp.int32), jnp.asarray(batch["mask"]))
+        source = jax.tree.map(lambda leaf: leaf[::-1], target)
+        return module.apply(variables, source, target)[np.nonzero(batch["mask"])]
+
+    model = transformers.T5ForConditionalGeneration
+    return Case(model, settings, theirs, ours, _texts(20), part="text_to_text")
+
+
 CASES: dict[str, Callable[[], Case]] = {
     "gpt2": partial(
         language_model,
@@ -438,6 +474,8 @@ CASES: dict[str, Callable[[], Case]] = {
         num_register_tokens=3,
     ),
     "whisper": whisper,
+    "t5": t5,
+    "t5 1.1": partial(t5, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
     "wav2vec 2.0": partial(wav2vec2, ragged=False, num_conv_pos_embeddings=9),
     "wav2vec 2.0 large": partial(
         wav2vec2,

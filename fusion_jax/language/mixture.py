@@ -57,7 +57,7 @@ class Mixture(nn.Module):
 
 
 def load_balancing_loss(intermediates: Mapping, mask: jax.Array, chosen: int) -> jax.Array:
-    """How uneven the router's choices are over all layers: `chosen` when even, more otherwise.
+    """How uneven the choices of all routers together are; `chosen` when they are even.
 
     Equations 4 to 6 of https://arxiv.org/abs/2101.03961, over real tokens.
 

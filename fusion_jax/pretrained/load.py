@@ -28,6 +28,7 @@ from fusion_jax.pretrained.families import (
     gpt2,
     llama,
     moonshine,
+    t5,
     wav2vec2,
     whisper,
 )
@@ -52,6 +53,7 @@ FAMILIES: dict[str, dict[str, Family]] = {
     "qwen3_moe": {"language_model": llama.LANGUAGE_MODEL},
     "siglip": contrastive.CONTRASTIVE,
     "siglip2": contrastive.CONTRASTIVE,
+    "t5": {"encoder": t5.ENCODER, "text_to_text": t5.TEXT_TO_TEXT},
     "wav2vec2": {"encoder": wav2vec2.ENCODER},
     "whisper": {"encoder": whisper.ENCODER, "recogniser": whisper.RECOGNISER},
 }
