@@ -20,6 +20,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import struct
 
 
@@ -54,3 +55,14 @@ def mean_pool(tokens: Tokens) -> jax.Array:
     """Mean over the real tokens, [b, d]; zeros where a row has none."""
     count = tokens.mask.sum(axis=1, keepdims=True).clip(1).astype(tokens.values.dtype)
     return fill(tokens).sum(axis=1) / count
+
+
+def shorten(tokens: Tokens, factor: int) -> Tokens:
+    """Means of `factor` neighbouring tokens each, over the real ones: [b, ceil(t / factor), d]."""
+    missing = -tokens.mask.shape[1] % factor
+    values = jnp.pad(fill(tokens), ((0, 0), (0, missing), (0, 0)))
+    mask = jnp.pad(tokens.mask, ((0, 0), (0, missing)))
+    mask = rearrange(mask, "b (t f) -> b t f", f=factor)
+    count = mask.sum(axis=2).clip(1).astype(values.dtype)
+    values = rearrange(values, "b (t f) d -> b t f d", f=factor).sum(axis=2)
+    return Tokens(values / count[..., None], mask.any(axis=2))

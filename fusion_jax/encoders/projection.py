@@ -30,3 +30,14 @@ class Project(nn.Module):
             hidden = gelu(nn.Dense(self.hidden_width, dtype=self.dtype, name="up")(hidden))
             hidden = nn.Dropout(self.dropout, deterministic=not train)(hidden)
         return Tokens(nn.Dense(self.width, dtype=self.dtype, name="out")(hidden), tokens.mask)
+
+
+class Projected(nn.Module):
+    """A tower with a projection on top, trained as one."""
+
+    tower: nn.Module
+    project: Project
+
+    def __call__(self, tokens: Tokens, train: bool = False) -> Tokens:
+        """Raw input -> Tokens [b, t, width]."""
+        return self.project(self.tower(tokens, train=train), train=train)

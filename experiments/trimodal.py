@@ -1,0 +1,395 @@
+"""Which data helps? Picture, recording and caption of a thing in one space, and its category.
+
+    python -m fusion_jax train experiments/trimodal.py
+
+Three pretrained towers stay frozen and their tokens are computed once. Trained are a projection
+for each into the shared space, and two fusion strategies side by side on the same batches: the
+one that `--fusion` names, and the sum enc(x) + enc(y) + enc(z). Things of the test split share no
+concept with those of training (see fusion_jax/data/stamps.py).
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+
+from fusion_jax.data import concepts, features, stamps
+from fusion_jax.data.audio import Waveforms
+from fusion_jax.data.image import Augment, Pictures
+from fusion_jax.data.pipeline import Batches, Padded, Source, Subset, Transform
+from fusion_jax.data.records import read_table
+from fusion_jax.data.text import ByteTokenizer, Ids
+from fusion_jax.encoders.audio import AudioTransformer
+from fusion_jax.encoders.projection import Project, Projected
+from fusion_jax.encoders.text import TextTransformer
+from fusion_jax.encoders.vit import ViT
+from fusion_jax.evaluation import accuracy, calibration, plots, retrieval, shapley
+from fusion_jax.evaluation.table import print_table
+from fusion_jax.fusion.bottleneck import Bottleneck
+from fusion_jax.fusion.concat import Concat
+from fusion_jax.fusion.cross_attention import CrossAttention
+from fusion_jax.fusion.gated import Gated
+from fusion_jax.fusion.low_rank_bilinear import LowRankBilinear
+from fusion_jax.fusion.merged_attention import MergedAttention
+from fusion_jax.fusion.modality_experts import ModalityExperts
+from fusion_jax.fusion.multimodal import Multimodal, Outputs
+from fusion_jax.fusion.perceiver import Perceiver
+from fusion_jax.fusion.sum import Sum
+from fusion_jax.fusion.tensor import Tensor
+from fusion_jax.objectives.balance import with_modality_dropout
+from fusion_jax.objectives.combine import Objective, forward, named, weighted_sum
+from fusion_jax.objectives.contrastive import info_nce
+from fusion_jax.objectives.supervised import cross_entropy
+from fusion_jax.pretrained.tower import open_tower
+from fusion_jax.tokens import Tokens, shorten
+from fusion_jax.training.experiment import Experiment
+from fusion_jax.training.partition import Params
+from fusion_jax.training.settings import Settings as Base
+from fusion_jax.training.step import parameter_ema
+
+MODALITIES = ("audio", "image", "text")
+FUSIONS = {
+    "sum": Sum,
+    "concat": Concat,
+    "gated": Gated,
+    "low-rank": LowRankBilinear,
+    "tensor": Tensor,
+    "merged": MergedAttention,
+    "cross": CrossAttention,
+    "bottleneck": Bottleneck,
+    "perceiver": Perceiver,
+    "experts": ModalityExperts,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(Base):
+    steps: int = 400
+    batch_size: int = 64
+    checkpoint_every: int = 200
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.3
+    width: int = 256
+    """Of the shared space."""
+    dropout: float = 0.5
+    modality_dropout: float = 0.4
+    label_smoothing: float = 0.1
+    contrast: float = 0.5
+    """Weight of InfoNCE between the modalities of a thing."""
+    fusion: Literal[tuple(FUSIONS)] = "gated"
+    """The strategy that is trained beside the sum."""
+    towers: Literal["frozen", "finetune", "scratch"] = "frozen"
+    image_tower: str = "efficientnet-lite2"
+    """A name, hub id or folder; so are the next two."""
+    audio_tower: str = "moonshine-tiny"
+    text_tower: str = "all-minilm-l6-v2"
+    languages: tuple[str, ...] = ("fr",)
+    """Of the recordings; the first that there is is evaluated on."""
+    stamps: Path | None = None
+    """Tux Paint's stamps, if they are not to be fetched."""
+    table: Path | None = None
+    """Your own JSONL or CSV file with columns image, audio, text, label in place of the stamps."""
+    development: bool = False
+    """Keep the validation split out of training and report on it in place of the test split."""
+
+
+# ------------------------------------------------------------------------------------------ data
+
+
+def read_data(s: Settings) -> tuple[Source, tuple[str, ...], str]:
+    """The examples, the names of the classes, and what to call the data in tables."""
+    if s.table is not None:
+        table = read_table(s.table)
+        return table, tuple(table.classes), s.table.name
+    return stamps.load(s.stamps), stamps.CATEGORIES, "Tux Paint stamps, things never trained on"
+
+
+def split_rows(s: Settings, source: Source) -> tuple[list[int], list[int]]:
+    """Rows to train on and rows to report on; `seed` deals concepts anew."""
+    rows = concepts.splits(source, s.seed)
+    if s.development:
+        return rows["train"], rows["validation"]
+    return rows["train"] + rows["validation"], rows["test"]
+
+
+# ----------------------------------------------------------------------------------------- model
+
+
+def nine(tokens: Tokens) -> Tokens:
+    """Nine neighbours as one: a row of EfficientNet-Lite2's feature map, 0.2 s of Moonshine's."""
+    return shorten(tokens, 9)
+
+
+def build_towers(
+    s: Settings, source: Source
+) -> tuple[Source, dict[str, nn.Module], dict[str, Transform], Params]:
+    """The source to draw from, an encoder and a transform for each modality, pretrained params."""
+    spoken, crop = {"languages": s.languages, "seconds": 4.0}, Augment()
+    project = partial(Project, s.width, dropout=s.dropout)
+    if s.towers == "scratch":
+        encoders = {
+            "image": ViT(s.width, patch=12, grid=(8, 8), dropout=0.1),
+            "audio": AudioTransformer(s.width, dropout=0.1),
+            "text": TextTransformer(ByteTokenizer().vocabulary, s.width, dropout=0.1),
+        }
+        transforms = {
+            "image": Pictures(96, crop),
+            "audio": Waveforms(**spoken),
+            "text": Ids(ByteTokenizer(), 64),
+        }
+        return source, encoders, transforms, {}
+    towers = {
+        "image": open_tower(s.image_tower, "image", augment=crop),
+        "audio": open_tower(s.audio_tower, "audio", **spoken),
+        "text": open_tower(s.text_tower, "text"),
+    }
+    if s.towers == "finetune":
+        encoders = {name: Projected(tower.module, project()) for name, tower in towers.items()}
+        transforms = {name: tower.transform for name, tower in towers.items()}
+        params = {f"encoders_{name}": {"tower": tower.params} for name, tower in towers.items()}
+        return source, encoders, transforms, params
+    after = {"image": nine, "audio": nine, "text": shorten_none}
+    frozen = features.freeze(
+        source, {name: tower.frozen(after[name]) for name, tower in towers.items()}
+    )
+    transforms = {
+        name: Padded(name, (tokens.longest, tokens.width), np.float16)
+        for name, (_, tokens) in frozen.fields.items()
+    }
+    return frozen, {name: project() for name in towers}, transforms, {}
+
+
+def shorten_none(tokens: Tokens) -> Tokens:
+    """All tokens."""
+    return tokens
+
+
+# ------------------------------------------------------------------------------------- objective
+
+
+def objective_of(s: Settings, model: Multimodal) -> Objective:
+    """Name the category, whatever modalities are hidden, and bring those of a thing together."""
+    losses = {cross_entropy(label_smoothing=s.label_smoothing): 1.0}
+    if s.contrast:
+        losses[info_nce(same="concept")] = s.contrast
+    hidden = {} if not s.modality_dropout else {"rate": s.modality_dropout}
+    objective = forward(model, weighted_sum(losses))
+    return with_modality_dropout(objective, **hidden) if hidden else objective
+
+
+def side_by_side(objectives: Mapping[str, Objective]) -> Objective:
+    """The sum of objectives that have params of their own: models trained on the same batches."""
+
+    def own(name: str, objective: Objective) -> Objective:
+        return named(name, lambda params, batch, rng: objective(params[name], batch, rng))
+
+    return weighted_sum({own(name, objective): 1.0 for name, objective in objectives.items()})
+
+
+@dataclasses.dataclass(frozen=True)
+class ConceptNumber:
+    """The transform of an example to the number of its concept."""
+
+    numbers: tuple[int, ...]
+    shape: tuple[int, ...] = ()
+    dtype: Any = np.int32
+    missing: int = -1
+
+    def __call__(self, example: Mapping[str, Any], rng: np.random.Generator | None) -> int:
+        return self.numbers[example["id"]]
+
+
+def build(s: Settings) -> Experiment:
+    raw, classes, described = read_data(s)
+    train_rows, test_rows = split_rows(s, raw)
+    source, encoders, transforms, pretrained = build_towers(s, raw)
+    _, numbers = np.unique(raw.concepts, return_inverse=True)
+    transforms["concept"] = ConceptNumber(tuple(numbers.tolist()))
+
+    def model_of(fusion: str) -> Multimodal:
+        return Multimodal(
+            encoders=encoders, fusion=FUSIONS[fusion](), classes=len(classes), dropout=s.dropout
+        )
+
+    models = {fusion: model_of(fusion) for fusion in dict.fromkeys(("sum", s.fusion))}
+    share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    data = Batches(Subset(source, train_rows), s.batch_size, transforms, seed=s.seed, **share)
+    tests = Batches(Subset(source, test_rows), s.batch_size, transforms, train=False)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, s.learning_rate, s.steps // 10, s.steps)
+
+    def init(key: jax.Array) -> Params:
+        keys = jax.random.split(key, len(models))
+        example = data[0]
+        return {
+            name: model.init(key, example)["params"]
+            for key, (name, model) in zip(keys, models.items(), strict=True)
+        }
+
+    def report(params: Params, folder: Path) -> dict[str, float]:
+        probe = linear_probe(data, tests, len(train_rows), len(classes))
+        found = {
+            name: measure(model, params[name], tests, captions(raw))
+            for name, model in models.items()
+        }
+        return show(s, found, probe, classes, described, folder)
+
+    return Experiment(
+        data=data,
+        init=init,
+        objective=side_by_side({name: objective_of(s, model) for name, model in models.items()}),
+        optimizer=optax.chain(
+            optax.clip_by_global_norm(1.0),
+            optax.adamw(schedule, weight_decay=s.weight_decay, mask=is_matrix),
+            parameter_ema(0.98),
+        ),
+        pretrained=dict.fromkeys(models, pretrained) if pretrained else {},
+        report=report,
+    )
+
+
+def is_matrix(params: Params) -> Params:
+    """Weight decay spares biases, scales and embeddings of one vector."""
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+
+
+# ---------------------------------------------------------------------------------------- report
+
+
+def captions(source: Source) -> np.ndarray:
+    """One number per row [n], the same for rows that are called the same."""
+    said: dict[Any, int] = {}
+    numbers = []
+    for row in range(len(source)):
+        text = source[row].get("text")
+        text = text.get("en") if isinstance(text, dict) else text
+        key = concepts.normalize(text) if text else row
+        numbers.append(said.setdefault(key, len(said)))
+    return np.array(numbers)
+
+
+def measure(
+    model: Multimodal, params: Params, tests: Batches, caption: np.ndarray
+) -> dict[str, Any]:
+    """Accuracy by subset, and outputs over all test rows."""
+    apply = jax.jit(lambda batch: model.apply({"params": params}, batch))
+    batches = [tests[step] for step in range(len(tests))]
+    subsets = accuracy.missing_modality_table(
+        lambda batch: apply(batch).logits, batches, MODALITIES
+    )
+    outputs: list[Outputs] = [jax.device_get(apply(batch)) for batch in batches]
+    joined = jax.tree.map(lambda *leaves: np.concatenate(leaves), *outputs)
+    ids, labels = (np.concatenate([batch[name] for batch in batches]) for name in ("id", "label"))
+    real = ids >= 0
+    present = {name: mask & real for name, mask in joined.present.items()}
+    return {
+        "subsets": subsets,
+        "retrieval": retrieval.retrieval(joined.embeddings, present, caption[ids]),
+        "reliability": calibration.reliability(joined.logits[labels >= 0], labels[labels >= 0]),
+        "outputs": joined,
+        "present": present,
+        "labels": labels,
+    }
+
+
+def linear_probe(
+    train: Batches, tests: Batches, rows: int, classes: int, penalty: float = 300.0
+) -> dict[tuple[str, ...], float]:
+    """The floor: ridge regression to one-hot labels on mean-pooled inputs, for each subset."""
+
+    def pooled(batches: Batches, steps: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        parts = [batches[step] for step in range(steps)]
+        labels = np.concatenate([part["label"] for part in parts])
+        _, first = np.unique(np.concatenate([part["id"] for part in parts]), return_index=True)
+        features = {}
+        complete = np.isin(np.arange(len(labels)), first) & (labels >= 0)
+        for name in MODALITIES:
+            mean = [
+                np.asarray(part[name].values, np.float32).sum(1)
+                / part[name].mask.sum(1, keepdims=True).clip(1)
+                for part in parts
+            ]
+            features[name] = np.concatenate(mean)
+            complete &= np.concatenate([part[name].present for part in parts])
+        return {name: values[complete] for name, values in features.items()}, labels[complete]
+
+    if any(len(train.transforms[name].shape) != 2 for name in MODALITIES):
+        return {}  # raw inputs: there is nothing to probe
+    fit, fit_labels = pooled(train, -(-rows // train.batch_size))
+    seen, labels = pooled(tests, len(tests))
+    found = {}
+    for kept in accuracy.subsets(MODALITIES):
+        x, query = (np.concatenate([part[name] for name in kept], 1) for part in (fit, seen))
+        mean, deviation = x.mean(0), x.std(0) + 1e-3
+        x, query = ((part - mean) / deviation for part in (x, query))
+        target = np.eye(classes)[fit_labels]
+        dual = np.linalg.solve(x @ x.T + penalty * np.eye(len(x)), target - target.mean(0))
+        scores = query @ (x.T @ dual) + target.mean(0)
+        found[kept] = accuracy.accuracy(scores.argmax(1), labels)
+    return found
+
+
+def show(
+    s: Settings,
+    found: dict[str, dict[str, Any]],
+    probe: dict[tuple[str, ...], float],
+    classes: tuple[str, ...],
+    described: str,
+    folder: Path,
+) -> dict[str, float]:
+    """Prints the tables, saves the plots, and returns every number under a name."""
+    best, total = found[s.fusion], {}
+    rows = {}
+    for kept in accuracy.subsets(MODALITIES):
+        name = "+".join(kept)
+        rows[name] = {}
+        if probe:
+            rows[name]["linear probe"] = total[f"probe/{name}"] = probe[kept]
+        for fusion, result in found.items():
+            score = result["subsets"][kept]
+            rows[name][fusion] = total[f"{fusion}/accuracy/{name}"] = score.accuracy
+            mean = total[f"{fusion}/class_mean/{name}"] = score.class_mean
+            rows[name][f"{fusion}, mean over classes"] = mean
+    labels = best["labels"]
+    majority = accuracy.majority_accuracy(labels)
+    counted = next(iter(best["subsets"].values())).rows
+    about = f"{described}, {counted} rows that have all three; always the commonest: {majority:.3f}"
+    print_table(f"Accuracy among {len(classes)} categories", rows, about, [s.seed])
+    towards = {
+        direction: {k: v for k, v in row.items() if k.startswith(("R@", "median"))}
+        for direction, row in best["retrieval"].items()
+    }
+    things = max(row["things"] for row in best["retrieval"].values())
+    about = f"{described}, among at most {things} distinct captions, chance R@1 {1 / things:.3f}"
+    print_table(f"Retrieval in the shared space, fusion {s.fusion}", towards, about, [s.seed])
+    values = {kept: score.accuracy for kept, score in best["subsets"].items()}
+    shares = shapley.shapley(values, majority)
+    print_table(
+        "What each modality adds (Shapley value of accuracy)",
+        {name: {s.fusion: share} for name, share in shares.items()},
+        described,
+        [s.seed],
+    )
+    total |= {f"retrieval/{d}/{k}": v for d, row in towards.items() for k, v in row.items()}
+    total |= {f"shapley/{name}": share for name, share in shares.items()}
+    total["calibration_error"] = best["reliability"].error
+    bars = {"+".join(kept): score.accuracy for kept, score in best["subsets"].items()}
+    plots.bars(
+        folder / "accuracy.png", bars, f"Fusion {s.fusion}", "accuracy", ("majority", majority)
+    )
+    plots.retrieval_bars(folder / "retrieval.png", best["retrieval"], "Retrieval of unseen things")
+    plots.reliability_diagram(folder / "calibration.png", best["reliability"], "All modalities")
+    plots.embedding_map(
+        folder / "shared_space.png",
+        best["outputs"].embeddings,
+        best["present"],
+        labels,
+        classes,
+        "The shared space",
+    )
+    return total
