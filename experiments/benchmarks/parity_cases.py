@@ -322,6 +322,64 @@ def t5(**options: Any) -> Case:
     return Case(model, settings, theirs, ours, _texts(20), part="text_to_text")
 
 
+def bert(**options: Any) -> Case:
+    """A ragged batch of two texts -> the real tokens."""
+    small = {key: value for key, value in TEXT.items() if key != "num_key_value_heads"}
+
+    def theirs(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        mask = batch["mask"]
+        return model(batch["ids"], attention_mask=mask.long()).last_hidden_state[mask]
+
+    def ours(module: nn.Module, variables: Any, batch: dict[str, np.ndarray]) -> jax.Array:
+        text = Tokens(jnp.asarray(batch["ids"], jnp.int32), jnp.asarray(batch["mask"]))
+        return module.apply(variables, text).values[np.nonzero(batch["mask"])]
+
+    config = transformers.BertConfig(**small | options)
+    return Case(transformers.BertModel, config, theirs, ours, _texts(14))
+
+
+def moonshine(**options: Any) -> Case:
+    """Two recordings of one length and two ragged texts -> logits of the real tokens."""
+    settings = transformers.MoonshineConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        encoder_num_hidden_layers=2,
+        decoder_num_hidden_layers=2,
+        encoder_num_attention_heads=4,
+        decoder_num_attention_heads=4,
+        max_position_embeddings=16,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 500.0,
+            "partial_rotary_factor": 0.75,
+        },
+        attn_implementation="eager",
+        **options,
+    )
+
+    def theirs(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        out = model(
+            input_values=batch["sound"],
+            decoder_input_ids=batch["ids"],
+            decoder_attention_mask=batch["mask"].long(),
+        )
+        return out.logits[batch["mask"]]
+
+    def ours(module: nn.Module, variables: Any, batch: dict[str, np.ndarray]) -> jax.Array:
+        sound = Tokens(jnp.asarray(batch["sound"]), jnp.ones(batch["sound"].shape, bool))
+        text = Tokens(jnp.asarray(batch["ids"], jnp.int32), jnp.asarray(batch["mask"]))
+        return module.apply(variables, sound, text)[np.nonzero(batch["mask"])]
+
+    sound = np.random.default_rng(0).normal(size=(2, 3000)).astype(np.float32)
+    model = transformers.MoonshineForConditionalGeneration
+    return Case(model, settings, theirs, ours, {"sound": sound} | _texts(14), part="recogniser")
+
+
 CASES: dict[str, Callable[[], Case]] = {
     "gpt2": partial(
         language_model,
@@ -440,6 +498,7 @@ CASES: dict[str, Callable[[], Case]] = {
             "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5000.0},
         },
     ),
+    "bert": bert,
     "clip": partial(
         contrastive,
         transformers.CLIPModel,
@@ -474,6 +533,7 @@ CASES: dict[str, Callable[[], Case]] = {
         num_register_tokens=3,
     ),
     "whisper": whisper,
+    "moonshine": moonshine,
     "t5": t5,
     "t5 1.1": partial(t5, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
     "wav2vec 2.0": partial(wav2vec2, ragged=False, num_conv_pos_embeddings=9),

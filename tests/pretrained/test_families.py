@@ -8,8 +8,12 @@ from experiments.benchmarks.parity import compare
 from experiments.benchmarks.parity_cases import CASES
 
 
+# part of the printed table, but with no option that another case lacks
+COVERED = {"gpt2", "smollm2", "rope dynamic, short", "dinov2", "whisper options"}
+
+
 @pytest.mark.filterwarnings("ignore")  # torch's own
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", sorted(CASES.keys() - COVERED))
 def test_same_as_transformers(name):
     parity = compare(CASES[name]())
     assert parity.outputs < 1e-4
