@@ -3,8 +3,8 @@
     python -m fusion_jax train experiments/trimodal.py
 
 Three pretrained towers stay frozen and their tokens are computed once. Trained are a projection
-for each into the shared space, and two fusion strategies side by side on the same batches: the
-one that `--fusion` names, and the sum enc(x) + enc(y) + enc(z). Things of the test split share no
+for each into the shared space, and several fusion strategies side by side on the same batches
+(`--fusions`), the sum enc(x) + enc(y) + enc(z) among them. Things of the test split share no
 concept with those of training (see fusion_jax/data/stamps.py).
 """
 
@@ -82,8 +82,8 @@ class Settings(Base):
     label_smoothing: float = 0.1
     contrast: float = 0.5
     """Weight of InfoNCE between the modalities of a thing."""
-    fusion: Literal[tuple(FUSIONS)] = "gated"
-    """The strategy that is trained beside the sum."""
+    fusions: tuple[Literal[tuple(FUSIONS)], ...] = ("sum", "gated")
+    """Strategies to train side by side; retrieval and plots are of the last."""
     towers: Literal["frozen", "finetune", "scratch"] = "frozen"
     image_tower: str = "efficientnet-lite2"
     """A name, hub id or folder; so are the next two."""
@@ -217,7 +217,7 @@ def build(s: Settings) -> Experiment:
             encoders=encoders, fusion=FUSIONS[fusion](), classes=len(classes), dropout=s.dropout
         )
 
-    models = {fusion: model_of(fusion) for fusion in dict.fromkeys(("sum", s.fusion))}
+    models = {fusion: model_of(fusion) for fusion in dict.fromkeys(s.fusions)}
     share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     data = Batches(Subset(source, train_rows), s.batch_size, transforms, seed=s.seed, **share)
     tests = Batches(Subset(source, test_rows), s.batch_size, transforms, train=False)
@@ -343,7 +343,7 @@ def show(
     folder: Path,
 ) -> dict[str, float]:
     """Prints the tables, saves the plots, and returns every number under a name."""
-    best, total = found[s.fusion], {}
+    best, total = found[s.fusions[-1]], {}
     rows = {}
     for kept in accuracy.subsets(MODALITIES):
         name = "+".join(kept)
@@ -366,12 +366,12 @@ def show(
     }
     things = max(row["things"] for row in best["retrieval"].values())
     about = f"{described}, among at most {things} distinct captions, chance R@1 {1 / things:.3f}"
-    print_table(f"Retrieval in the shared space, fusion {s.fusion}", towards, about, [s.seed])
+    print_table(f"Retrieval in the shared space, fusion {s.fusions[-1]}", towards, about, [s.seed])
     values = {kept: score.accuracy for kept, score in best["subsets"].items()}
     shares = shapley.shapley(values, majority)
     print_table(
         "What each modality adds (Shapley value of accuracy)",
-        {name: {s.fusion: share} for name, share in shares.items()},
+        {name: {s.fusions[-1]: share} for name, share in shares.items()},
         described,
         [s.seed],
     )
@@ -380,7 +380,7 @@ def show(
     total["calibration_error"] = best["reliability"].error
     bars = {"+".join(kept): score.accuracy for kept, score in best["subsets"].items()}
     plots.bars(
-        folder / "accuracy.png", bars, f"Fusion {s.fusion}", "accuracy", ("majority", majority)
+        folder / "accuracy.png", bars, f"Fusion {s.fusions[-1]}", "accuracy", ("majority", majority)
     )
     plots.retrieval_bars(folder / "retrieval.png", best["retrieval"], "Retrieval of unseen things")
     plots.reliability_diagram(folder / "calibration.png", best["reliability"], "All modalities")

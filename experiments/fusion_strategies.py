@@ -1,0 +1,96 @@
+"""Which fusion is worth its cost? Every strategy on the data and split of experiments/trimodal.py.
+
+    python experiments/fusion_strategies.py --seeds 3
+
+For each seed all strategies are trained side by side on the same batches (their params are apart,
+so it is as if each were trained alone). Then each one's own train step is counted and timed.
+Prints accuracy by what is present, params of the fusion, FLOPs of a row's fusion as its docstring
+counts them, FLOPs of a compiled train step, and the median time of a step.
+"""
+
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import jax
+import numpy as np
+import optax
+import tyro
+
+from fusion_jax.__main__ import main as command
+from fusion_jax.evaluation.table import print_table
+from fusion_jax.training import experiment as experiments
+from fusion_jax.training import runtime
+from fusion_jax.training.settings import Settings as Base
+
+TRIMODAL = Path(__file__).with_name("trimodal.py")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How much to run."""
+
+    seeds: int = 3
+    steps: int = 400
+    timed_steps: int = 10
+    workdir: Path = Path("runs/fusion_strategies")
+
+
+def cost(trimodal: ModuleType, settings: Base, fusion: str, repeats: int) -> dict[str, float]:
+    """Params, FLOPs and step time of one strategy."""
+    experiment = trimodal.build(dataclasses.replace(settings, fusions=(fusion,)))
+    params = experiment.init(jax.random.key(0))
+    batch = experiment.data[0] | {"step": np.int32(0)}
+    widths = {name: batch[name].mask.shape[1] for name in trimodal.MODALITIES}
+    strategy = trimodal.FUSIONS[fusion]()
+    rng = jax.random.key(0)
+
+    def step(params: dict, opt_state: tuple) -> tuple:
+        grads, _ = jax.grad(experiment.objective, has_aux=True)(params, batch, rng)
+        with jax.numpy_dtype_promotion("standard"):
+            updates, opt_state = experiment.optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    opt_state = experiment.optimizer.init(params)
+    compiled = jax.jit(step).lower(params, opt_state).compile()
+    times = []
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        jax.block_until_ready(compiled(params, opt_state))
+        times.append(time.perf_counter() - began)
+    own = jax.tree.leaves(params[fusion].get("fusion", {}))
+    return {
+        "fusion params": sum(leaf.size for leaf in own),
+        "fusion MFLOPs a row": strategy.flops(widths, settings.width) / 1e6,
+        "step GFLOPs": compiled.cost_analysis()["flops"] / 1e9,
+        "step ms": 1e3 * statistics.median(times[1:]),
+    }
+
+
+def run(s: Settings) -> None:
+    """Trains, then tabulates."""
+    trimodal = experiments.load_file(TRIMODAL)
+    runtime.start()
+    names = tuple(trimodal.FUSIONS)
+    flags = ["--steps", str(s.steps), "--seeds", str(s.seeds), "--workdir", str(s.workdir)]
+    status = command(["train", str(TRIMODAL), *flags, "--fusions", *names])
+    if status:
+        sys.exit(status)
+    found = json.loads((s.workdir / "seeds.json").read_text())
+    subsets = ("audio", "image", "text", "audio+image+text")
+    table = {
+        name: {subset: found[f"{name}/accuracy/{subset}"] for subset in subsets} for name in names
+    }
+    print_table("Accuracy by fusion strategy", table, "stamps, unseen things", found["seeds"])
+    settings = trimodal.Settings(steps=s.steps)
+    costs = {name: cost(trimodal, settings, name, s.timed_steps) for name in names}
+    device = jax.devices()[0].device_kind
+    print_table("What it costs", costs, f"batch of {settings.batch_size}, {device}", [0], 2)
+
+
+if __name__ == "__main__":
+    run(tyro.cli(Settings, description=__doc__))
