@@ -12,7 +12,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from fusion_jax.errors import UserError
-from fusion_jax.pretrained import gguf, gguf_tokenizer
+from fusion_jax.pretrained import gguf, gguf_model, gguf_tokenizer
 from fusion_jax.pretrained.checkpoint import (
     Family,
     put,
@@ -99,11 +99,11 @@ def load(
     file = _gguf_file(folder)
     if file is not None:
         stored = gguf.GGUF(file)
-        config = gguf.read_config(stored)
+        config = gguf_model.read_config(stored)
         tokenizer = gguf_tokenizer.read_tokenizer(stored.metadata)
         chat_template = stored.metadata.get("tokenizer.chat_template")
         module, shapes, family = _describe(config, part, file)
-        tensors: Mapping[str, np.ndarray] = gguf.Published(stored)
+        tensors: Mapping[str, np.ndarray] = gguf_model.Published(stored)
     else:
         config = read_config(folder)
         tokenizer, chat_template = read_tokenizer(folder), read_chat_template(folder)

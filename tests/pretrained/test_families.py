@@ -7,7 +7,6 @@ pytest.importorskip("transformers")
 from experiments.benchmarks.parity import compare
 from experiments.benchmarks.parity_cases import CASES
 
-
 # part of the printed table, but with no option that another case lacks
 COVERED = {"gpt2", "smollm2", "rope dynamic, short", "dinov2", "whisper options"}
 

@@ -176,6 +176,21 @@ def test_a_damaged_file_is_told_or_read_but_never_believed(tmp_path, seed):
         assert seed % 4
 
 
+def test_counts_larger_than_the_file_are_told_before_memory_is_taken(tmp_path):
+    string, array, number = 8, 9, 0
+    key = struct.pack("<Q", 1) + b"k"
+    headers = {
+        "tensors": struct.pack("<QQ", 2**60, 0),
+        "keys": struct.pack("<QQ", 0, 2**60),
+        "letters": struct.pack("<QQ", 0, 1) + key + struct.pack("<IQ", string, 2**60),
+        "numbers": struct.pack("<QQ", 0, 1) + key + struct.pack("<IIQ", array, number, 2**60),
+    }
+    for name, header in headers.items():
+        (tmp_path / name).write_bytes(b"GGUF" + struct.pack("<I", 3) + header + bytes(64))
+        with pytest.raises(UserError, match="do not fit the file"):
+            GGUF(tmp_path / name)
+
+
 def test_what_is_wrong_is_named(tmp_path):
     write(tmp_path / "a.gguf", "llama")
     data = (tmp_path / "a.gguf").read_bytes()

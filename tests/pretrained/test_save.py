@@ -163,3 +163,12 @@ def test_a_damaged_header_never_gives_a_tensor_of_another_size(folder, seed):
         assert seed % 2 == 0
         sizes = [int(np.prod(shape)) for shape in shapes.values()]
         assert sizes == [int(np.prod(shape)) for shape in expected.values()]
+
+
+@pytest.mark.parametrize("start", [0, 10**12, -8])
+def test_a_tensor_larger_than_its_file_is_told_before_it_is_read(tmp_path, start):
+    each = {"dtype": "F32", "shape": [10**12 // 4], "data_offsets": [start, start + 10**12]}
+    text = json.dumps({"a": each}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(UserError, match=r"damaged: tensor a of shape \(250000000000,\)"):
+        Shards(tmp_path)
