@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import optax
 
-from fusion_jax.data import concepts, features, stamps
+from fusion_jax.data import concepts, features, image, stamps
 from fusion_jax.data.audio import Waveforms
 from fusion_jax.data.image import Augment, Pictures
 from fusion_jax.data.pipeline import Batches, Padded, Source, Subset, Transform
@@ -91,6 +91,8 @@ class Settings(Base):
     text_tower: str = "all-minilm-l6-v2"
     languages: tuple[str, ...] = ("fr",)
     """Of the recordings; the first that there is is evaluated on."""
+    views: int = 4
+    """Crops of each picture that a frozen tower sees, the whole picture among them."""
     stamps: Path | None = None
     """Tux Paint's stamps, if they are not to be fetched."""
     table: Path | None = None
@@ -154,9 +156,9 @@ def build_towers(
         transforms = {name: tower.transform for name, tower in towers.items()}
         params = {f"encoders_{name}": {"tower": tower.params} for name, tower in towers.items()}
         return source, encoders, transforms, params
-    after = {"image": nine, "audio": nine, "text": shorten_none}
+    after = {"image": nine, "audio": nine, "text": all_tokens}
     frozen = features.freeze(
-        source, {name: tower.frozen(after[name]) for name, tower in towers.items()}
+        Views(source, s.views), {name: tower.frozen(after[name]) for name, tower in towers.items()}
     )
     transforms = {
         name: Padded(name, (tokens.longest, tokens.width), np.float16)
@@ -165,9 +167,37 @@ def build_towers(
     return frozen, {name: project() for name in towers}, transforms, {}
 
 
-def shorten_none(tokens: Tokens) -> Tokens:
-    """All tokens."""
+def all_tokens(tokens: Tokens) -> Tokens:
+    """As they come."""
     return tokens
+
+
+class Views:
+    """A source whose picture has `count` alternatives: whole, then crops, some of them mirrored.
+
+    A frozen tower sees each picture once, so it must be augmented before. Evaluation takes the
+    first of the alternatives, the whole picture.
+    """
+
+    def __init__(self, source: Source, count: int) -> None:
+        self.source, self.count = source, count
+        self.checksum = f"{source.checksum} {count} views"
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        example, crop = dict(self.source[row]), Augment(area=(0.5, 1.0))
+        if example.get("image") is None:
+            return example
+        whole = image.decode(example["image"], example.get("name", "image"), side=384)
+        views, rng = [whole], np.random.default_rng(row)
+        for view in range(1, self.count):
+            box = crop.box(whole.shape[1], whole.shape[0], rng)
+            left, top, right, bottom = (round(edge) for edge in box)
+            cut = whole[top : max(bottom, top + 1), left : max(right, left + 1)]
+            views.append(cut[:, ::-1] if view % 2 and example.get("mirror", True) else cut)
+        return example | {"image": views}
 
 
 # ------------------------------------------------------------------------------------- objective
