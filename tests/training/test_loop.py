@@ -37,7 +37,7 @@ def spawn(*arguments, devices=1, **kwargs):
 
 
 def finish(process):
-    out, error = process.communicate(timeout=120)
+    _, error = process.communicate(timeout=120)
     return process.returncode, error
 
 
