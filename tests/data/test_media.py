@@ -56,6 +56,7 @@ def test_sound_is_cut_to_the_limit():
         (sound(np.zeros(0), 8000, "WAV"), "no sample"),
         (sound(np.full(99, np.nan), 8000, "WAV")[:44] + b"", "breaks off|no sample"),
     ],
+    ids=("empty", "foreign", "cut WAV", "cut Ogg", "only a header", "no sample", "no data"),
 )
 def test_damaged_sound_is_named(data, message):
     with pytest.raises(UserError, match=f"owl.ogg: .*({message})"):

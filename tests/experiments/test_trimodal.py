@@ -1,0 +1,57 @@
+"""The main job from its command, on a table of one's own, from reading files to plots."""
+
+import json
+
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+
+from fusion_jax.__main__ import main
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """Forty things of two kinds; a third lack a picture, a recording or a text."""
+    folder, rng = tmp_path_factory.mktemp("table"), np.random.default_rng(0)
+    rows = []
+    for index in range(40):
+        kind = index % 2
+        pixels = rng.integers(0, 80, (24, 30, 3)) + 150 * kind
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{index}.png")
+        pitch = np.sin(np.arange(4000) * (0.1 + 0.2 * kind)) + 0.1 * rng.normal(size=4000)
+        soundfile.write(folder / f"{index}.wav", pitch * 0.5, 16_000)
+        row = {
+            "image": f"{index}.png",
+            "audio": f"{index}.wav",
+            "text": f"thing {index} " + ("dark", "light")[kind],
+            "label": ("night", "day")[kind],
+        }
+        if index % 3 == 0:
+            row.pop(("image", "audio", "text")[index // 3 % 3])
+        rows.append(row)
+    path = folder / "mine.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_trains_on_a_table_with_absent_modalities(table, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FUSION_JAX_HOME", str(tmp_path / "home"))
+    flags = ["--towers", "scratch", "--width", "16", "--steps", "2", "--batch-size", "8"]
+    flags += ["--table", str(table), "--workdir", str(tmp_path / "run"), "--no-tensorboard"]
+    assert main(["train", "experiments/trimodal.py", *flags]) == 0
+    said = capsys.readouterr().out
+    assert "audio+image+text" in said and "image->text" in said and "mine.jsonl" in said
+    report = tmp_path / "run" / "report"
+    numbers = json.loads((report / "metrics.json").read_text())
+    assert len([name for name in numbers if name.startswith("gated/accuracy/")]) == 7
+    assert all(0 <= numbers[name] <= 1 for name in numbers if "/accuracy/" in name)
+    for plot in ("accuracy", "retrieval", "calibration", "shared_space"):
+        with Image.open(report / f"{plot}.png") as picture:
+            assert picture.width > 200
+
+    broken = table.with_name("broken.jsonl")
+    broken.write_text(table.read_text() + '{"image": "nowhere.png", "label": "day"}\n')
+    flags = [*flags[:-4], str(broken), "--workdir", str(tmp_path / "other")]
+    assert main(["train", "experiments/trimodal.py", *flags]) == 2
+    assert "nowhere.png" in capsys.readouterr().err.splitlines()[-1]
