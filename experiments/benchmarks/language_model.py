@@ -1,0 +1,252 @@
+"""How fast is a language model here, against Hugging Face transformers and PEFT in PyTorch?
+
+    pip install peft accelerate
+    python -m experiments.benchmarks.language_model            (needs the test extra: torch)
+
+SmolLM2-135M-Instruct, the same GGUF file, float32, the same batch, CPU, in one run: each job is
+timed here and there in turn, and the best of several runs counts. PyTorch gets the better of eager
+and `torch.compile`. Steps are 8 rows of 64 tokens of which 16 are answers, AdamW; LoRA has rank 8
+on queries and values. Prefill reads 8 x 128 tokens and gives the last logits. Decoding writes 64
+tokens greedily after 32, the prompt's reading included. 8-bit decoding is lossy: its perplexity
+on English text (the Python manual) is printed beside that of float32.
+"""
+
+import copy
+import dataclasses
+import gc
+import pydoc_data.topics
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import torch
+import transformers
+import tyro
+
+from experiments.benchmarks.generation import NAME, open_both
+from fusion_jax.adaptation import lora
+from fusion_jax.adaptation.lora import LoRA
+from fusion_jax.language.fused import FusedLM
+from fusion_jax.language.generate import generate
+from fusion_jax.language.int8 import Int8, quantize
+from fusion_jax.language.prompt import Prompt, text_mask
+from fusion_jax.objectives.generative import causal_lm
+from fusion_jax.pretrained.load import Pretrained
+from fusion_jax.tokens import Tokens
+
+ROWS, LENGTH, ANSWER, READ, PROMPT, WRITTEN = 8, 64, 16, 128, 32, 64
+Run = Callable[[], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """repeats: timed runs of each job. compiled: whether torch.compile is tried too."""
+
+    repeats: int = 5
+    compiled: bool = True
+
+
+def best_times(runs: dict[str, Run], repeats: int) -> dict[str, float]:
+    """Seconds of the fastest of `repeats` runs of each, taken in turn, after one to warm up."""
+    best = {}
+    for name, run in list(runs.items()):
+        try:
+            run()
+            best[name] = float("inf")
+        except Exception as error:  # torch.compile fails in many ways; eager then counts
+            print(f"  ({name} does not run: {type(error).__name__})", flush=True)
+    for _ in range(repeats):
+        for name in best:
+            start = time.perf_counter()
+            runs[name]()
+            best[name] = min(best[name], time.perf_counter() - start)
+    return best
+
+
+def our_step(ours: Pretrained, ids: np.ndarray, *, adapters: bool) -> Run:
+    """One optimizer step on the answers."""
+    model: Any = FusedLM(ours.module, {})
+    base = {"decoder": ours.params}
+    weight = np.zeros(ids.shape, np.float32)
+    weight[:, -ANSWER:] = 1
+    mask = np.ones(ids.shape, bool)
+    batch = {"text": Tokens(ids, mask), "weight": Tokens(weight, mask)}
+    optimizer = optax.adamw(1e-5)
+    if adapters:
+        model = LoRA(model)
+        trained, frozen = lora.init(jax.random.key(0), base, {"attention/(query|value)": 8}), base
+    else:
+        trained, frozen = jax.tree.map(jnp.copy, base), {}
+    objective = causal_lm(model)
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def step(trained: Any, state: Any, frozen: Any) -> tuple[Any, Any, jax.Array]:
+        def loss(trained: Any) -> jax.Array:
+            params = {"base": frozen, "lora": trained} if adapters else trained
+            return objective(params, batch, jax.random.key(0))[0]
+
+        value, grads = jax.value_and_grad(loss)(trained)
+        updates, state = optimizer.update(grads, state, trained)
+        return optax.apply_updates(trained, updates), state, value
+
+    carry = [trained, optimizer.init(trained)]
+
+    def run() -> float:
+        trained, state, value = step(*carry, frozen)
+        carry[:] = [trained, state]
+        return float(value)
+
+    return run
+
+
+def their_step(model: torch.nn.Module, ids: np.ndarray) -> Run:
+    """The same step in PyTorch: labels of -100 have no loss."""
+    inputs = torch.from_numpy(ids).long()
+    labels = inputs.clone()
+    labels[:, :-ANSWER] = -100
+    trained = [param for param in model.parameters() if param.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, weight_decay=1e-4)
+
+    def run() -> float:
+        loss = model(input_ids=inputs, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return float(loss.detach())
+
+    return run
+
+
+def with_peft(theirs: transformers.PreTrainedModel) -> torch.nn.Module:
+    """Their model with LoRA on the same projections."""
+    import peft
+
+    targets = ["q_proj", "v_proj"]
+    return peft.get_peft_model(theirs, peft.LoraConfig(r=8, lora_alpha=16, target_modules=targets))
+
+
+def our_prefill(ours: Pretrained, ids: np.ndarray) -> Run:
+    """The next token's logits after each row."""
+
+    @jax.jit
+    def read(params: Any, ids: jax.Array) -> tuple[jax.Array, Any]:
+        mask = text_mask(jnp.ones(ids.shape, bool))
+        caches = ours.module.empty_caches(*ids.shape)
+        hidden, caches = ours.module.apply({"params": params}, ids, mask, caches=caches)
+        last = ours.module.apply({"params": params}, hidden[:, -1:], method="logits")
+        return last, caches
+
+    return lambda: jax.block_until_ready(read(ours.params, ids))
+
+
+def their_prefill(model: torch.nn.Module, ids: np.ndarray) -> Run:
+    inputs = torch.from_numpy(ids).long()
+
+    def run() -> Any:
+        with torch.inference_mode():
+            return model(input_ids=inputs, use_cache=True, logits_to_keep=1).logits
+
+    return run
+
+
+def our_decode(model: Any, params: Any, ids: np.ndarray) -> Run:
+    prompt = Prompt(ids, np.ones(ids.shape, bool))
+    return lambda: generate(model, params, prompt, max_tokens=WRITTEN)
+
+
+def their_decode(model: transformers.PreTrainedModel, ids: np.ndarray, **settings: Any) -> Run:
+    inputs = torch.from_numpy(ids).long()
+    settings |= {"max_new_tokens": WRITTEN, "min_new_tokens": WRITTEN, "do_sample": False}
+
+    def run() -> Any:
+        with torch.inference_mode():
+            return model.generate(inputs, attention_mask=torch.ones_like(inputs), **settings)
+
+    return run
+
+
+def perplexity(model: Any, params: Any, ids: np.ndarray) -> float:
+    """Of ids [b, t], each row by itself."""
+
+    @jax.jit
+    def losses(params: Any, ids: jax.Array) -> jax.Array:
+        mask = text_mask(jnp.ones(ids.shape, bool))
+        hidden, _ = model.apply({"params": params}, ids, mask)
+        logits = model.apply({"params": params}, hidden[:, :-1], method="logits")
+        return optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:])
+
+    return float(np.exp(np.mean([losses(params, row[None]) for row in ids])))
+
+
+def report(job: str, times: dict[str, float], tokens: int) -> None:
+    """One line: tokens per second of each, and the ratio of our best to their best."""
+    rates = {name: tokens / seconds for name, seconds in times.items()}
+    theirs = max(rate for name, rate in rates.items() if name.startswith("torch"))
+    shown = ", ".join(f"{name} {rate:.0f}" for name, rate in rates.items())
+    ratios = ", ".join(
+        f"{name} {rate / theirs:.2f}x" for name, rate in rates.items() if name.startswith("jax")
+    )
+    print(f"{job:16} tokens/s: {shown}; ratio: {ratios}", flush=True)
+
+
+def main(settings: Settings) -> None:
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    ours, theirs = open_both()
+    text = " ".join(pydoc_data.topics.topics[name] for name in ("class", "import", "try", "while"))
+    ids = np.array(ours.tokenizer.encode(text).ids, np.int32)
+    print(f"{NAME}, {torch.get_num_threads()} threads, best of {settings.repeats}", flush=True)
+
+    def compiled(model: Any) -> dict[str, Any]:
+        found = {"torch": model}
+        if settings.compiled:
+            found["torch.compile"] = torch.compile(model)
+        return found
+
+    batch = ids[: ROWS * READ].reshape(ROWS, READ)
+    models = compiled(theirs)
+    runs = {"jax": our_prefill(ours, batch)}
+    runs |= {name: their_prefill(model, batch) for name, model in models.items()}
+    report("prefill", best_times(runs, settings.repeats), batch.size)
+
+    small = jax.jit(quantize)(ours.params)
+    for rows in (1, ROWS):
+        batch = ids[: rows * PROMPT].reshape(rows, PROMPT)
+        runs = {
+            "jax": our_decode(ours.module, ours.params, batch),
+            "jax int8": our_decode(Int8(ours.module), small, batch),
+            "torch": their_decode(theirs, batch),
+        }
+        if settings.compiled:  # a static cache is what transformers compiles
+            fast = copy.copy(theirs)
+            fast.forward = torch.compile(theirs.forward)
+            runs["torch.compile"] = their_decode(fast, batch, cache_implementation="static")
+        report(f"decode, batch {rows}", best_times(runs, settings.repeats), rows * WRITTEN)
+    text_rows = ids[: 8 * 256].reshape(8, 256)
+    full = perplexity(ours.module, ours.params, text_rows)
+    rounded = perplexity(Int8(ours.module), small, text_rows)
+    print(f"perplexity       float32 {full:.2f}, int8 {rounded:.2f}", flush=True)
+    del runs, small, models
+    torch._dynamo.reset()
+    gc.collect()
+
+    theirs.train()
+    batch = ids[: ROWS * LENGTH].reshape(ROWS, LENGTH)
+    for job in ("full step", "LoRA step"):
+        model = with_peft(theirs) if job == "LoRA step" else theirs
+        runs = {"jax": our_step(ours, batch, adapters=job == "LoRA step")}
+        runs |= {name: their_step(each, batch) for name, each in compiled(model).items()}
+        report(job, best_times(runs, settings.repeats), batch.size)
+        del runs
+        torch._dynamo.reset()
+        gc.collect()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings))
