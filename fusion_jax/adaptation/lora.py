@@ -3,6 +3,7 @@
     model = LoRA(decoder)
     params = {"base": base, "lora": lora.init(rng, base, {"attention/(query|value)": 8})}
     logits = model.apply({"params": params}, ids)
+    generate(decoder, model.merge(params), prompt)        # merged, it costs nothing
 
 No model is rewritten: calls of `nn.Dense` are intercepted, and each finds its adapter beside its
 kernel, where `apply` put it (so that scan and remat carry it along). The frozen kernel only ever

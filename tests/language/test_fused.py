@@ -1,6 +1,7 @@
 """Fused language models: where media land, what absence means, and generation from them."""
 
 import importlib.util
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from fusion_jax.errors import UserError
-from fusion_jax.language.connectors import Projection, Resampler, with_cross_attention
+from fusion_jax.language.connectors import Patches, Projection, Resampler, with_cross_attention
 from fusion_jax.language.fused import FusedLM, init_around
 from fusion_jax.language.generate import choose, generate
 from fusion_jax.language.prompt import pad
@@ -187,6 +188,21 @@ def test_each_word_looks_at_the_picture_before_it():
         moved = np.abs(after - before).max(axis=(0, 2)) > 1e-4
         keep = np.array(mask[0])
         assert moved[keep].tolist() == np.array(changed, bool)[keep].tolist()
+
+
+def test_pictures_go_in_raw_or_through_an_encoder():
+    pictures = Tokens(jnp.ones((2, 3, 8, 8, 3)), jnp.array([[True, True, False], [True] * 3]))
+    raw = FusedLM(DECODER, {"image": Patches(tiny.WIDTH, patch=4)})
+    encoded = FusedLM(DECODER, {"image": Projection(tiny.WIDTH)}, {"image": Patches(5, patch=2)})
+    for model, length in ((raw, 4), (encoded, 16)):
+        layout = model.layout(jax.random.key(0), {"image": pictures})
+        assert (layout.lengths, layout.items) == ({"image": length}, {"image": 3})
+        init = partial(model.init_with_output, method="connect")
+        tokens, variables = init(jax.random.key(0), {"image": pictures})
+        assert tokens["image"].values.shape == (2, 3 * length, tiny.WIDTH)
+        assert tokens["image"].mask.sum(1).tolist() == [2 * length, 3 * length]
+        names = {"connectors_image"} | ({"encoders_image"} if model is encoded else set())
+        assert set(variables["params"]) == names
 
 
 def test_bad_prompts_and_parts():
