@@ -16,8 +16,10 @@ from typing import Any, Literal
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
+from einops import rearrange
 
 from fusion_jax.data import concepts, features, image, stamps
 from fusion_jax.data.audio import Waveforms
@@ -47,7 +49,7 @@ from fusion_jax.objectives.combine import Objective, forward, named, weighted_su
 from fusion_jax.objectives.contrastive import info_nce
 from fusion_jax.objectives.supervised import cross_entropy
 from fusion_jax.pretrained.tower import open_tower
-from fusion_jax.tokens import Tokens, shorten
+from fusion_jax.tokens import Tokens, fill, shorten
 from fusion_jax.training.experiment import Experiment
 from fusion_jax.training.partition import Params
 from fusion_jax.training.settings import Settings as Base
@@ -124,14 +126,17 @@ def split_rows(s: Settings, source: Source) -> tuple[list[int], list[int]]:
 
 
 def nine(tokens: Tokens) -> Tokens:
-    """Nine neighbours as one: a row of EfficientNet-Lite2's feature map, 0.2 s of Moonshine's."""
+    """The mean of nine neighbours: a row of EfficientNet-Lite2's feature map."""
     return shorten(tokens, 9)
 
 
 def build_towers(
-    s: Settings, source: Source
+    s: Settings, source: Source, rows: list[int]
 ) -> tuple[Source, dict[str, nn.Module], dict[str, Transform], Params]:
-    """The source to draw from, an encoder and a transform for each modality, pretrained params."""
+    """The source to draw from, an encoder and a transform for each modality, pretrained params.
+
+    Frozen towers' tokens are standardized over `rows`, those that are trained on.
+    """
     spoken, crop = {"languages": s.languages, "seconds": 4.0}, Augment()
     project = partial(Project, s.width, dropout=s.dropout)
     if s.towers == "scratch":
@@ -156,15 +161,25 @@ def build_towers(
         transforms = {name: tower.transform for name, tower in towers.items()}
         params = {f"encoders_{name}": {"tower": tower.params} for name, tower in towers.items()}
         return source, encoders, transforms, params
-    after = {"image": nine, "audio": nine, "text": all_tokens}
+    after = {"image": nine, "audio": mean_and_max, "text": all_tokens}
     frozen = features.freeze(
         Views(source, s.views), {name: tower.frozen(after[name]) for name, tower in towers.items()}
     )
     transforms = {
-        name: Padded(name, (tokens.longest, tokens.width), np.float16)
+        name: standardized(Padded(name, (tokens.longest, tokens.width), np.float16), frozen, rows)
         for name, (_, tokens) in frozen.fields.items()
     }
     return frozen, {name: project() for name in towers}, transforms, {}
+
+
+def mean_and_max(tokens: Tokens) -> Tokens:
+    """0.2 s of Moonshine's frames as one: their mean, and their maximum beside it."""
+    mean = shorten(tokens, 9)
+    frames = fill(tokens, -jnp.inf)
+    frames = jnp.pad(frames, ((0, 0), (0, -frames.shape[1] % 9), (0, 0)), constant_values=-jnp.inf)
+    top = rearrange(frames, "b (t f) d -> b t f d", f=9).max(axis=2)
+    top = fill(Tokens(top, mean.mask))
+    return Tokens(jnp.concatenate([mean.values, top], axis=-1), mean.mask)
 
 
 def all_tokens(tokens: Tokens) -> Tokens:
@@ -198,6 +213,33 @@ class Views:
             cut = whole[top : max(bottom, top + 1), left : max(right, left + 1)]
             views.append(cut[:, ::-1] if view % 2 and example.get("mirror", True) else cut)
         return example | {"image": views}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Standardized:
+    """A transform whose numbers are standardized, each by its mean and deviation in training."""
+
+    of: Padded
+    mean: np.ndarray
+    deviation: np.ndarray
+    dtype: Any = np.float32
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.of.shape
+
+    def __call__(self, example: Mapping[str, Any], rng: np.random.Generator | None) -> Any:
+        values = self.of(example, rng)
+        if values is None:
+            return None
+        return (values.astype(np.float32) - self.mean) / self.deviation
+
+
+def standardized(of: Padded, source: Source, rows: list[int]) -> Standardized:
+    """Over all tokens of the first alternative of these rows."""
+    found = [of(source[row], None) for row in rows]
+    tokens = np.concatenate([each for each in found if each is not None]).astype(np.float32)
+    return Standardized(of, tokens.mean(0), tokens.std(0) + 1e-3)
 
 
 # ------------------------------------------------------------------------------------- objective
@@ -238,7 +280,7 @@ class ConceptNumber:
 def build(s: Settings) -> Experiment:
     raw, classes, described = read_data(s)
     train_rows, test_rows = split_rows(s, raw)
-    source, encoders, transforms, pretrained = build_towers(s, raw)
+    source, encoders, transforms, pretrained = build_towers(s, raw, train_rows)
     _, numbers = np.unique(raw.concepts, return_inverse=True)
     transforms["concept"] = ConceptNumber(tuple(numbers.tolist()))
 
