@@ -192,7 +192,7 @@ def _download(folder: Path, options: list[str]) -> Path:
             except subprocess.TimeoutExpired:
                 continue
         bar.update(sum(f.stat().st_size for f in _packages(folder)) - bar.n)
-    error = process.stderr.read() if process.stderr else ""
+    _, error = process.communicate()
     if process.returncode or not _packages(folder):
         raise subprocess.CalledProcessError(process.returncode, "apt-get", stderr=error)
     return _packages(folder)[0]

@@ -1,5 +1,7 @@
 """The real stamps, found or fetched by the project's own code."""
 
+import shutil
+
 import pytest
 
 from fusion_jax import paths
@@ -27,7 +29,7 @@ def built_stamps(stamps_folder, tmp_path_factory):
     if (paths.cache_dir() / "datasets" / "stamps").is_dir():
         return stamps.load()
     part = tmp_path_factory.mktemp("part")
-    (part / "space").symlink_to(stamps_folder / "space")
+    shutil.copytree(stamps_folder / "space", part / "space")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FUSION_JAX_HOME", str(tmp_path_factory.mktemp("home")))
         return stamps.load(part)
