@@ -35,6 +35,7 @@ class Settings:
     """How much to run."""
 
     seeds: int = 3
+    """At least two, for the spread."""
     steps: int = 400
     timed_steps: int = 10
     workdir: Path = Path("runs/fusion_strategies")

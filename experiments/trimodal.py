@@ -6,6 +6,19 @@ Three pretrained towers stay frozen and their tokens are computed once. Trained 
 for each into the shared space, and several fusion strategies side by side on the same batches
 (`--fusions`), the sum enc(x) + enc(y) + enc(z) among them. Things of the test split share no
 concept with those of training (see fusion_jax/data/stamps.py).
+
+Accuracy among 16 categories, mean ± standard deviation over 5 seeds (`--seeds 5`), each with a
+split of its own, French recordings:
+
+    input             linear probe    sum             gated
+    audio             0.434 ± 0.037   0.417 ± 0.036   0.437 ± 0.045
+    image             0.752 ± 0.023   0.776 ± 0.023   0.762 ± 0.028
+    text              0.821 ± 0.019   0.834 ± 0.018   0.843 ± 0.017
+    image+text        0.868 ± 0.025   0.882 ± 0.017   0.881 ± 0.024
+    audio+image+text  0.863 ± 0.024   0.867 ± 0.009   0.869 ± 0.018
+
+Image and text together beat either alone; speech adds nothing to them; the gate is no better than
+the sum.
 """
 
 import dataclasses
