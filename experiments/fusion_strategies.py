@@ -17,8 +17,7 @@ from pathlib import Path
 from types import ModuleType
 
 import jax
-import numpy as np
-import optax
+import jax.numpy as jnp
 import tyro
 
 from fusion_jax.__main__ import main as command
@@ -26,6 +25,7 @@ from fusion_jax.evaluation.table import print_table
 from fusion_jax.training import experiment as experiments
 from fusion_jax.training import runtime
 from fusion_jax.training.settings import Settings as Base
+from fusion_jax.training.step import State, make_step
 
 TRIMODAL = Path(__file__).with_name("trimodal.py")
 
@@ -45,23 +45,16 @@ def cost(trimodal: ModuleType, settings: Base, fusion: str, repeats: int) -> dic
     """Params, FLOPs and step time of one strategy."""
     experiment = trimodal.build(dataclasses.replace(settings, fusions=(fusion,)))
     params = experiment.init(jax.random.key(0))
-    batch = experiment.data[0] | {"step": np.int32(0)}
+    batch = experiment.data[0]
     widths = {name: batch[name].mask.shape[1] for name in trimodal.MODALITIES}
     strategy = trimodal.FUSIONS[fusion]()
-    rng = jax.random.key(0)
-
-    def step(params: dict, opt_state: tuple) -> tuple:
-        grads, _ = jax.grad(experiment.objective, has_aux=True)(params, batch, rng)
-        with jax.numpy_dtype_promotion("standard"):
-            updates, opt_state = experiment.optimizer.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
-
-    opt_state = experiment.optimizer.init(params)
-    compiled = jax.jit(step).lower(params, opt_state).compile()
+    state = State(jnp.zeros((), jnp.int32), params, experiment.optimizer.init(params))
+    step = make_step(experiment.objective, experiment.optimizer)
+    compiled = jax.jit(step).lower(state, {}, batch).compile()
     times = []
     for _ in range(repeats + 1):
         began = time.perf_counter()
-        jax.block_until_ready(compiled(params, opt_state))
+        jax.block_until_ready(compiled(state, {}, batch))
         times.append(time.perf_counter() - began)
     own = jax.tree.leaves(params[fusion].get("fusion", {}))
     return {

@@ -32,7 +32,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from einops import rearrange
 
 from fusion_jax.data import concepts, features, image, stamps
 from fusion_jax.data.audio import Waveforms
@@ -62,7 +61,7 @@ from fusion_jax.objectives.combine import Objective, forward, named, weighted_su
 from fusion_jax.objectives.contrastive import info_nce
 from fusion_jax.objectives.supervised import cross_entropy
 from fusion_jax.pretrained.tower import open_tower
-from fusion_jax.tokens import Tokens, fill, shorten
+from fusion_jax.tokens import Tokens, fill, mean_pool, shorten, windows
 from fusion_jax.training.experiment import Experiment
 from fusion_jax.training.partition import Params
 from fusion_jax.training.settings import Settings as Base
@@ -174,9 +173,13 @@ def build_towers(
         transforms = {name: tower.transform for name, tower in towers.items()}
         params = {f"encoders_{name}": {"tower": tower.params} for name, tower in towers.items()}
         return source, encoders, transforms, params
-    after = {"image": nine, "audio": mean_and_max, "text": all_tokens}
     frozen = features.freeze(
-        Views(source, s.views), {name: tower.frozen(after[name]) for name, tower in towers.items()}
+        Views(source, s.views),
+        {
+            "image": towers["image"].frozen(nine),
+            "audio": towers["audio"].frozen(mean_and_max),
+            "text": towers["text"].frozen(),
+        },
     )
     transforms = {
         name: standardized(Padded(name, (tokens.longest, tokens.width), np.float16), frozen, rows)
@@ -188,16 +191,8 @@ def build_towers(
 def mean_and_max(tokens: Tokens) -> Tokens:
     """0.2 s of Moonshine's frames as one: their mean, and their maximum beside it."""
     mean = shorten(tokens, 9)
-    frames = fill(tokens, -jnp.inf)
-    frames = jnp.pad(frames, ((0, 0), (0, -frames.shape[1] % 9), (0, 0)), constant_values=-jnp.inf)
-    top = rearrange(frames, "b (t f) d -> b t f d", f=9).max(axis=2)
-    top = fill(Tokens(top, mean.mask))
-    return Tokens(jnp.concatenate([mean.values, top], axis=-1), mean.mask)
-
-
-def all_tokens(tokens: Tokens) -> Tokens:
-    """As they come."""
-    return tokens
+    top = fill(windows(tokens, 9), -jnp.inf).max(axis=2)
+    return Tokens(jnp.concatenate([mean.values, fill(Tokens(top, mean.mask))], axis=-1), mean.mask)
 
 
 class Views:
@@ -263,9 +258,7 @@ def objective_of(s: Settings, model: Multimodal) -> Objective:
     losses = {cross_entropy(label_smoothing=s.label_smoothing): 1.0}
     if s.contrast:
         losses[info_nce(same="concept")] = s.contrast
-    hidden = {} if not s.modality_dropout else {"rate": s.modality_dropout}
-    objective = forward(model, weighted_sum(losses))
-    return with_modality_dropout(objective, **hidden) if hidden else objective
+    return with_modality_dropout(forward(model, weighted_sum(losses)), s.modality_dropout)
 
 
 def side_by_side(objectives: Mapping[str, Objective]) -> Objective:
@@ -318,9 +311,9 @@ def build(s: Settings) -> Experiment:
 
     def report(params: Params, folder: Path) -> dict[str, float]:
         probe = linear_probe(data, tests, len(train_rows), len(classes))
+        caption = captions(raw)
         found = {
-            name: measure(model, params[name], tests, captions(raw))
-            for name, model in models.items()
+            name: measure(model, params[name], tests, caption) for name, model in models.items()
         }
         return show(s, found, probe, classes, described, folder)
 
@@ -394,12 +387,7 @@ def linear_probe(
         features = {}
         complete = np.isin(np.arange(len(labels)), first) & (labels >= 0)
         for name in MODALITIES:
-            mean = [
-                np.asarray(part[name].values, np.float32).sum(1)
-                / part[name].mask.sum(1, keepdims=True).clip(1)
-                for part in parts
-            ]
-            features[name] = np.concatenate(mean)
+            features[name] = np.concatenate([mean_pool(part[name]) for part in parts])
             complete &= np.concatenate([part[name].present for part in parts])
         return {name: values[complete] for name, values in features.items()}, labels[complete]
 

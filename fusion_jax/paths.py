@@ -14,6 +14,13 @@ def cache_dir() -> Path:
     return Path(home).expanduser() if home else Path.home() / ".cache" / "fusion_jax"
 
 
+def write_file(path: Path, text: str) -> None:
+    """Writes a text file that is either whole or as it was before."""
+    draft = path.with_suffix(".tmp")
+    draft.write_text(text)
+    os.replace(draft, path)
+
+
 @contextlib.contextmanager
 def write_folder(target: Path) -> Iterator[Path]:
     """Yields a temporary folder beside `target` that becomes `target` only if the block succeeds.

@@ -57,12 +57,19 @@ def mean_pool(tokens: Tokens) -> jax.Array:
     return fill(tokens).sum(axis=1) / count
 
 
+def windows(tokens: Tokens, factor: int) -> Tokens:
+    """Groups of `factor` neighbours, the last filled up: values [b, t', f, d], mask [b, t', f]."""
+    missing = -tokens.mask.shape[1] % factor
+    values = jnp.pad(tokens.values, ((0, 0), (0, missing), (0, 0)))
+    mask = jnp.pad(tokens.mask, ((0, 0), (0, missing)))
+    return Tokens(
+        rearrange(values, "b (t f) d -> b t f d", f=factor),
+        rearrange(mask, "b (t f) -> b t f", f=factor),
+    )
+
+
 def shorten(tokens: Tokens, factor: int) -> Tokens:
     """Means of `factor` neighbouring tokens each, over the real ones: [b, ceil(t / factor), d]."""
-    missing = -tokens.mask.shape[1] % factor
-    values = jnp.pad(fill(tokens), ((0, 0), (0, missing), (0, 0)))
-    mask = jnp.pad(tokens.mask, ((0, 0), (0, missing)))
-    mask = rearrange(mask, "b (t f) -> b t f", f=factor)
-    count = mask.sum(axis=2).clip(1).astype(values.dtype)
-    values = rearrange(values, "b (t f) d -> b t f d", f=factor).sum(axis=2)
-    return Tokens(values / count[..., None], mask.any(axis=2))
+    groups = windows(tokens, factor)
+    count = groups.mask.sum(axis=2).clip(1).astype(groups.values.dtype)
+    return Tokens(fill(groups).sum(axis=2) / count[..., None], groups.mask.any(axis=2))

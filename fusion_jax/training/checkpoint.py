@@ -10,6 +10,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
 
 from fusion_jax.errors import UserError
+from fusion_jax.paths import write_file
 
 
 class Checkpoints:
@@ -99,6 +100,4 @@ def check_model(workdir: Path, params: Any) -> None:
                     f"{shapes.get(path)}; give another --workdir, or --overwrite to start anew"
                 )
     else:
-        draft = record.with_suffix(".tmp")
-        draft.write_text(json.dumps(shapes, indent=1) + "\n")
-        draft.rename(record)
+        write_file(record, json.dumps(shapes, indent=1) + "\n")

@@ -15,6 +15,7 @@ import jax
 import optax
 
 from fusion_jax.errors import UserError
+from fusion_jax.paths import write_file
 from fusion_jax.training.partition import Params
 from fusion_jax.training.settings import Settings
 from fusion_jax.training.sharding import DEFAULT_RULES, Rules
@@ -109,10 +110,8 @@ def open_workdir(workdir: Path, source: Path, settings: Settings) -> None:
     else:
         workdir.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, copy)
-        draft = record.with_suffix(".tmp")
         content = {"experiment": source.stem, "settings": identity}
-        draft.write_text(json.dumps(content, indent=2) + "\n")
-        draft.rename(record)
+        write_file(record, json.dumps(content, indent=2) + "\n")
 
 
 def reopen(workdir: Path) -> tuple[ModuleType, Settings]:

@@ -4,7 +4,6 @@ import collections
 import contextlib
 import json
 import math
-import os
 import signal
 import sys
 import time
@@ -18,6 +17,7 @@ from tqdm import tqdm
 
 from fusion_jax.data.pipeline import iterate
 from fusion_jax.errors import UserError
+from fusion_jax.paths import write_file
 from fusion_jax.training.checkpoint import Checkpoints, check_model
 from fusion_jax.training.experiment import Experiment
 from fusion_jax.training.metrics import MetricsFile
@@ -42,13 +42,21 @@ def train(experiment: Experiment, settings: Settings, workdir: Path) -> dict[str
     Raises:
         UserError: a non-finite loss (with the step and the example ids), or bad input.
     """
+    with contextlib.closing(Checkpoints(workdir, settings.keep, experiment.best)) as checkpoints:
+        params = _train(experiment, settings, workdir, checkpoints)
+    return report(experiment, params, workdir)
+
+
+def _train(
+    experiment: Experiment, settings: Settings, workdir: Path, checkpoints: Checkpoints
+) -> Params:
+    """The params to report on, after the last step."""
     clock = Clock()
 
     # ------------------------------------------------------------------ state, and where it lives
     mesh = make_mesh(settings.mesh)
     plan = plan_state(experiment, mesh)
     check_model(workdir, plan.state.params)
-    checkpoints = Checkpoints(workdir, settings.keep, experiment.best)
     frozen = init_frozen(experiment, plan, settings.seed)
     start = checkpoints.latest() or 0
     if start:
@@ -87,6 +95,9 @@ def train(experiment: Experiment, settings: Settings, workdir: Path) -> dict[str
     for open_thing in (metrics_file, batches, bar):
         closing.callback(open_thing.close)
 
+    def due(step: int, every: int) -> bool:
+        return step == settings.steps or (every > 0 and step % every == 0)
+
     def settle(keep: int) -> None:
         """Reads the metrics of all but the last `keep` steps; stops at one that is not finite."""
         while len(pending) > keep:
@@ -94,7 +105,7 @@ def train(experiment: Experiment, settings: Settings, workdir: Path) -> dict[str
             metrics = {f"train/{name}": float(v) for name, v in jax.device_get(arrays).items()}
             if not all(map(math.isfinite, (metrics["train/loss"], metrics["train/grad_norm"]))):
                 raise UserError(_not_finite(step, metrics, ids, checkpoints))
-            if step % settings.log_every == 0 or step == settings.steps:
+            if due(step, settings.log_every):
                 metrics_file.write(step, metrics)
                 rate = settings.batch_size * clock.rate(step)
                 bar.set_postfix_str(f"loss {metrics['train/loss']:.4f}, {rate:,.0f} examples/s")
@@ -103,9 +114,7 @@ def train(experiment: Experiment, settings: Settings, workdir: Path) -> dict[str
         """Validates if it is due, and saves."""
         settle(0)
         metrics = None
-        last = step == settings.steps
-        due = bool(settings.evaluate_every) and step % settings.evaluate_every == 0
-        if experiment.validate is not None and (due or last):
+        if experiment.validate is not None and due(step, settings.evaluate_every):
             with clock("evaluate"):
                 metrics = dict(experiment.validate(evaluation_params(state, frozen)))
             metrics_file.write(step, metrics)
@@ -135,13 +144,12 @@ def train(experiment: Experiment, settings: Settings, workdir: Path) -> dict[str
                 tracing.close()
             bar.update()
             clock.tick(step)
-            due = settings.evaluate_every and step % settings.evaluate_every == 0
-            if step % settings.checkpoint_every == 0 or due or step == settings.steps:
+            if due(step, settings.checkpoint_every) or due(step, settings.evaluate_every):
                 save(step)
             if interrupted(step) and step < settings.steps:
                 settle(0)
                 checkpoints.save(step, state)
-                checkpoints.close()
+                checkpoints.wait()
                 closing.close()
                 say(f"interrupted: saved step {step} in {workdir}; the same command goes on")
                 raise SystemExit(0)
@@ -149,13 +157,11 @@ def train(experiment: Experiment, settings: Settings, workdir: Path) -> dict[str
         checkpoints.wait()
     say(clock.summary())
 
-    # ------------------------------------------------------------------------------ the report
     chosen = checkpoints.chosen()
     if chosen != settings.steps:
         say(f"step {chosen} has the best {experiment.best}: it is the one reported on")
         state = checkpoints.restore(chosen, plan.state)
-    checkpoints.close()
-    return report(experiment, evaluation_params(state, frozen), workdir)
+    return evaluation_params(state, frozen)
 
 
 def evaluate(experiment: Experiment, settings: Settings, workdir: Path) -> dict[str, float]:
@@ -172,12 +178,11 @@ def restore_params(experiment: Experiment, settings: Settings, workdir: Path) ->
     """All params of a trained workdir, those of the chosen checkpoint."""
     plan = plan_state(experiment, make_mesh(settings.mesh))
     check_model(workdir, plan.state.params)
-    checkpoints = Checkpoints(workdir, settings.keep, experiment.best)
-    chosen = checkpoints.chosen()
-    if chosen is None:
-        raise UserError(f"{workdir} has no checkpoint yet: train first")
-    state = checkpoints.restore(chosen, plan.state)
-    checkpoints.close()
+    with contextlib.closing(Checkpoints(workdir, settings.keep, experiment.best)) as checkpoints:
+        chosen = checkpoints.chosen()
+        if chosen is None:
+            raise UserError(f"{workdir} has no checkpoint yet: train first")
+        state = checkpoints.restore(chosen, plan.state)
     return evaluation_params(state, init_frozen(experiment, plan, settings.seed))
 
 
@@ -189,9 +194,7 @@ def report(experiment: Experiment, params: Params, workdir: Path) -> dict[str, f
     folder.mkdir(exist_ok=True)
     metrics = {name: float(value) for name, value in experiment.report(params, folder).items()}
     if jax.process_index() == 0:
-        draft = folder / "metrics.tmp"
-        draft.write_text(json.dumps(metrics, indent=1) + "\n")
-        os.replace(draft, folder / "metrics.json")
+        write_file(folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
         say(f"numbers and plots are in {folder}")
     return metrics
 

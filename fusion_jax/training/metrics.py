@@ -1,11 +1,12 @@
 """Metrics of a run on disk: one JSON line per logged step, and TensorBoard events."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import jax
+
+from fusion_jax.paths import write_file
 
 
 class MetricsFile:
@@ -21,9 +22,7 @@ class MetricsFile:
             return
         path = workdir / "metrics.jsonl"
         kept = [row for row in read_metrics(path) if row["step"] <= step]
-        draft = path.with_suffix(".tmp")
-        draft.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        os.replace(draft, path)
+        write_file(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = path.open("a", buffering=1)
         if tensorboard:
             from tensorboardX import SummaryWriter

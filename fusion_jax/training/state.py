@@ -60,7 +60,7 @@ def plan_state(experiment: Experiment, mesh: Mesh) -> Plan:
     return Plan(place(state), place(frozen))
 
 
-def _materialise(experiment: Experiment, wanted: Params, seed: int) -> Params:
+def _materialise(experiment: Experiment, wanted: Params, seed: int, *, may_alias: bool) -> Params:
     """The wanted params: pretrained leaves put in their place, the others drawn there."""
     given = paths(experiment.pretrained)
     flat = paths(wanted)
@@ -72,7 +72,9 @@ def _materialise(experiment: Experiment, wanted: Params, seed: int) -> Params:
 
     made = jax.jit(init, out_shardings=drawn)(jax.random.key(seed)) if drawn else {}
     made |= {
-        path: jax.device_put(jnp.asarray(given[path], flat[path].dtype), flat[path].sharding)
+        path: jax.device_put(
+            jnp.asarray(given[path], flat[path].dtype), flat[path].sharding, may_alias=may_alias
+        )
         for path in flat.keys() & given.keys()
     }
     return traverse_util.unflatten_dict(made, sep="/")
@@ -80,12 +82,12 @@ def _materialise(experiment: Experiment, wanted: Params, seed: int) -> Params:
 
 def init_frozen(experiment: Experiment, plan: Plan, seed: int) -> Params:
     """The params that training does not change."""
-    return _materialise(experiment, plan.frozen, seed)
+    return _materialise(experiment, plan.frozen, seed, may_alias=True)
 
 
 def init_state(experiment: Experiment, plan: Plan, seed: int) -> State:
-    """The state before the first step."""
-    params = _materialise(experiment, plan.state.params, seed)
+    """The state before the first step; it shares no memory, since steps are given it for good."""
+    params = _materialise(experiment, plan.state.params, seed, may_alias=False)
     shardings = plan.state_shardings
     opt_state = jax.jit(experiment.optimizer.init, out_shardings=shardings.opt_state)(params)
     step = jax.device_put(jnp.zeros((), jnp.int32), shardings.step)

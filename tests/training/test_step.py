@@ -156,6 +156,24 @@ def test_pretrained_leaves_replace_drawn_ones_and_must_fit():
             plan_state(Experiment({}, init, objective, OPTIMIZER, pretrained=wrong), make_mesh())
 
 
+def test_pretrained_leaves_may_be_shared():
+    """Two models side by side that start from the same arrays; the state is donated."""
+    shared = jax.device_put(jnp.ones(16), jax.devices()[0])
+
+    def loss(params, batch, rng):
+        return jnp.sum((params["a"] * params["b"] - batch["x"]) ** 2), {}
+
+    given = {"a": shared, "b": shared}
+    experiment = Experiment({}, lambda key: given, loss, OPTIMIZER, pretrained=given)
+    mesh = make_mesh("data=-1", jax.devices()[:1])
+    plan = plan_state(experiment, mesh)
+    state = init_state(experiment, plan, 0)
+    step = compile_step(loss, OPTIMIZER, mesh, plan.state_shardings)
+    for _ in range(2):
+        state, _ = step(state, {}, put_batch({"x": np.zeros(16, np.float32)}, mesh))
+    np.testing.assert_array_equal(shared, 1.0)
+
+
 def test_shardings_follow_paths_and_skip_what_does_not_divide():
     mesh = make_mesh("fsdp=4,tensor=2")
     tree = {
