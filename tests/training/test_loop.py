@@ -161,10 +161,12 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     assert stop.value.code == 2 and "no-such-setting" in capsys.readouterr().err
 
 
-def test_damaged_checkpoint_is_said(tmp_path, capsys):
+def test_damaged_checkpoint_is_said(tmp_path):
+    """In a process of its own: Orbax leaves unfinished reads behind, which warn when collected."""
     assert main(command(tmp_path, steps=5)) == 0
     for file in (tmp_path / "checkpoints" / "5").rglob("*"):
         if file.is_file() and "ocdbt" in str(file):
             file.write_bytes(b"")
-    assert main(["evaluate", "--workdir", str(tmp_path)]) == 2
-    assert "cannot restore" in capsys.readouterr().err.splitlines()[-1]
+    status, error = finish(spawn("evaluate", "--workdir", str(tmp_path)))
+    assert status == 2
+    assert sum("cannot restore" in line for line in error.splitlines()) == 1
