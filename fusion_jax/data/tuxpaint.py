@@ -7,16 +7,10 @@ A stamp is a picture `animals/birds/owl.png` (or .svg) with, beside it and all o
 """
 
 import dataclasses
-import os
 import re
-import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 
-from tqdm import tqdm
-
-from fusion_jax import paths
+from fusion_jax.data import debian
 from fusion_jax.errors import UserError
 
 PACKAGE = "tuxpaint-stamps-default"
@@ -129,81 +123,9 @@ def _may_be_mirrored(name: str, hints: Path, pictures: dict[str, Path]) -> bool:
 def find_folder(folder: str | Path | None = None) -> Path:
     """The stamps' folder: the one named, else the installed one, else one fetched with apt.
 
-    The fetched package is unpacked into the cache with `dpkg -x`: no root, nothing installed.
-
     Raises:
       UserError: none of them is there; the message tells the ways to give it.
     """
     if folder is not None:
-        given = Path(folder).expanduser()
-        inner = given / STAMPS  # an unpacked package is welcome too
-        if not given.is_dir():
-            raise UserError(f"stamps folder {given}: no such folder; expected Tux Paint's stamps")
-        return inner if inner.is_dir() else given
-    fetched = paths.cache_dir() / "sources" / PACKAGE
-    for place in (Path("/") / STAMPS, fetched / STAMPS):
-        if place.is_dir():
-            return place
-    try:
-        _fetch(fetched)
-    except (OSError, subprocess.CalledProcessError) as error:
-        reason = getattr(error, "stderr", None) or str(error)
-        raise UserError(
-            f"Tux Paint stamps not found: looked in /{STAMPS} and {fetched}, then tried"
-            f" `apt-get download {PACKAGE}`, which failed ({reason.strip().splitlines()[-1]})."
-            f" Install {PACKAGE}, or unpack its .deb anywhere (dpkg -x, or ar and tar) and name"
-            " that folder."
-        ) from error
-    return fetched / STAMPS
-
-
-def _fetch(target: Path) -> None:
-    for tool in ("apt-get", "dpkg"):
-        if shutil.which(tool) is None:
-            raise OSError(f"{tool} is not on this machine")
-    with tempfile.TemporaryDirectory() as scratch:
-        try:
-            package = _download(Path(scratch), [])
-        except subprocess.CalledProcessError:
-            # No or stale package lists. Fresh ones go to a folder of our own: no root needed.
-            (Path(scratch) / "lists" / "partial").mkdir(parents=True)
-            private = [f"-oDir::State::Lists={scratch}/lists", f"-oDir::Cache={scratch}"]
-            _run(["apt-get", "update", *private], scratch)
-            package = _download(Path(scratch), private)
-        with paths.write_folder(target) as draft:
-            _run(["dpkg", "-x", str(package), str(draft)], scratch)
-
-
-def _download(folder: Path, options: list[str]) -> Path:
-    uris = _run(["apt-get", "download", "--print-uris", *options, PACKAGE], str(folder))
-    total = int(uris.split()[2])
-    process = subprocess.Popen(
-        ["apt-get", "download", *options, PACKAGE],
-        cwd=folder,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    with tqdm(total=total, unit="B", unit_scale=True, desc=f"apt-get download {PACKAGE}") as bar:
-        while process.poll() is None:
-            bar.update(sum(f.stat().st_size for f in _packages(folder)) - bar.n)
-            try:
-                process.wait(timeout=0.2)
-            except subprocess.TimeoutExpired:
-                continue
-        bar.update(sum(f.stat().st_size for f in _packages(folder)) - bar.n)
-    _, error = process.communicate()
-    if process.returncode or not _packages(folder):
-        raise subprocess.CalledProcessError(process.returncode, "apt-get", stderr=error)
-    return _packages(folder)[0]
-
-
-def _packages(folder: Path) -> list[Path]:
-    return list(folder.glob("*.deb"))
-
-
-def _run(command: list[str], folder: str) -> str:
-    environment = {**os.environ, "LC_ALL": "C"}
-    return subprocess.run(
-        command, cwd=folder, env=environment, check=True, capture_output=True, text=True
-    ).stdout
+        return debian.named_folder(folder, STAMPS, "Tux Paint's stamps")
+    return debian.find_or_fetch(PACKAGE, STAMPS, "Tux Paint stamps")
