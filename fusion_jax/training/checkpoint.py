@@ -1,7 +1,8 @@
 """Checkpoints by Orbax: asynchronous, atomic, the last few and the best one kept."""
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +48,16 @@ class Checkpoints:
         return self.latest() if found is None else found
 
     def save(self, step: int, state: Any, metrics: Mapping[str, float] | None = None) -> None:
-        """Starts saving; a kill before it ends leaves the previous checkpoint the latest."""
+        """Starts saving; a kill before it ends leaves the previous checkpoint the latest.
+
+        Raises:
+            UserError: this one or the one before it cannot be written.
+        """
         if step == self.latest():
             return
-        self._manager.save(
-            step, args=ocp.args.StandardSave(state), metrics=dict(metrics) if metrics else None
-        )
+        args, metrics = ocp.args.StandardSave(state), dict(metrics) if metrics else None
+        with self._writing():
+            self._manager.save(step, args=args, metrics=metrics)
 
     def restore(self, step: int, like: Any) -> Any:
         """The state of `step`, placed as the (abstract) state `like` says.
@@ -63,19 +68,35 @@ class Checkpoints:
         try:
             return self._manager.restore(step, args=ocp.args.StandardRestore(like))
         except (ValueError, KeyError, FileNotFoundError) as error:
-            reason = str(error).strip().splitlines()[0][:300]
             raise UserError(
-                f"cannot restore {self.folder / str(step)}: {reason}. It is damaged or of another "
-                "model; delete that folder to fall back to an earlier checkpoint"
+                f"cannot restore {self.folder / str(step)}: {_first_line(error)}. It is damaged or "
+                "of another model; delete that folder to fall back to an earlier checkpoint"
             ) from error
 
     def wait(self) -> None:
-        """Returns when all that was started is saved."""
-        self._manager.wait_until_finished()
+        """Returns when all that was started is saved; UserError if it cannot be."""
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits, and ends Orbax's threads."""
-        self._manager.close()
+        """Waits, and ends Orbax's threads; UserError as for `wait`."""
+        with self._writing():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            raise UserError(
+                f"cannot save in {self.folder}: {_first_line(error)}. Make room there, or allow "
+                "writing, and give the same command again: it goes on from the last whole "
+                f"checkpoint, {self.latest() or 'the start'}"
+            ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:300]
 
 
 def check_model(workdir: Path, params: Any) -> None:

@@ -12,6 +12,7 @@ def start(settings: Settings | None = None) -> None:
     """Joins the other processes if there are any, and keeps compiled programs on disk."""
     if settings is not None and settings.coordinator is not None:
         jax.distributed.initialize(settings.coordinator, settings.processes, settings.process)
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what we do on purpose
+    # Orbax warns of what we do on purpose, and logs the traceback of what it raises anyway.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)

@@ -29,11 +29,11 @@ def command(workdir, *flags, steps=30):
     return ["train", TINY, "--workdir", str(workdir), "--steps", str(steps), *fixed, *flags]
 
 
-def spawn(*arguments, devices=1, **kwargs):
+def spawn(*arguments, devices=1, before=()):
     env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    line = [sys.executable, "-m", "fusion_jax", *arguments]
-    kwargs |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(line, env=env, **kwargs)
+    line = [*before, sys.executable, "-m", "fusion_jax", *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(line, env=env, **pipes)
 
 
 def finish(process):
@@ -159,6 +159,16 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(command(tmp_path / "c", "--no-such-setting", "1"))
     assert stop.value.code == 2 and "no-such-setting" in capsys.readouterr().err
+
+
+def test_a_disk_that_takes_no_more_is_said_and_nothing_is_lost(unkilled, tmp_path):
+    """A limit on the size of files stands for the full disk."""
+    limited = ["bash", "-c", 'ulimit -f 4; exec "$@"', "limited"]
+    status, error = finish(spawn(*command(tmp_path), before=limited))
+    assert status == 2 and "cannot save in" in error.splitlines()[-1]
+    assert "Traceback" not in error
+    assert finish(spawn(*command(tmp_path)))[0] == 0
+    assert read_metrics(tmp_path / "metrics.jsonl") == unkilled
 
 
 def test_damaged_checkpoint_is_said(tmp_path):
