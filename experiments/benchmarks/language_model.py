@@ -8,7 +8,9 @@ timed here and there in turn, and the best of several runs counts. PyTorch gets 
 and `torch.compile`. Steps are 8 rows of 64 tokens of which 16 are answers, AdamW; LoRA has rank 8
 on queries and values. Prefill reads 8 x 128 tokens and gives the last logits. Decoding writes 64
 tokens greedily after 32, the prompt's reading included. 8-bit decoding is lossy: its perplexity
-on English text (the Python manual) is printed beside that of float32.
+on English text (the Python manual) is printed beside that of float32. Beside the steps stands what
+share they reach of the rate of a bare matmul of the model's own shapes, in either library: a step
+is little else than matmuls, so that share bounds what any program can gain.
 """
 
 import copy
@@ -184,6 +186,34 @@ def perplexity(model: Any, params: Any, ids: np.ndarray) -> float:
     return float(np.exp(np.mean([losses(params, row[None]) for row in ids])))
 
 
+def matmul_rate(repeats: int) -> float:
+    """FLOP/s of hidden states [rows * length, 576] times an MLP's [576, 1536]."""
+    a, b = np.ones((ROWS * LENGTH, 576), np.float32), np.ones((576, 1536), np.float32)
+    times, chain = 50, (jnp.asarray(a), jnp.asarray(b))
+
+    @jax.jit
+    def here(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, times, lambda i, a: (a @ b) @ b.T * 1e-6, a)
+
+    def there() -> torch.Tensor:
+        x, w = torch.from_numpy(a), torch.from_numpy(b)
+        for _ in range(times):
+            x = (x @ w) @ w.T * 1e-6
+        return x
+
+    runs = {"jax": lambda: jax.block_until_ready(here(*chain)), "torch": there}
+    seconds = min(best_times(runs, repeats).values())
+    return 4 * times * a.shape[0] * b.size / seconds
+
+
+def step_flops(ours: Pretrained, *, adapters: bool) -> float:
+    """Multiply-adds of a step counted twice; a frozen weight gets no gradient of its own."""
+    layers = sum(leaf.size for leaf in jax.tree.leaves(ours.params) if leaf.ndim > 1)
+    embedding = ours.params["embedding"]["embedding"].size
+    passes = 2 if adapters else 3
+    return 2 * passes * ROWS * ((layers - embedding) * LENGTH + embedding * ANSWER)
+
+
 def report(job: str, times: dict[str, float], tokens: int) -> None:
     """One line: tokens per second of each, and the ratio of our best to their best."""
     rates = {name: tokens / seconds for name, seconds in times.items()}
@@ -242,7 +272,11 @@ def main(settings: Settings) -> None:
         model = with_peft(theirs) if job == "LoRA step" else theirs
         runs = {"jax": our_step(ours, batch, adapters=job == "LoRA step")}
         runs |= {name: their_step(each, batch) for name, each in compiled(model).items()}
-        report(job, best_times(runs, settings.repeats), batch.size)
+        times = best_times(runs, settings.repeats)
+        report(job, times, batch.size)
+        work = step_flops(ours, adapters=job == "LoRA step") / matmul_rate(settings.repeats)
+        shares = ", ".join(f"{name} {work / seconds:.0%}" for name, seconds in times.items())
+        print(f"{'':16} of a bare matmul's rate: {shares}", flush=True)
         del runs
         torch._dynamo.reset()
         gc.collect()

@@ -35,27 +35,28 @@ from fusion_jax.pretrained.families import (
 from fusion_jax.pretrained.fetch import checksum, fetch
 from fusion_jax.pretrained.shards import Shards
 
-# config.json's model_type -> the parts of it that can be opened; the first unless asked.
+# config.json's model_type -> the parts of it that can be opened; the first unless asked. An encoder
+# is named by what it reads.
 FAMILIES: dict[str, dict[str, Family]] = {
-    "bert": {"encoder": bert.ENCODER},
+    "bert": {"text": bert.ENCODER},
     "clip": contrastive.CONTRASTIVE,
-    "dinov2": {"vision": dinov2.VISION},
-    "dinov2_with_registers": {"vision": dinov2.VISION},
-    "efficientnet-lite": {"encoder": efficientnet.ENCODER, "classifier": efficientnet.CLASSIFIER},
+    "dinov2": {"image": dinov2.VISION},
+    "dinov2_with_registers": {"image": dinov2.VISION},
+    "efficientnet-lite": {"image": efficientnet.ENCODER, "classifier": efficientnet.CLASSIFIER},
     "gemma2": {"language_model": gemma.LANGUAGE_MODEL},
     "gemma3_text": {"language_model": gemma.LANGUAGE_MODEL},
     "gpt2": {"language_model": gpt2.LANGUAGE_MODEL},
     "llama": {"language_model": llama.LANGUAGE_MODEL},
     "mistral": {"language_model": llama.LANGUAGE_MODEL},
-    "moonshine": {"encoder": moonshine.ENCODER, "recogniser": moonshine.RECOGNISER},
+    "moonshine": {"audio": moonshine.ENCODER, "recogniser": moonshine.RECOGNISER},
     "qwen2": {"language_model": llama.LANGUAGE_MODEL},
     "qwen3": {"language_model": llama.LANGUAGE_MODEL},
     "qwen3_moe": {"language_model": llama.LANGUAGE_MODEL},
     "siglip": contrastive.CONTRASTIVE,
     "siglip2": contrastive.CONTRASTIVE,
-    "t5": {"encoder": t5.ENCODER, "text_to_text": t5.TEXT_TO_TEXT},
-    "wav2vec2": {"encoder": wav2vec2.ENCODER},
-    "whisper": {"encoder": whisper.ENCODER, "recogniser": whisper.RECOGNISER},
+    "t5": {"text": t5.ENCODER, "text_to_text": t5.TEXT_TO_TEXT},
+    "wav2vec2": {"audio": wav2vec2.ENCODER},
+    "whisper": {"audio": whisper.ENCODER, "recogniser": whisper.RECOGNISER},
 }
 
 
@@ -89,7 +90,7 @@ def load(
 
     Args:
         name: a known name, a hub id or a folder, see `fetch`.
-        part: which part of the model, e.g. "encoder" or "recogniser" of Moonshine.
+        part: which part of the model, e.g. "audio" (its encoder) or "recogniser" of Moonshine.
         place: where each param goes: (path, array) -> jax.Array, e.g. its shard of a mesh.
 
     Raises:

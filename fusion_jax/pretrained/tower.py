@@ -20,11 +20,10 @@ from fusion_jax.data.pipeline import Transform
 from fusion_jax.data.text import FileTokenizer, Ids
 from fusion_jax.errors import UserError
 from fusion_jax.pretrained.fetch import fetch
-from fusion_jax.pretrained.load import FAMILIES, load, read_config
+from fusion_jax.pretrained.load import load, read_config
 from fusion_jax.tokens import Tokens
 
 Modality = Literal["image", "audio", "text"]
-PARTS = {"image": ("vision", "encoder"), "text": ("text", "encoder"), "audio": ("encoder",)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,9 +80,7 @@ def open_tower(
     """
     folder = fetch(str(name))
     config = read_config(folder)
-    known = FAMILIES.get(config.get("model_type"), {})
-    part = next((part for part in PARTS[modality] if part in known), None)
-    opened = load(folder, part)
+    opened = load(folder, modality)
     if modality == "image":
         size = config.get("image_size") or config.get("vision_config", {}).get("image_size", 224)
         transform: Transform = Pictures(int(size), augment)

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import soundfile
 from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from fusion_jax.__main__ import main
 
@@ -55,3 +57,27 @@ def test_trains_on_a_table_with_absent_modalities(table, tmp_path, monkeypatch, 
     flags = [*flags[:-4], str(broken), "--workdir", str(tmp_path / "other")]
     assert main(["train", "experiments/trimodal.py", *flags]) == 2
     assert "nowhere.png" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own
+def test_other_published_towers_by_one_setting_each(table, tmp_path, monkeypatch, capsys):
+    """CLIP for pictures and text, Whisper for sound, as folders that transformers wrote."""
+    pytest.importorskip("transformers")
+    from experiments.benchmarks.parity_cases import CASES, VOCABULARY
+
+    monkeypatch.setenv("FUSION_JAX_HOME", str(tmp_path / "home"))
+    for name in ("clip", "whisper"):
+        case = CASES[name]()
+        case.model(case.config).save_pretrained(tmp_path / name)
+    words = {"[UNK]": 0, **{f"word {i}": i for i in range(1, VOCABULARY)}}
+    Tokenizer(WordLevel(words, "[UNK]")).save(str(tmp_path / "clip" / "tokenizer.json"))
+    flags = ["--image-tower", str(tmp_path / "clip"), "--text-tower", str(tmp_path / "clip")]
+    flags += ["--audio-tower", str(tmp_path / "whisper"), "--views", "1", "--width", "16"]
+    flags += ["--table", str(table), "--workdir", str(tmp_path / "run"), "--no-tensorboard"]
+    flags += ["--steps", "2", "--batch-size", "8"]
+    assert main(["train", "experiments/trimodal.py", *flags]) == 0
+    said = capsys.readouterr().out
+    assert "linear probe" in said and "image->text" in said
+    wrong = [*flags[:4], "--audio-tower", str(tmp_path / "clip"), *flags[6:]]
+    assert main(["train", "experiments/trimodal.py", *wrong, "--overwrite"]) == 2
+    assert "audio" in capsys.readouterr().err.splitlines()[-1]

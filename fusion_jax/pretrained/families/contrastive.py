@@ -200,7 +200,7 @@ def _others(*beginnings: str) -> Any:
 
 
 CONTRASTIVE = {
-    "vision": Family(
+    "image": Family(
         build=build_vision,
         slots=vision_slots,
         inputs=vision_inputs,
