@@ -5,6 +5,7 @@ Letters in shapes: b batch, t queries, s keys, h query heads, k key heads, d hea
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +77,7 @@ def cross_mask(query_length: int, key_mask: jax.Array) -> Mask:
     )
 
 
-def attend(
+def dense_attend(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
@@ -118,6 +119,20 @@ def attend(
         weights = jnp.where(visible.any(axis=-1, keepdims=True), weights, 0.0)
     out = jnp.einsum("bkgts,bskd->btkgd", weights.astype(value.dtype), value)
     return rearrange(out, "b t k g d -> b t (k g) d")
+
+
+_chosen: Attend = dense_attend
+
+
+def use(kernel: Attend) -> None:
+    """Programs traced from now on compute attention by `kernel`, see attention_kernels.py."""
+    global _chosen
+    _chosen = kernel
+
+
+def attend(*args: Any, **kwargs: Any) -> jax.Array:
+    """Attention by the kernel in use; the signature of `dense_attend`."""
+    return _chosen(*args, **kwargs)
 
 
 @struct.dataclass

@@ -4,14 +4,23 @@ import logging
 
 import jax
 
+from fusion_jax import attention, attention_kernels
 from fusion_jax.paths import cache_dir
 from fusion_jax.training.settings import Settings
+
+KERNELS = {
+    "xla": attention.dense_attend,
+    "cudnn": attention_kernels.cudnn,
+    "splash": attention_kernels.splash,
+}
 
 
 def start(settings: Settings | None = None) -> None:
     """Joins the other processes if there are any, and keeps compiled programs on disk."""
-    if settings is not None and settings.coordinator is not None:
-        jax.distributed.initialize(settings.coordinator, settings.processes, settings.process)
+    if settings is not None:
+        attention.use(KERNELS[settings.attention])
+        if settings.coordinator is not None:
+            jax.distributed.initialize(settings.coordinator, settings.processes, settings.process)
     # Orbax warns of what we do on purpose, and logs the traceback of what it raises anyway.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))

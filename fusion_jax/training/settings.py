@@ -33,6 +33,8 @@ class Settings:
     """Devices along each axis: data=-1,fsdp=1,tensor=1."""
     engine: Literal["jit", "pmap"] = runtime("jit")
     """What compiles the step."""
+    attention: Literal["xla", "cudnn", "splash"] = runtime("xla")
+    """What computes attention: any device, a GPU in bfloat16, or a TPU."""
     log_every: int = runtime(10)
     """Steps between two lines of metrics."""
     evaluate_every: int = runtime(0)

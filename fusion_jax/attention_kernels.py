@@ -1,0 +1,111 @@
+"""Fused attention, with the signature and the results of `fusion_jax.attention.attend`.
+
+`--attention cudnn` and `--attention splash` pick one for a run; `attention.use(cudnn)` does so for
+all programs traced from then on. Both need no memory for the logits of all pairs in training.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from fusion_jax.attention import Mask, dense_attend
+from fusion_jax.errors import UserError
+
+BLOCK = 128  # a TPU's lanes: lengths and head dims are padded to multiples
+
+
+def cudnn(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: Mask | None = None,
+    *,
+    bias: jax.Array | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    implementation: str = "cudnn",
+) -> jax.Array:
+    """cuDNN's flash attention on an NVIDIA GPU (arXiv 2205.14135), float16 or bfloat16.
+
+    Soft-capped logits (Gemma 2) are not in cuDNN and fall back on `dense_attend`.
+
+    Raises:
+        UserError: float32 heads.
+    """
+    if softcap is not None:
+        return dense_attend(query, key, value, mask, bias=bias, scale=scale, softcap=softcap)
+    if implementation == "cudnn" and query.dtype == jnp.float32:
+        raise UserError("cuDNN's attention wants bfloat16 or float16: choose --attention xla")
+    visible = None if mask is None else mask.dense()
+    out = jax.nn.dot_product_attention(
+        query,
+        key,
+        value,
+        None if bias is None else bias.astype(query.dtype),
+        visible,
+        scale=scale,
+        implementation=implementation,
+    )
+    return out if visible is None else _blank(out, visible)
+
+
+def splash(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: Mask | None = None,
+    *,
+    bias: jax.Array | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """The TPU's splash attention, a Pallas kernel that skips blocks in which nobody sees anybody.
+
+    For a sequence that looks at itself in order (training, encoders). With a cache, a prefix, a
+    bias or other lengths it falls back on `dense_attend`. `interpret` runs it on any device.
+    """
+    from jax.experimental.pallas.ops.tpu import splash_attention as kernels
+
+    length, heads = query.shape[1:3]
+    if mask is None or mask.prefix is not None or bias is not None or key.shape[1] != length:
+        return dense_attend(query, key, value, mask, bias=bias, scale=scale, softcap=softcap)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    dim = query.shape[-1]
+    padded = length + -length % BLOCK
+    query, key, value = (
+        rearrange(
+            jnp.pad(part, ((0, 0), (0, padded - length), (0, 0), (0, -dim % BLOCK))),
+            "b t h d -> b h t d",
+        )
+        for part in (query * jnp.asarray(scale, query.dtype), key, value)
+    )
+    shape = (padded, padded)
+    if mask.window is not None:
+        sides = (mask.window - 1, 0 if mask.causal else mask.window - 1)
+        pattern = kernels.LocalMask(shape, window_size=sides, offset=0)
+    else:
+        pattern = kernels.CausalMask(shape) if mask.causal else kernels.FullMask(shape)
+    real = mask.key_positions >= 0 if mask.key_mask is None else mask.key_mask
+    zeros = jnp.zeros(real.shape, jnp.int32)
+    queries = zeros if mask.query_segments is None else mask.query_segments
+    keys = jnp.where(real, zeros if mask.key_segments is None else mask.key_segments, -1)
+    fill = partial(jnp.pad, pad_width=((0, 0), (0, padded - length)), constant_values=-1)
+    kernel = kernels.make_splash_mha(
+        kernels.MultiHeadMask([pattern] * heads),
+        head_shards=1,
+        q_seq_shards=1,
+        attn_logits_soft_cap=softcap,
+        interpret=interpret,
+    )
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        out = jax.vmap(kernel)(query, key, value, kernels.SegmentIds(fill(queries), fill(keys)))
+    return _blank(rearrange(out, "b h t d -> b t h d")[:, :length, :, :dim], mask.dense())
+
+
+def _blank(out: jax.Array, visible: jax.Array) -> jax.Array:
+    """Zeros for queries that see nothing. out: [b, t, h, d], visible: [b, 1, t, s]."""
+    seeing = visible.any(axis=-1)[:, 0, :, None, None]
+    return jnp.where(seeing, out, jnp.zeros((), out.dtype))

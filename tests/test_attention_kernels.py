@@ -1,0 +1,79 @@
+"""Fused attention against `dense_attend`, whose own oracle is in test_transformer.py."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fusion_jax import attention
+from fusion_jax.attention import Mask, dense_attend, self_mask
+from fusion_jax.attention_kernels import cudnn, splash
+from fusion_jax.errors import UserError
+
+BATCH, LENGTH, HEADS, KV_HEADS, DIM = 2, 150, 4, 2, 16
+ON_CPU = {
+    "cudnn": partial(cudnn, implementation="xla"),
+    "splash": partial(splash, interpret=True),
+}
+
+
+def heads(seed, count, length=LENGTH):
+    return jax.random.normal(jax.random.key(seed), (BATCH, length, count, DIM))
+
+
+def masks() -> dict[str, Mask]:
+    real = jnp.arange(LENGTH)[None] < jnp.array([[LENGTH], [90]])
+    left = real[:, ::-1]
+    segments = jnp.where(real, jnp.where(jnp.arange(LENGTH)[None] > 40, 2, 1), 0)
+    causal = self_mask(real, causal=True)
+    return {
+        "padded": self_mask(real),
+        "causal": causal,
+        "left-padded": self_mask(left, causal=True),
+        "window": causal.replace(window=30),
+        "both sides": self_mask(real).replace(window=30),
+        "packed": self_mask(real, causal=True, segments=segments),
+        "prefix": causal.replace(prefix=jnp.arange(LENGTH)[None] < jnp.array([[20], [0]])),
+    }
+
+
+@pytest.mark.parametrize("kernel", ON_CPU)
+@pytest.mark.parametrize("name", masks())
+def test_same_as_dense_attention(kernel, name):
+    """Values and gradients, of the rows that see something."""
+    mask = masks()[name]
+    inputs = heads(0, HEADS), heads(1, KV_HEADS), heads(2, KV_HEADS)
+
+    def loss(attend, *inputs):
+        out = attend(*inputs, mask, scale=0.3)
+        return (out**2).sum(), out
+
+    found, expected = (
+        jax.jit(jax.value_and_grad(partial(loss, attend), argnums=(0, 1, 2), has_aux=True))(*inputs)
+        for attend in (ON_CPU[kernel], dense_attend)
+    )
+    np.testing.assert_allclose(found[0][1], expected[0][1], atol=2e-5)
+    for mine, theirs in zip(found[1], expected[1], strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=2e-4)
+
+
+def test_splash_caps_logits_and_leaves_other_lengths_alone():
+    query, key, value = heads(0, HEADS), heads(1, KV_HEADS), heads(2, KV_HEADS)
+    mask = masks()["causal"]
+    found = ON_CPU["splash"](query, key, value, mask, softcap=2.0)
+    np.testing.assert_allclose(found, dense_attend(query, key, value, mask, softcap=2.0), atol=2e-5)
+    fewer = heads(0, HEADS, 3)
+    cross = attention.cross_mask(3, mask.key_mask)
+    np.testing.assert_array_equal(
+        splash(fewer, key, value, cross), dense_attend(fewer, key, value, cross)
+    )
+
+
+def test_one_argument_picks_the_kernel(monkeypatch):
+    monkeypatch.setattr(attention, "_chosen", dense_attend)
+    query, key = heads(0, HEADS), heads(1, KV_HEADS)
+    attention.use(cudnn)
+    with pytest.raises(UserError, match="bfloat16"):
+        attention.attend(query, key, key)
