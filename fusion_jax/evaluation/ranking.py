@@ -7,6 +7,8 @@ is a candidate. Chunked: memory is that of a chunk of queries times the entities
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +18,13 @@ from fusion_jax.errors import UserError
 from fusion_jax.knowledge.batches import Answers
 from fusion_jax.knowledge.graph import Graph, with_inverses
 
-ScoreAll = Callable[[jax.Array, jax.Array], jax.Array]
+ScoreAll = Callable[[Any, jax.Array, jax.Array], jax.Array]
 SIDES = ("both", "head", "tail")
 
 
 def link_prediction(
     score_all: ScoreAll,
+    params: Any,
     graph: Graph,
     split: str = "test",
     *,
@@ -31,8 +34,10 @@ def link_prediction(
     """{"both" | "head" | "tail": {"MRR": ..., "Hits@1": ..., "mean rank": ...}} on a split.
 
     Args:
-        score_all: (h [b], r [b]) -> scores [b, entities] of every tail; heads are asked for with
-            the reciprocal relation r + len(graph.relations).
+        score_all: (params, h [b], r [b]) -> scores [b, entities] of every tail, as a scorer's;
+            heads are asked for with the reciprocal relation r + len(graph.relations). Compiled
+            once for each function that is equal.
+        params: its params.
         graph: its facts of all splits are the filter.
         split: facts to rank.
         ks: for Hits@k.
@@ -44,7 +49,7 @@ def link_prediction(
     relations = len(graph.relations)
     queries = with_inverses(graph.part(split), relations)
     known = Answers.of(with_inverses(graph.triples, relations))
-    found = ranks(score_all, queries, known, len(graph.entities), chunk=chunk)
+    found = ranks(score_all, params, queries, known, len(graph.entities), chunk=chunk)
     tail, head = np.split(found, 2)
     by_side = {"both": found, "head": head, "tail": tail}
     return {side: metrics(by_side[side], ks) for side in SIDES}
@@ -58,6 +63,7 @@ def metrics(ranks: np.ndarray, ks: Sequence[int] = (1, 3, 10)) -> dict[str, floa
 
 def ranks(
     score_all: ScoreAll,
+    params: Any,
     queries: np.ndarray,
     known: Answers,
     entities: int,
@@ -67,7 +73,7 @@ def ranks(
     """Filtered realistic rank of each tail, float64 [n], from 1.
 
     Args:
-        score_all: as above.
+        score_all, params: as above.
         queries: int32 [n, 3], (h, r, t) with the tail that is asked for.
         known: true tails of each query, the one asked for among them or not.
         entities: how many candidates there are.
@@ -77,34 +83,42 @@ def ranks(
     rows = known.rows(queries[:, :2])
     longest = int(np.diff(known.offsets)[rows].max(initial=0))
 
-    @jax.jit
-    def counts(h: jax.Array, r: jax.Array, t: jax.Array, others: jax.Array) -> jax.Array:
-        scores = score_all(h, r)
-        own = jnp.take_along_axis(scores, t[:, None], axis=1)
-        bad = jnp.isnan(scores).any(axis=1)
-        row = jnp.arange(len(t))[:, None]
-        out = jnp.where((others < 0) | (others == t[:, None]), entities, others)
-        scores = scores.at[row, out].set(-jnp.inf, mode="drop")
-        above = (scores > own).sum(axis=1, dtype=jnp.int32)
-        alike = (scores == own).sum(axis=1, dtype=jnp.int32) - 1
-        # Known tails were put at -inf: where the own score is -inf too, they are no ties.
-        hidden = (out < entities).sum(axis=1, dtype=jnp.int32)
-        alike = jnp.where(jnp.isneginf(own[:, 0]), alike - hidden, alike)
-        return jnp.stack([above, alike, bad.astype(jnp.int32)], axis=1)
-
     found = []
     for start in range(0, len(queries), chunk):
         part = queries[start : start + chunk]
         others = known.padded(rows[start : start + chunk], longest)
         fill = chunk - len(part)  # the last chunk is filled up: one compiled program for all
         part, others = (np.pad(each, ((0, fill), (0, 0))) for each in (part, others))
-        found.append(np.asarray(counts(*part.T, others))[: chunk - fill])
+        found.append(np.asarray(_counts(score_all, params, *part.T, others))[: chunk - fill])
     above, alike, bad = np.concatenate(found).T
     if bad.any():
         raise UserError(
             f"scores of {bad.sum()} of {len(bad)} queries are NaN: look for a non-finite embedding"
         )
     return 1.0 + above + alike / 2
+
+
+@partial(jax.jit, static_argnames="score_all")
+def _counts(
+    score_all: ScoreAll, params: Any, h: jax.Array, r: jax.Array, t: jax.Array, known: jax.Array
+) -> jax.Array:
+    """How many score above t, how many score the same, and whether any is NaN: int32 [b, 3].
+
+    known int32 [b, k], true tails that do not count, -1 where there is none.
+    """
+    scores = score_all(params, h, r)
+    entities = scores.shape[1]
+    own = jnp.take_along_axis(scores, t[:, None], axis=1)
+    out = jnp.where((known < 0) | (known == t[:, None]), entities, known)
+    row = jnp.arange(len(t), dtype=jnp.int32)[:, None]
+    kept = scores.at[row, out].set(-jnp.inf, mode="drop")
+    above = (kept > own).sum(axis=1, dtype=jnp.int32)
+    alike = (kept == own).sum(axis=1, dtype=jnp.int32) - 1
+    # Known tails are at -inf now: where the own score is that too, they are no ties.
+    hidden = (out < entities).sum(axis=1, dtype=jnp.int32)
+    alike = jnp.where(jnp.isneginf(own[:, 0]), alike - hidden, alike)
+    bad = jnp.isnan(scores).any(axis=1).astype(jnp.int32)
+    return jnp.stack([above, alike, bad], axis=1)
 
 
 def flat(found: Mapping[str, Mapping[str, float]], split: str) -> dict[str, float]:

@@ -11,7 +11,7 @@ import tempfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -65,7 +65,7 @@ def _fact(line: str, where: str) -> Fact:
     return Fact(*fields[:3], confidence, fields[4] if len(fields) > 4 else "")
 
 
-def assemble(parts: dict[str, Sequence[Fact]], default_source: str, **more: Any) -> Graph:
+def assemble(parts: dict[str, Sequence[Fact]], default_source: str) -> Graph:
     """A graph of the facts of each split; entities and relations are in alphabetical order.
 
     Facts that a split repeats are kept once, with the highest confidence.
@@ -82,16 +82,16 @@ def assemble(parts: dict[str, Sequence[Fact]], default_source: str, **more: Any)
     entity, relation, source = (
         {key: index for index, key in enumerate(keys)} for keys in (entities, relations, sources)
     )
-    return make(
+    graph = make(
         np.array([(entity[f.head], relation[f.relation], entity[f.tail]) for f in rows.values()]),
         entities,
         relations,
         split=np.array([SPLITS.index(split) for split, *_ in rows]),
         confidence=np.array([fact.confidence for fact in rows.values()], np.float32),
-        source=np.array([source[f.source or default_source] for f in rows.values()], np.int32),
-        sources=tuple(sources),
-        **({"names": {"en": tuple((key.replace("_", " "),) for key in entities)}} | more),
+        names={"en": tuple((key.replace("_", " "),) for key in entities)},
     )
+    numbers = np.array([source[f.source or default_source] for f in rows.values()], np.int32)
+    return dataclasses.replace(graph, source=numbers, sources=tuple(sources))
 
 
 def tsv(path: str | Path) -> Graph:

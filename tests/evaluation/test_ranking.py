@@ -32,7 +32,7 @@ def test_metrics_are_pykeens(name):
     real, imaginary = jnp.split(params["relation"], 2, axis=1)
     mirrored = jnp.concatenate([real, -imaginary], axis=1)  # <h, r, t*> = <t, r*, h*>
     both = params | {"relation": jnp.concatenate([params["relation"], mirrored])}
-    ours = ranking.link_prediction(lambda h, r: scorer.score_all(both, h, r), graph, chunk=300)
+    ours = ranking.link_prediction(scorer.score_all, both, graph, chunk=300)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -77,19 +77,19 @@ def test_ranks_by_hand():
     scores = jnp.array([[5.0, 4.0, 4.0, 3.0, 9.0, -jnp.inf], [2.0] * 6])
     known = Answers.of(np.array([[0, 0, 4], [0, 0, 1], [1, 0, 0], [1, 0, 1]], np.int32))
 
-    def score_all(h, r):
-        return scores[h]
+    def score_all(params, h, r):
+        return params[h]
 
     queries = np.array([[0, 0, 1], [0, 0, 4], [0, 0, 5], [1, 0, 0]], np.int32)
-    found = ranking.ranks(score_all, queries, known, 6, chunk=3)
+    found = ranking.ranks(score_all, scores, queries, known, 6, chunk=3)
     # 9 is known; 5 is above and one of the 4s ties; for entity 5 nothing unknown ties.
     assert found.tolist() == [2.5, 1.0, 5.0 - 1.0, 1 + 4 / 2]
     assert ranking.metrics(found)["MRR"] == pytest.approx(np.mean(1 / found))
     assert ranking.metrics(found)["Hits@1"] == 0.25
     with pytest.raises(UserError, match=r"scores of 4 of 4 queries are NaN"):
-        ranking.ranks(lambda h, r: scores[h] * jnp.nan, queries, known, 6)
+        ranking.ranks(score_all, scores * jnp.nan, queries, known, 6)
     with pytest.raises(UserError, match=r"\[5, 0\] has no answers"):
-        ranking.ranks(score_all, np.array([[5, 0, 1]], np.int32), known, 6)
+        ranking.ranks(score_all, scores, np.array([[5, 0, 1]], np.int32), known, 6)
     graph = make([[0, 0, 1]], ["a", "b"], ["r"])
     with pytest.raises(UserError, match="split test is empty"):
-        ranking.link_prediction(score_all, graph)
+        ranking.link_prediction(score_all, scores, graph)

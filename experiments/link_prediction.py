@@ -1,0 +1,160 @@
+"""Which facts does a graph lack? Link prediction on UMLS, Kinships, Nations, WordNet or your own.
+
+    python -m fusion_jax train experiments/link_prediction.py --dataset umls --scorer complex
+
+Scores every entity as the tail of (h, r), and with reciprocal relations as its head, and prints
+MRR and Hits@k: filtered, realistic ranks, over heads, tails and both.
+
+The three small sets leak: many of their relations are another's inverse, or imply another, so that
+training facts give test facts away (the first table printed says how many). A high MRR there says
+that a scorer can notice this, not that it knows anything about the world.
+"""
+
+import dataclasses
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import optax
+
+from fusion_jax.evaluation import ranking
+from fusion_jax.evaluation.table import print_table
+from fusion_jax.knowledge import inspect, read, scorers, wordnet
+from fusion_jax.knowledge.batches import Facts
+from fusion_jax.knowledge.graph import Graph
+from fusion_jax.objectives.combine import Objective, weighted_sum
+from fusion_jax.objectives.knowledge import f2, k_vs_all, n3, one_vs_all, self_adversarial
+from fusion_jax.training.experiment import Experiment
+from fusion_jax.training.partition import Params
+from fusion_jax.training.settings import Settings as Base
+from fusion_jax.training.sharding import DEFAULT_RULES, make_mesh
+
+SCORERS = {
+    "transe": partial(scorers.TransE, norm=2),
+    "rotate": scorers.RotatE,
+    "distmult": scorers.DistMult,
+    "complex": scorers.ComplEx,
+    "simple": scorers.SimplE,
+    "tucker": scorers.TuckER,
+    "conve": scorers.ConvE,
+}
+DEFAULTS = {
+    "dim": 200,
+    "loss": "one",
+    "steps": 1000,
+    "batch_size": 512,
+    "learning_rate": 3e-3,
+    "dropout": 0.0,
+    "label_smoothing": 0.0,
+    "penalty": 0.0,
+    "scale": 0.1,
+}
+# Chosen on the validation split by `python -m experiments.link_prediction_sweep tune`.
+TUNED: dict[tuple[str, str], dict[str, Any]] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(Base):
+    """A setting that is not given is what was tuned for the data set and scorer, else a default."""
+
+    dataset: str = "umls"
+    """umls, kinships, nations, wordnet, or a folder with train.txt, valid.txt and test.txt."""
+    scorer: Literal[tuple(SCORERS)] = "complex"
+    dim: int | None = None
+    loss: Literal["one", "binary", "softmax", "adversarial"] | None = None
+    """one: 1-vs-all; binary, softmax: k-vs-all; adversarial: self-adversarial negatives."""
+    steps: int | None = None
+    batch_size: int | None = None
+    learning_rate: float | None = None
+    dropout: float | None = None
+    label_smoothing: float | None = None
+    penalty: float | None = None
+    """Weight of the penalty on the facts' factors."""
+    scale: float | None = None
+    """Standard deviation of initial vectors."""
+    norm: Literal["n3", "f2"] = "n3"
+    """Which penalty: the nuclear 3-norm, or the squared Frobenius norm."""
+    negatives: int = 64
+    margin: float = 9.0
+    development: bool = False
+    """Report on the validation split in place of the test split."""
+    checkpoint_every: int = 10_000
+    log_every: int = 100
+
+    def __post_init__(self) -> None:
+        chosen = DEFAULTS | TUNED.get((self.dataset, self.scorer), {})
+        for name, value in chosen.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+
+
+@cache
+def read_graph(dataset: str) -> Graph:
+    """A data set by name, or a folder of splits; read once."""
+    if dataset in read.BENCHMARKS:
+        return read.benchmark(dataset)
+    if dataset == "wordnet":
+        return read.split_facts(wordnet.load())
+    return read.folder(dataset)
+
+
+def scorer_of(s: Settings, graph: Graph) -> scorers.Scorer:
+    return SCORERS[s.scorer](
+        entities=len(graph.entities),
+        relations=2 * len(graph.relations),
+        dim=s.dim,
+        dropout=s.dropout,
+        scale=s.scale,
+        multiple=make_mesh(s.mesh).shape["tensor"],
+    )
+
+
+def objective_of(s: Settings, scorer: scorers.Scorer) -> Objective:
+    """The loss that is asked for, and penalties on the factors of the facts in the batch."""
+    if s.loss == "one":
+        loss = one_vs_all(scorer, s.label_smoothing)
+    elif s.loss == "adversarial":
+        loss = self_adversarial(scorer, s.negatives, s.margin)
+    else:
+        loss = k_vs_all(scorer, s.loss, s.label_smoothing)
+    penalty = {"n3": n3, "f2": f2}[s.norm](scorer)
+    return weighted_sum({loss: 1.0, penalty: s.penalty})
+
+
+def build(s: Settings) -> Experiment:
+    graph = read_graph(s.dataset)
+    scorer = scorer_of(s, graph)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, s.learning_rate, s.steps // 20, s.steps)
+    split = "valid" if s.development else "test"
+
+    def validate(params: Params) -> dict[str, float]:
+        found = ranking.link_prediction(scorer.score_all, params, graph, "valid")
+        return ranking.flat(found, "valid")
+
+    def report(params: Params, folder: Path) -> dict[str, float]:
+        leaks = inspect.report(graph, s.dataset).leaked
+        found = ranking.link_prediction(scorer.score_all, params, graph, split)
+        about = (
+            f"{s.dataset}, {len(graph.part(split)):,} {split} facts, {len(graph.entities):,}"
+            f" candidates, filtered, realistic ranks; {leaks:.0%} of test facts leak"
+        )
+        print_table(f"Link prediction, {s.scorer}", found, about, [s.seed])
+        return ranking.flat(found, split)
+
+    return Experiment(
+        data=Facts(
+            graph,
+            s.batch_size,
+            seed=s.seed,
+            queries=s.loss in ("binary", "softmax"),
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        ),
+        init=scorer.init,
+        objective=objective_of(s, scorer),
+        optimizer=optax.adam(schedule),
+        rules=(scorers.ENTITY_RULE, *DEFAULT_RULES),
+        validate=validate,
+        report=report,
+    )

@@ -1,0 +1,159 @@
+"""Every scorer on every small data set: settings chosen on validation, then tests over seeds.
+
+    python -m experiments.link_prediction_sweep tune      # prints TUNED of link_prediction.py
+    python -m experiments.link_prediction_sweep table     # test MRR and Hits@k, 5 seeds
+
+`tune` draws settings at random from SPACE, trains each on seed 0 and keeps the best MRR on the
+validation split; test facts are never looked at. `table` trains what was kept.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tyro
+
+from experiments.link_prediction import SCORERS, Settings, build, read_graph, scorer_of
+from fusion_jax.evaluation.ranking import link_prediction
+from fusion_jax.evaluation.table import print_table
+from fusion_jax.knowledge.read import BENCHMARKS
+from fusion_jax.training import runtime
+from fusion_jax.training.partition import Params
+from fusion_jax.training.step import State, make_step
+
+SPACE: dict[str, Sequence[Any]] = {
+    "loss": ("one", "softmax", "binary"),
+    "dim": (100, 200, 400),
+    "batch_size": (128, 512),
+    "steps": (500, 1500),
+    "learning_rate": (1e-3, 3e-3, 1e-2),
+    "dropout": (0.0, 0.2, 0.4),
+    "label_smoothing": (0.0, 0.1),
+    "penalty": (0.0, 1e-3, 1e-2, 3e-2),
+    "scale": (0.1,),
+}
+DISTANCE = {"loss": ("one", "softmax", "adversarial"), "scale": (0.1, 0.5)}
+OWN: dict[str, dict[str, Sequence[Any]]] = {  # a distance is no logit; some trials would be long
+    "transe": DISTANCE,
+    "rotate": DISTANCE,
+    "tucker": {"dim": (50, 100), "batch_size": (128,)},
+    "conve": {"dim": (100,), "batch_size": (128,)},
+}
+
+
+def train(s: Settings) -> Params:
+    """Params after the last step: the steps of the training loop, many in one compiled program."""
+    experiment = build(s)
+    step = make_step(experiment.objective, experiment.optimizer, seed=s.seed)
+
+    @partial(jax.jit, donate_argnums=0)
+    def advance(state: State, batches: dict) -> State:
+        return jax.lax.scan(lambda state, batch: (step(state, {}, batch)[0], None), state, batches)[
+            0
+        ]
+
+    params = experiment.init(jax.random.key(s.seed))
+    state = State(np.int32(0), params, experiment.optimizer.init(params))
+    size = next(size for size in range(100, 0, -1) if s.steps % size == 0)
+    for start in range(0, s.steps, size):
+        batches = [experiment.data[number] for number in range(start, start + size)]
+        state = advance(state, jax.tree.map(lambda *rows: np.stack(rows), *batches))
+    return state.params
+
+
+def measure(s: Settings, params: Params, split: str) -> dict[str, float]:
+    """MRR and Hits@k over both sides, on a split."""
+    graph = read_graph(s.dataset)
+    return link_prediction(scorer_of(s, graph).score_all, params, graph, split)["both"]
+
+
+def trials(scorer: str, count: int) -> list[dict[str, Any]]:
+    """Settings drawn at random, the same on every call."""
+    rng = np.random.default_rng(0)
+    space = SPACE | OWN.get(scorer, {})
+    return [
+        {name: values[rng.integers(len(values))] for name, values in space.items()}
+        for _ in range(count)
+    ]
+
+
+def tune(
+    datasets: tuple[str, ...] = BENCHMARKS,
+    models: tuple[str, ...] = tuple(SCORERS),
+    count: int = 16,
+    log: Path = Path("runs/link_prediction_tuning.jsonl"),
+) -> None:
+    """Searches settings on the validation split.
+
+    Args:
+        datasets: data sets.
+        models: scorers.
+        count: settings tried for each.
+        log: every trial; those that are there already are not run again.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    done = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    for dataset in datasets:
+        for model in models:
+            mine = [d for d in done if (d["dataset"], d["scorer"]) == (dataset, model)]
+            for chosen in trials(model, count)[len(mine) :]:
+                began = time.perf_counter()
+                s = Settings(dataset=dataset, scorer=model, **chosen)
+                mrr = measure(s, train(s), "valid")["MRR"]
+                row = {"dataset": dataset, "scorer": model, "MRR": mrr, "settings": chosen}
+                row["seconds"] = time.perf_counter() - began
+                mine.append(row)
+                with log.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+            best = max(mine, key=lambda row: row["MRR"])
+            print(
+                f"    ({dataset!r}, {model!r}): {best['settings']},  # {best['MRR']:.3f}",
+                flush=True,
+            )
+
+
+def table(
+    datasets: tuple[str, ...] = BENCHMARKS,
+    models: tuple[str, ...] = tuple(SCORERS),
+    seeds: int = 5,
+    log: Path = Path("runs/link_prediction_table.jsonl"),
+) -> None:
+    """Tests the tuned settings.
+
+    Args:
+        datasets: data sets.
+        models: scorers.
+        seeds: how many.
+        log: every run; those that are there already are not run again.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    done = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    for dataset in datasets:
+        rows: dict[str, dict[str, list[float]]] = {}
+        for model in models:
+            found = []
+            for seed in range(seeds):
+                s = Settings(dataset=dataset, scorer=model, seed=seed)
+                key = {"settings": s.identity()}
+                row = next((d for d in done if d["settings"] == key["settings"]), None)
+                if row is None:
+                    row = key | {"found": measure(s, train(s), "test")}
+                    with log.open("a") as file:
+                        file.write(json.dumps(row) + "\n")
+                found.append(row["found"])
+            rows[model] = {name: [each[name] for each in found] for name in found[0]}
+        print_table(f"Link prediction on {dataset}", rows, f"{dataset}, test", list(range(seeds)))
+
+
+def main() -> None:
+    runtime.start()
+    tyro.extras.subcommand_cli_from_dict({"tune": tune, "table": table})
+
+
+if __name__ == "__main__":
+    main()
