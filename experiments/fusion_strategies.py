@@ -48,7 +48,8 @@ def cost(trimodal: ModuleType, settings: Base, fusion: str, repeats: int) -> dic
     batch = experiment.data[0]
     widths = {name: batch[name].mask.shape[1] for name in trimodal.MODALITIES}
     strategy = trimodal.FUSIONS[fusion]()
-    state = State(jnp.zeros((), jnp.int32), params, experiment.optimizer.init(params))
+    zero = jnp.zeros((), jnp.int32)
+    state = State(zero, zero, params, experiment.optimizer.init(params))
     step = make_step(experiment.objective, experiment.optimizer)
     compiled = jax.jit(step).lower(state, {}, batch).compile()
     times = []

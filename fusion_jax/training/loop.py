@@ -77,7 +77,6 @@ def _train(
         mesh,
         plan.state_shardings,
         engine=settings.engine,
-        seed=settings.seed,
         accumulation=settings.accumulation,
     )
     pending: collections.deque[tuple[int, dict, Any]] = collections.deque()

@@ -47,6 +47,7 @@ def plan_state(experiment: Experiment, mesh: Mesh) -> Plan:
     trainable, frozen = partition(params, experiment.trainable)
     state = State(
         step=jax.ShapeDtypeStruct((), jnp.int32),
+        seed=jax.ShapeDtypeStruct((), jnp.int32),
         params=trainable,
         opt_state=jax.eval_shape(experiment.optimizer.init, trainable),
     )
@@ -90,8 +91,11 @@ def init_state(experiment: Experiment, plan: Plan, seed: int) -> State:
     params = _materialise(experiment, plan.state.params, seed, may_alias=False)
     shardings = plan.state_shardings
     opt_state = jax.jit(experiment.optimizer.init, out_shardings=shardings.opt_state)(params)
-    step = jax.device_put(jnp.zeros((), jnp.int32), shardings.step)
-    return State(step, params, opt_state)
+    step, seed = (
+        jax.device_put(jnp.asarray(value, jnp.int32), place)
+        for value, place in ((0, shardings.step), (seed, shardings.seed))
+    )
+    return State(step, seed, params, opt_state)
 
 
 def evaluation_params(state: State, frozen: Params) -> Params:

@@ -23,6 +23,7 @@ class State:
     """All that training changes. Where it reads its data follows from `step` alone."""
 
     step: jax.Array  # int32 []
+    seed: jax.Array  # int32 [], of every random number; an input, so that seeds share a program
     params: Params  # the trainable ones
     opt_state: Any
 
@@ -31,7 +32,6 @@ def make_step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
     *,
-    seed: int = 0,
     accumulation: int = 1,
     axis_name: str | None = None,
 ) -> Callable[[State, Params, dict], tuple[State, dict[str, jax.Array]]]:
@@ -40,7 +40,6 @@ def make_step(
     Args:
         objective: (params, batch, rng) -> (loss, metrics). It gets all params, and batch["step"].
         optimizer: any optax transform; clipping, schedules and EMA are part of it.
-        seed: with the step it determines every random number.
         accumulation: the batch is cut into so many micro-batches whose gradients are averaged.
             The same as the whole batch for any objective that is a mean over rows.
         axis_name: the mapped axis to average over, when compiled by pmap.
@@ -56,7 +55,7 @@ def make_step(
         return grads, {"loss": loss} | metrics
 
     def step(state: State, frozen: Params, batch: dict) -> tuple[State, dict[str, jax.Array]]:
-        rng = jax.random.fold_in(jax.random.key(seed), state.step)
+        rng = jax.random.fold_in(jax.random.key(state.seed), state.step)
         if axis_name is not None:
             rng = jax.random.fold_in(rng, jax.lax.axis_index(axis_name))
         if accumulation == 1:
@@ -91,7 +90,7 @@ def make_step(
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
         metrics |= {"grad_norm": optax.tree.norm(grads)}
-        return State(state.step + 1, params, opt_state), metrics
+        return State(state.step + 1, state.seed, params, opt_state), metrics
 
     return step
 
@@ -103,7 +102,6 @@ def compile_step(
     state_shardings: Any,
     *,
     engine: Literal["jit", "pmap"] = "jit",
-    seed: int = 0,
     accumulation: int = 1,
 ) -> Callable[[State, Params, dict], tuple[State, dict[str, jax.Array]]]:
     """Compiles one step for a mesh. Both engines give the same numbers for a mean over rows.
@@ -115,7 +113,7 @@ def compile_step(
     Raises:
         UserError: pmap with a mesh that splits params.
     """
-    make = partial(make_step, objective, optimizer, seed=seed, accumulation=accumulation)
+    make = partial(make_step, objective, optimizer, accumulation=accumulation)
     if engine == "jit":
         replicated = NamedSharding(mesh, P())
         return jax.jit(make(), donate_argnums=0, out_shardings=(state_shardings, replicated))

@@ -39,11 +39,11 @@ def batch_of(step):
     return {"x": x, "y": np.sin(3 * x[:, :8])}
 
 
-def run(mesh="data=-1", devices=8, steps=20, objective=objective, **kwargs):
+def run(mesh="data=-1", devices=8, steps=20, objective=objective, seed=0, **kwargs):
     mesh = make_mesh(mesh, jax.devices()[:devices])
     experiment = Experiment({}, init, objective, OPTIMIZER, trainable="up|down", rules=RULES)
     plan = plan_state(experiment, mesh)
-    state, frozen = init_state(experiment, plan, 0), init_frozen(experiment, plan, 0)
+    state, frozen = init_state(experiment, plan, seed), init_frozen(experiment, plan, seed)
     step = compile_step(objective, OPTIMIZER, mesh, plan.state_shardings, **kwargs)
     losses = []
     for index in range(steps):
@@ -189,4 +189,4 @@ def test_shardings_follow_paths_and_skip_what_does_not_divide():
     assert specs["layers"]["up"]["kernel"] == P(None, "fsdp", "tensor")
     assert specs["table"] == P("fsdp")
     assert specs["small"] == P()
-    assert isinstance(State(jnp.zeros(()), tree, ()), State)
+    assert isinstance(State(jnp.zeros(()), jnp.zeros(()), tree, ()), State)
