@@ -417,22 +417,22 @@ def show(
 ) -> dict[str, float]:
     """Prints the tables, saves the plots, and returns every number under a name."""
     best, total = found[s.fusions[-1]], {}
-    rows = {}
+    overall, class_mean = {}, {}
     for kept in accuracy.subsets(MODALITIES):
         name = "+".join(kept)
-        rows[name] = {}
+        overall[name], class_mean[name] = {}, {}
         if probe:
-            rows[name]["linear probe"] = total[f"probe/{name}"] = probe[kept]
+            overall[name]["linear probe"] = total[f"probe/{name}"] = probe[kept]
         for fusion, result in found.items():
             score = result["subsets"][kept]
-            rows[name][fusion] = total[f"{fusion}/accuracy/{name}"] = score.accuracy
-            mean = total[f"{fusion}/class_mean/{name}"] = score.class_mean
-            rows[name][f"{fusion}, mean over classes"] = mean
+            overall[name][fusion] = total[f"{fusion}/accuracy/{name}"] = score.accuracy
+            class_mean[name][fusion] = total[f"{fusion}/class_mean/{name}"] = score.class_mean
     labels = best["labels"]
     majority = accuracy.majority_accuracy(labels)
     counted = next(iter(best["subsets"].values())).rows
     about = f"{described}, {counted} rows that have all three; always the commonest: {majority:.3f}"
-    print_table(f"Accuracy among {len(classes)} categories", rows, about, [s.seed])
+    print_table(f"Accuracy among {len(classes)} categories", overall, about, [s.seed])
+    print_table("The same, mean over categories", class_mean, about, [s.seed])
     towards = {
         direction: {k: v for k, v in row.items() if k.startswith(("R@", "median"))}
         for direction, row in best["retrieval"].items()
