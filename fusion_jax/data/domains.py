@@ -1,0 +1,145 @@
+"""A domain by its name: emoji of a vendor, a TFDS data set, or a folder with one folder a class.
+
+apple = domains.open_domain("apple", seed=0)
+real = domains.open_domain("domainnet/real", seed=0)
+amazon = domains.open_domain("office31/amazon", seed=0)
+domains.same_classes([apple, real])
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from fusion_jax.data import concepts, emoji, folders, records
+from fusion_jax.data.pipeline import Source, Subset
+from fusion_jax.errors import UserError
+
+Splits = Mapping[str, tuple[Source, Sequence[int]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Domain:
+    """One domain: {"train", "validation", "test": (source, rows)}, and the names of its classes."""
+
+    name: str
+    classes: tuple[str, ...]
+    splits: Splits
+
+    def subset(self, split: str) -> Subset:
+        """The examples of a split. Raises UserError if there are none."""
+        source, rows = self.splits[split]
+        if not rows:
+            raise UserError(f"domain {self.name} has no {split} examples")
+        return Subset(source, rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Relabelled:
+    """A source whose label is another of its fields."""
+
+    source: Source
+    field: str
+
+    @property
+    def checksum(self) -> str:
+        return f"{self.source.checksum} {self.field}"
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        example = dict(self.source[row])
+        return example | {"label": example[self.field]}
+
+
+def open_domain(
+    name: str,
+    seed: int = 0,
+    labels: Literal["category", "subcategory"] = "category",
+    folder: str | Path | None = None,
+    most: int | None = None,
+) -> Domain:
+    """Opens a domain and deals its rows out.
+
+    Emoji things are in the same split for every vendor. A TFDS data set keeps its own test split,
+    if it has one; what else there is is dealt out by `concepts.split`.
+
+    Args:
+      name: a vendor of emoji, a folder, or a name of TFDS with features image and label.
+      seed: deals anew.
+      labels: which label of emoji.
+      folder: the emoji packages, if they are not to be fetched.
+      most: rows of each split, at most.
+
+    Raises:
+      UserError: none of the three, or it is empty.
+    """
+    if name in emoji.VENDORS:
+        source = emoji.load(name, folder)
+        rows = emoji.splits(source, seed)
+        if labels == "subcategory":
+            classes = source.subcategories
+            source = Relabelled(source, "sublabel")
+        else:
+            classes = source.classes
+        splits = {split: (source, members) for split, members in rows.items()}
+    elif Path(name).expanduser().is_dir():
+        source = folders.read(name)
+        classes = source.classes
+        rows = concepts.splits(source, seed)
+        splits = {split: (source, members) for split, members in rows.items()}
+    else:
+        classes, splits = _open_tfds(name, seed)
+    if most is not None:
+        splits = {split: (source, rows[:most]) for split, (source, rows) in splits.items()}
+    return Domain(name, classes, splits)
+
+
+def _open_tfds(name: str, seed: int) -> tuple[tuple[str, ...], Splits]:
+    mapping = {"image": "image", "label": "label"}
+    try:
+        train = records.tfds_source(name, "train", mapping)
+    except UserError as error:
+        raise UserError(
+            f"domain {name!r} is no vendor of emoji {emoji.VENDORS} and no folder, and {error}"
+        ) from error
+    numbers = list(map(str, range(len(train))))
+    try:
+        test = records.tfds_source(name, "test", mapping)
+    except UserError:  # it has no such split: test rows are dealt out of what there is
+        dealt = concepts.split(numbers, seed)
+        return train.classes, {split: (train, rows) for split, rows in dealt.items()}
+    dealt = concepts.split(numbers, seed, fractions={"train": 0.9, "validation": 0.1})
+    splits = {split: (train, rows) for split, rows in dealt.items()}
+    return train.classes, splits | {"test": (test, range(len(test)))}
+
+
+def same_classes(found: Sequence[Domain]) -> tuple[str, ...]:
+    """The class names that all domains share.
+
+    Raises:
+      UserError: they differ; says which labels which domain lacks.
+    """
+    everything = sorted({label for domain in found for label in domain.classes})
+    lacking = {
+        domain.name: [label for label in everything if label not in set(domain.classes)]
+        for domain in found
+    }
+    if any(lacking.values()):
+        told = "; ".join(
+            f"{name} lacks {', '.join(map(repr, labels[:10]))}"
+            + (f" and {len(labels) - 10} more" if len(labels) > 10 else "")
+            for name, labels in lacking.items()
+            if labels
+        )
+        raise UserError(
+            f"the domains have different labels: {told}. Rename them alike, or leave out those that"
+            " not all have"
+        )
+    if len({domain.classes for domain in found}) > 1:
+        raise UserError(
+            "the domains list the same labels in different orders: "
+            + "; ".join(f"{domain.name}: {domain.classes}" for domain in found)
+        )
+    return found[0].classes
