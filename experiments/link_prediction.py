@@ -24,7 +24,14 @@ from fusion_jax.knowledge import inspect, read, scorers, wordnet
 from fusion_jax.knowledge.batches import Facts
 from fusion_jax.knowledge.graph import Graph
 from fusion_jax.objectives.combine import Objective, weighted_sum
-from fusion_jax.objectives.knowledge import f2, k_vs_all, n3, one_vs_all, self_adversarial
+from fusion_jax.objectives.knowledge import (
+    f2,
+    k_vs_all,
+    n3,
+    one_vs_all,
+    one_vs_some,
+    self_adversarial,
+)
 from fusion_jax.training.experiment import Experiment
 from fusion_jax.training.partition import Params
 from fusion_jax.training.settings import Settings as Base
@@ -41,14 +48,15 @@ SCORERS = {
 }
 DEFAULTS = {
     "dim": 200,
-    "loss": "one",
-    "steps": 1000,
-    "batch_size": 512,
-    "learning_rate": 3e-3,
-    "dropout": 0.0,
-    "label_smoothing": 0.0,
-    "penalty": 0.0,
+    "loss": "binary",
+    "steps": 2000,
+    "batch_size": 64,
+    "learning_rate": 1e-2,
+    "dropout": 0.3,
+    "label_smoothing": 0.1,
+    "penalty": 1e-3,
     "scale": 0.1,
+    "negatives": 64,
 }
 # Chosen on the validation split by `python -m experiments.link_prediction_sweep tune`.
 TUNED: dict[tuple[str, str], dict[str, Any]] = {}
@@ -62,8 +70,9 @@ class Settings(Base):
     """umls, kinships, nations, wordnet, or a folder with train.txt, valid.txt and test.txt."""
     scorer: Literal[tuple(SCORERS)] = "complex"
     dim: int | None = None
-    loss: Literal["one", "binary", "softmax", "adversarial"] | None = None
-    """one: 1-vs-all; binary, softmax: k-vs-all; adversarial: self-adversarial negatives."""
+    loss: Literal["one", "binary", "softmax", "some", "adversarial"] | None = None
+    """one: 1-vs-all; binary, softmax: k-vs-all; some: negatives that a batch shares; adversarial:
+    self-adversarial negatives."""
     steps: int | None = None
     batch_size: int | None = None
     learning_rate: float | None = None
@@ -75,7 +84,8 @@ class Settings(Base):
     """Standard deviation of initial vectors."""
     norm: Literal["n3", "f2"] = "n3"
     """Which penalty: the nuclear 3-norm, or the squared Frobenius norm."""
-    negatives: int = 64
+    negatives: int | None = None
+    """With some and adversarial."""
     margin: float = 9.0
     development: bool = False
     """Report on the validation split in place of the test split."""
@@ -114,12 +124,14 @@ def objective_of(s: Settings, scorer: scorers.Scorer) -> Objective:
     """The loss that is asked for, and penalties on the factors of the facts in the batch."""
     if s.loss == "one":
         loss = one_vs_all(scorer, s.label_smoothing)
+    elif s.loss == "some":
+        loss = one_vs_some(scorer, s.negatives)
     elif s.loss == "adversarial":
         loss = self_adversarial(scorer, s.negatives, s.margin)
     else:
         loss = k_vs_all(scorer, s.loss, s.label_smoothing)
     penalty = {"n3": n3, "f2": f2}[s.norm](scorer)
-    return weighted_sum({loss: 1.0, penalty: s.penalty})
+    return weighted_sum({loss: 1.0, penalty: s.penalty} if s.penalty else {loss: 1.0})
 
 
 def build(s: Settings) -> Experiment:

@@ -56,10 +56,15 @@ class Computed:
         return self.scorer.score(self.params_of(params, rng), h, r, t, rng)
 
     def score_all(
-        self, params: Params, h: jax.Array, r: jax.Array, rng: jax.Array | None = None
+        self,
+        params: Params,
+        h: jax.Array,
+        r: jax.Array,
+        rng: jax.Array | None = None,
+        tails: jax.Array | None = None,
     ) -> jax.Array:
         """As the scorer's."""
-        return self.scorer.score_all(self.params_of(params, rng), h, r, rng)
+        return self.scorer.score_all(self.params_of(params, rng), h, r, rng, tails)
 
     def moduli(self, params: Params) -> tuple[jax.Array, jax.Array]:
         """As the scorer's."""

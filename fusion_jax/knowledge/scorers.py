@@ -118,10 +118,17 @@ class Scorer:
         return self.compare(query, self.table(params)[t])
 
     def score_all(
-        self, params: Params, h: jax.Array, r: jax.Array, rng: jax.Array | None = None
+        self,
+        params: Params,
+        h: jax.Array,
+        r: jax.Array,
+        rng: jax.Array | None = None,
+        tails: jax.Array | None = None,
     ) -> jax.Array:
-        """Scores of every entity as the tail, [b] -> [b, entities]."""
+        """Scores of every entity as the tail, [b] -> [b, entities]; or of `tails` [n]: [b, n]."""
         query = drop(self.query(params, h, r, rng), self.dropout, rng, 1)
+        if tails is not None:
+            return self.compare_all(query, self.table(params)[tails])
         return self.compare_all(query, self.table(params))[:, : self.entities]
 
     def moduli(self, params: Params) -> tuple[jax.Array, jax.Array]:

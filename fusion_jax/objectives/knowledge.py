@@ -2,8 +2,8 @@
 
 Three kinds of batch (knowledge/batches.py makes them, reciprocal relations included):
 
-    one_vs_all, self_adversarial    {"head" [b], "relation" [b], "tail" [b]}
-    k_vs_all                        {"head" [b], "relation" [b], "tails" [b, k]}, -1 is no tail
+    one_vs_all, one_vs_some, self_adversarial   {"head" [b], "relation" [b], "tail" [b]}
+    k_vs_all                   {"head" [b], "relation" [b], "tails" [b, k]}, -1 is no tail
 
 and, with single facts, an optional "weight" [b], their confidence. All are means over rows.
 
@@ -40,6 +40,28 @@ def one_vs_all(scorer: Scorer, label_smoothing: float = 0.0) -> Objective:
         return _row_mean(total - mixed, batch), {"accuracy": correct.mean(dtype=jnp.float32)}
 
     return one_vs_all
+
+
+def one_vs_some(scorer: Scorer, negatives: int = 1024) -> Objective:
+    """Cross-entropy of the true tail among random ones, the same for all rows of the batch.
+
+    For graphs too large for `one_vs_all`: sharing makes scores one matrix product (PBG, Lerer et
+    al. 2019, https://arxiv.org/abs/1903.12287). Each row leaves its own tail out of the negatives.
+    """
+
+    def one_vs_some(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Metrics]:
+        draw, dropout = jax.random.split(rng)
+        false = jax.random.randint(draw, (negatives,), 0, scorer.entities, jnp.int32)
+        tails = jnp.concatenate([batch["tail"], false])
+        scores = scorer.score_all(params, batch["head"], batch["relation"], dropout, tails)
+        rows = len(batch["tail"])
+        own, wrong = jnp.diagonal(scores), scores[:, rows:]
+        wrong = jnp.where(false[None] == batch["tail"][:, None], -jnp.inf, wrong)
+        total = jax.nn.logsumexp(jnp.concatenate([own[:, None], wrong], axis=1), axis=1)
+        correct = (own > wrong.max(axis=1)).mean(dtype=jnp.float32)
+        return _row_mean(total - own, batch), {"accuracy": correct}
+
+    return one_vs_some
 
 
 def k_vs_all(
