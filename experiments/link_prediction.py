@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import numpy as np
 import optax
 
 from fusion_jax.evaluation import ranking
 from fusion_jax.evaluation.table import print_table
 from fusion_jax.knowledge import inspect, read, scorers, wordnet
 from fusion_jax.knowledge.batches import Facts
+from fusion_jax.knowledge.entities import Computed, from_text, text_features
 from fusion_jax.knowledge.graph import Graph
 from fusion_jax.objectives.combine import Objective, weighted_sum
 from fusion_jax.objectives.knowledge import (
@@ -82,6 +84,8 @@ class Settings(Base):
     """Weight of the penalty on the facts' factors."""
     scale: float | None = None
     """Standard deviation of initial vectors."""
+    text: bool = False
+    """Make entities' vectors of their names and descriptions too, by MiniLM."""
     norm: Literal["n3", "f2"] = "n3"
     """Which penalty: the nuclear 3-norm, or the squared Frobenius norm."""
     negatives: int | None = None
@@ -109,8 +113,9 @@ def read_graph(dataset: str) -> Graph:
     return read.folder(dataset)
 
 
-def scorer_of(s: Settings, graph: Graph) -> scorers.Scorer:
-    return SCORERS[s.scorer](
+def scorer_of(s: Settings, graph: Graph) -> scorers.Scorer | Computed:
+    """The scorer for a graph, its entities made of text if that is asked for."""
+    scorer = SCORERS[s.scorer](
         entities=len(graph.entities),
         relations=2 * len(graph.relations),
         dim=s.dim,
@@ -118,9 +123,13 @@ def scorer_of(s: Settings, graph: Graph) -> scorers.Scorer:
         scale=s.scale,
         multiple=make_mesh(s.mesh).shape["tensor"],
     )
+    if not s.text:
+        return scorer
+    seen = np.isin(np.arange(len(graph.entities)), graph.part("train")[:, [0, 2]])
+    return from_text(scorer, text_features(graph), seen)
 
 
-def objective_of(s: Settings, scorer: scorers.Scorer) -> Objective:
+def objective_of(s: Settings, scorer: scorers.Scorer | Computed) -> Objective:
     """The loss that is asked for, and penalties on the factors of the facts in the batch."""
     if s.loss == "one":
         loss = one_vs_all(scorer, s.label_smoothing)
