@@ -68,7 +68,7 @@ def ancestors(up: Mapping[int, Sequence[int]], entity: int) -> dict[int, tuple[i
 
 def quartets(
     graph: Graph,
-    relations: Sequence[str],
+    up: Mapping[int, Sequence[int]],
     *,
     seed: int = 0,
     hops: tuple[int, int] = (2, 3),
@@ -85,7 +85,7 @@ def quartets(
     them the answer could be read off.
 
     Args:
-        relations: those by which a fact says that its head is a kind of its tail.
+        up: what each entity is directly a kind of, see `parents`.
         seed: of splits and of the choice.
         hops: shortest and longest chain, in facts.
         things_of_kind: kinds with fewer things are not asked about.
@@ -94,7 +94,6 @@ def quartets(
     Raises:
         UserError: no quartet in a split.
     """
-    up = parents(graph, relations)
     named = [_plain_name(graph, entity) for entity in range(len(graph.entities))]
     below: dict[int, list[tuple[int, ...]]] = defaultdict(list)
     lineage: dict[int, set[int]] = {}

@@ -30,7 +30,8 @@ def taxonomy(
 
 WORLD = taxonomy()
 FRACTIONS = {"train": 0.5, "validation": 0.2, "test": 0.3}
-FOUND = kinds.quartets(WORLD, ["hypernym"], things_of_kind=4, fractions=FRACTIONS)
+UP = kinds.parents(WORLD, ["hypernym"])
+FOUND = kinds.quartets(WORLD, UP, things_of_kind=4, fractions=FRACTIONS)
 
 
 def asked(split):
@@ -38,16 +39,15 @@ def asked(split):
 
 
 def test_answers_are_those_of_the_graph_and_chains_are_facts():
-    up = kinds.parents(WORLD, ["hypernym"])
     for split in FOUND:
         for thing, kind, answer in asked(split):
-            assert (kind in kinds.ancestors(up, thing)) == answer
+            assert (kind in kinds.ancestors(UP, thing)) == answer
         for quartet in FOUND[split]:
             for chain in quartet.chains:
                 assert len(chain) in (3, 4)
-                assert all(tail in up[head] for head, tail in pairwise(chain))
+                assert all(tail in UP[head] for head, tail in pairwise(chain))
             (*_, first), (*_, second) = quartet.chains
-            assert quartet.siblings == (up[first] == up[second])
+            assert quartet.siblings == (UP[first] == UP[second])
 
 
 def test_every_thing_and_kind_is_asked_with_yes_as_often_as_with_no():
@@ -61,19 +61,18 @@ def test_every_thing_and_kind_is_asked_with_yes_as_often_as_with_no():
 def test_what_is_asked_in_one_split_is_asked_in_no_other():
     seen = [{entity for row in asked(split) for entity in row[:2]} for split in FOUND]
     assert not (seen[0] & seen[1] or seen[0] & seen[2] or seen[1] & seen[2])
-    again = kinds.quartets(WORLD, ["hypernym"], things_of_kind=4, fractions=FRACTIONS)
+    again = kinds.quartets(WORLD, UP, things_of_kind=4, fractions=FRACTIONS)
     assert again == FOUND
-    other = kinds.quartets(WORLD, ["hypernym"], things_of_kind=4, seed=1, fractions=FRACTIONS)
+    other = kinds.quartets(WORLD, UP, things_of_kind=4, seed=1, fractions=FRACTIONS)
     assert other != FOUND
 
 
 def test_a_name_that_holds_the_kinds_name_gives_no_question():
     names = list(WORLD.entities)
-    up = kinds.parents(WORLD, ["hypernym"])
-    species = [e for e in range(len(names)) if len(kinds.ancestors(up, e)) == 4]
+    species = [e for e in range(len(names)) if len(kinds.ancestors(UP, e)) == 4]
     for entity in species:  # "... bird": the kind's name in the thing's
-        names[entity] += " " + names[up[up[entity][0]][0]]
+        names[entity] += " " + names[UP[UP[entity][0]][0]]
     called = {"en": tuple((name,) for name in names)}
     telling = graph.make(WORLD.triples, names, ["hypernym"], names=called)
     with pytest.raises(UserError, match="no question can be made for"):
-        kinds.quartets(telling, ["hypernym"], things_of_kind=4, hops=(2, 2), fractions=FRACTIONS)
+        kinds.quartets(telling, UP, things_of_kind=4, hops=(2, 2), fractions=FRACTIONS)

@@ -1,0 +1,189 @@
+"""Questions "Is X a kind of Y?", what a retriever finds for them, and what follows from it."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fusion_jax.errors import UserError
+from fusion_jax.knowledge import kinds, rules
+from fusion_jax.knowledge.chaining import Closure, chain
+from fusion_jax.knowledge.graph import Graph
+
+Chains = tuple[tuple[int, ...], tuple[int, ...]]
+Facts = tuple[tuple[int, int, int], ...]
+Up = Mapping[int, Sequence[int]]
+KIND_OF = "is a kind of"
+STRANGERS = 1600  # training questions from whose things wrong facts are taken
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A question, its answer and the chains of facts: of its own thing, then of another thing."""
+
+    thing: int
+    kind: int
+    answer: bool
+    chains: Chains
+    siblings: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """The graph, the rules, and what is asked."""
+
+    graph: Graph
+    program: tuple[rules.Rule, ...]
+    relations: tuple[str, ...]
+    up: Up
+    tasks: Mapping[str, Sequence[Task]]
+
+    @classmethod
+    def of(
+        cls,
+        graph: Graph,
+        program: Sequence[rules.Rule],
+        ask: Callable[[Up], Mapping[str, Sequence[Task]]],
+    ) -> "World":
+        """`ask` makes the questions, given what is directly a kind of what.
+
+        The relations of the graph that a rule speaks of are those that make an is_a.
+
+        Raises:
+            UserError: there is none.
+        """
+        named = {atom.relation for rule in program for atom in rule.body}
+        relations = tuple(name for name in graph.relations if name in named)
+        if not relations:
+            raise UserError(
+                f"no rule speaks of a relation of the graph ({', '.join(graph.relations)}): write "
+                "rules that conclude is_a from them"
+            )
+        # A rule about what the graph lacks can conclude nothing.
+        known = {*graph.relations, *(rule.head.relation for rule in program if rule.head)}
+        usable = tuple(r for r in program if {atom.relation for atom in r.body} <= known)
+        up = kinds.parents(graph, relations)
+        return cls(graph, usable, relations, up, ask(up))
+
+    def facts(self, task: Task, condition: str, rng: np.random.Generator) -> Facts:
+        """What a retriever found, in any order.
+
+        none. true: both chains whole. cut: both without the fact that reaches the kind. wrong:
+        the thing's own fact leads to a false parent, half the time that of the other thing here.
+        """
+        own, other = task.chains
+        if condition == "none":
+            return ()
+        if condition == "cut":
+            own, other = own[:-1], other[:-1]
+        if condition == "wrong":
+            stray = other
+            if rng.random() < 0.5:
+                strangers = self.tasks["train"][:STRANGERS]
+                stray = strangers[int(rng.integers(len(strangers)))].chains[0]
+            own = (own[0], *stray[1:])
+        relation = self.graph.relation(self.relations[0])
+        pairs = [pair for each in (own, other) for pair in pairwise(each)]
+        facts = [(head, relation, tail) for head, tail in pairs]
+        return tuple(facts[i] for i in rng.permutation(len(facts)))
+
+    def closure(self, facts: Facts) -> Closure:
+        """What follows from some facts."""
+        nothing = self.graph.select(np.zeros(0, int))
+        return chain(nothing.with_facts(np.array(facts, np.int32), "retrieved"), self.program)
+
+    def conclusions(self, task: Task, facts: Facts) -> list[int]:
+        """What the rules conclude that the question's own subject is; the nearest first."""
+        if not facts:
+            return []
+        closure = self.closure(facts)
+        is_a = closure.graph.relation("is_a")
+        triples = closure.graph.triples.tolist()
+        return [tail for head, relation, tail in triples if (head, relation) == (task.thing, is_a)]
+
+    def text(self, task: Task, facts: Facts, injection: str) -> str:
+        """The prompt up to the answer."""
+        label = self.graph.label
+        question = f"Is {label(task.thing)} a kind of {label(task.kind)}?"
+        if injection == "chained":
+            said = ", ".join(map(label, self.conclusions(task, facts)))
+            lines = [f"{label(task.thing)} {KIND_OF} {said}."] if said else []
+        elif injection == "prompt":
+            lines = [f"{label(head)} {KIND_OF} {label(tail)}." for head, _, tail in facts]
+        else:
+            lines = []
+        return "\n".join([" ".join(lines), question]) if lines else question
+
+
+def tasks_of(found: Mapping[str, Sequence[kinds.Quartet]]) -> dict[str, list[Task]]:
+    """The four questions of each quartet, by split."""
+    tasks: dict[str, list[Task]] = {split: [] for split in found}
+    for split, quartets in found.items():
+        for quartet in quartets:
+            for thing, kind, answer in quartet.questions():
+                first, second = quartet.chains
+                chains = (first, second) if first[0] == thing else (second, first)
+                tasks[split].append(Task(thing, kind, answer, chains, quartet.siblings))
+    return tasks
+
+
+def read_tasks(
+    path: Path, graph: Graph, up: Up, hops: int, splits: Collection[str]
+) -> dict[str, list[Task]]:
+    """The user's own questions, a JSON object a line, by split.
+
+    {"thing": "whale", "kind": "mammal", "answer": true, "split": "train"}; things and kinds by
+    name or key. The other thing of a question is that of the next line.
+
+    Raises:
+        UserError: a malformed line (file, line, what was expected), a split without questions.
+    """
+    rows: list[tuple[int, int, bool, str]] = []
+
+    def entity(name: Any) -> int:
+        found = graph.find(str(name))
+        return found[0] if found else graph.entity(str(name))
+
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; expected JSONL with thing, kind and answer")
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            answer, split = row["answer"], row.get("split", "train")
+            if split not in splits or not isinstance(answer, bool):
+                raise ValueError("answer is true or false, split one of " + ", ".join(splits))
+            rows.append((entity(row["thing"]), entity(row["kind"]), answer, split))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            form = '{"thing": "whale", "kind": "mammal", "answer": true, "split": "train"}'
+            raise UserError(f"{path} line {number}: expected {form}: {error}") from None
+    tasks: dict[str, list[Task]] = {split: [] for split in splits}
+    chains = []
+    for thing, kind, _, _ in rows:
+        found = kinds.ancestors(up, thing)
+        longest = max((c for c in found.values() if len(c) <= hops + 1), key=len, default=(thing,))
+        chains.append(found.get(kind, longest))
+    for (thing, kind, answer, split), own, other in zip(
+        rows, chains, chains[1:] + chains[:1], strict=True
+    ):
+        tasks[split].append(Task(thing, kind, answer, (own, other)))
+    for split, found in tasks.items():
+        if not found:
+            raise UserError(f"{path} has no question of the split {split}: give some to each")
+    return tasks
+
+
+def meaning(world: World, things: Sequence[int], possible: Sequence[int]) -> tuple[int, int]:
+    """The meanings of two names that are nearest to each other; the commoner ones if equal."""
+    up = world.up
+
+    def distance(thing: int, kind: int) -> float:
+        above = {e: len(c) - 1 for e, c in kinds.ancestors(up, thing).items()} | {thing: 0}
+        other = {e: len(c) - 1 for e, c in kinds.ancestors(up, kind).items()} | {kind: 0}
+        return min((above[e] + other[e] for e in above.keys() & other.keys()), default=np.inf)
+
+    pairs = [(thing, kind) for thing in things for kind in possible]
+    return min(pairs, key=lambda pair: distance(*pair))

@@ -1,0 +1,67 @@
+import numpy as np
+import pytest
+
+from fusion_jax.errors import UserError
+from fusion_jax.knowledge import graph, kinds, questions, rules
+from fusion_jax.knowledge.questions import World
+
+NAMES = ["robin", "thrush", "bird", "trout", "salmonid", "fish", "bolt", "screw", "fastener"]
+FACTS = [(0, 0, 1), (1, 0, 2), (3, 0, 4), (4, 0, 5), (6, 0, 7), (7, 0, 8), (6, 1, 2)]
+GRAPH = graph.make(np.array(FACTS), NAMES, ["hypernym", "part_of"])
+PROGRAM = rules.parse_all(
+    """
+    is_a(?x, ?y) <= hypernym(?x, ?y)
+    is_a(?x, ?y) <= unknown(?x, ?y)
+    is_a(?x, ?z) <= is_a(?x, ?y), is_a(?y, ?z)
+    """
+)
+QUARTETS = {
+    "train": [kinds.Quartet(((6, 7, 8), (3, 4, 5)))],
+    "test": [kinds.Quartet(((0, 1, 2), (3, 4, 5)))],
+}
+WORLD = World.of(GRAPH, PROGRAM, lambda up: questions.tasks_of(QUARTETS))
+RIGHT, WRONG, *_ = WORLD.tasks["test"]
+
+
+def found(task, condition, seed=0):
+    facts = WORLD.facts(task, condition, np.random.default_rng(seed))
+    return {(NAMES[h], NAMES[t]) for h, _, t in facts}, facts
+
+
+def test_all_four_questions_get_the_same_facts_and_cut_ones_never_name_the_kind():
+    true = {("robin", "thrush"), ("thrush", "bird"), ("trout", "salmonid"), ("salmonid", "fish")}
+    for task in WORLD.tasks["test"]:
+        assert found(task, "true")[0] == true
+        assert found(task, "cut")[0] == {("robin", "thrush"), ("trout", "salmonid")}
+        assert found(task, "none")[0] == set()
+    assert [task.answer for task in WORLD.tasks["test"]] == [True, False, True, False]
+    assert WORLD.tasks["test"][2].chains == ((3, 4, 5), (0, 1, 2))
+
+
+def test_wrong_facts_lead_the_thing_to_a_false_parent():
+    parents = {dict(found(RIGHT, "wrong", seed)[0])["robin"] for seed in range(20)}
+    assert parents == {"salmonid", "screw"}
+
+
+def test_what_is_said_is_about_the_questions_subject_only():
+    facts = found(RIGHT, "true")[1]
+    question = "Is robin a kind of bird?"
+    assert WORLD.text(RIGHT, facts, "chained") == f"robin is a kind of thrush, bird.\n{question}"
+    cut = WORLD.text(RIGHT, found(RIGHT, "cut")[1], "chained")
+    assert cut == f"robin is a kind of thrush.\n{question}"
+    others = tuple(fact for fact in facts if fact[0] >= 3)
+    for injection in ("none", "prompt", "chained"):
+        assert WORLD.text(RIGHT, (), injection) == question
+    assert WORLD.text(RIGHT, others, "chained") == question
+    told = WORLD.text(RIGHT, others, "prompt")
+    assert "salmonid is a kind of fish." in told and told.endswith(f"\n{question}")
+
+
+def test_meanings_are_those_nearest_to_each_other():
+    assert questions.meaning(WORLD, (6, 0), (2, 5)) == (0, 2)
+    assert questions.meaning(WORLD, (6,), (2, 8)) == (6, 8)
+
+
+def test_a_graph_without_a_rule_is_told():
+    with pytest.raises(UserError, match=r"no rule speaks of a relation of the graph \(hypernym"):
+        World.of(GRAPH, rules.parse_all("is_a(?x, ?y) <= sort_of(?x, ?y)"), lambda up: {})
