@@ -30,6 +30,7 @@ class Assistant:
         chat: how a question is written.
         layout: where media stand in a prompt.
         readers: {name: file -> Tokens of one item, values [1, 1, ...] and mask [1, 1, ...]}.
+        words: {name: file -> text that follows the item in the prompt}, where there is any.
     """
 
     model: Decoder | FusedLM
@@ -37,6 +38,7 @@ class Assistant:
     chat: Chat
     layout: Layout | None = None
     readers: Mapping[str, Callable[[Path], Tokens]] = dataclasses.field(default_factory=dict)
+    words: Mapping[str, Callable[[Path], str]] = dataclasses.field(default_factory=dict)
 
     def answer(
         self,
@@ -60,6 +62,11 @@ class Assistant:
         for name, files in media.items():
             missing = len(files) - question.count(f"<{name}>")
             question = f"<{name}>" * max(missing, 0) + question
+            if name in self.words:
+                before, *after = question.split(f"<{name}>")
+                if len(after) == len(files):  # else the layout says what is wrong
+                    said = (f"<{name}>{self.words[name](file)}" for file in files)
+                    question = before + "".join(map("".join, zip(said, after, strict=True)))
         prompt, decoder, params = self._prompt(question, media)
         chunks = stream(
             decoder,

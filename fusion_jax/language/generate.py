@@ -110,7 +110,7 @@ def choose(
     """
     if not choices or not all(choices):
         raise UserError("choices must be lists of at least one token id")
-    longest = max(map(len, choices))
+    longest = -(-max(map(len, choices)) // 4) * 4  # few shapes are compiled
     ids = np.zeros((len(choices), longest), np.int32)
     mask = np.zeros(ids.shape, bool)
     for row, choice in enumerate(choices):

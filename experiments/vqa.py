@@ -1,0 +1,216 @@
+"""Questions about pictures: a picture tower fused into a small language model.
+
+python -m fusion_jax train experiments/vqa.py
+python -m fusion_jax ask --workdir runs/vqa --image cat.png "What is this?"
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from fusion_jax.data import questions
+from fusion_jax.data.pictures import Pictures, open_pictures
+from fusion_jax.data.pipeline import Batches, Mixture
+from fusion_jax.data.questions import NO, YES, Question, Thing
+from fusion_jax.encoders.projection import Project
+from fusion_jax.evaluation.accuracy import accuracy, class_mean_accuracy
+from fusion_jax.evaluation.lineups import LINEUP, rank_captions
+from fusion_jax.evaluation.ridge import ridge
+from fusion_jax.evaluation.table import print_table
+from fusion_jax.language.answers import Answerer, Asked, PictureLM, Writing, on_items
+from fusion_jax.language.ask import Assistant
+from fusion_jax.language.connectors import Resampler
+from fusion_jax.language.fused import FusedOutputs
+from fusion_jax.language.sight import open_sight
+from fusion_jax.language.start import word_connector
+from fusion_jax.language.tuned import TRAINED
+from fusion_jax.objectives.combine import Batch, Loss, Metrics, named, weighted_sum
+from fusion_jax.objectives.contrastive import info_nce
+from fusion_jax.objectives.generative import causal_lm
+from fusion_jax.pretrained.load import load
+from fusion_jax.training.experiment import Experiment
+from fusion_jax.training.optimizer import averaged_adamw
+from fusion_jax.training.partition import Params
+from fusion_jax.training.settings import Settings as Base
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(Base):
+    steps: int = 260
+    batch_size: int = 16
+    checkpoint_every: int = 100
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.1
+    language_model: str = "smollm2-135m-instruct"
+    """A name, hub id, folder or GGUF file of a decoder; the tower likewise."""
+    tower: str = "efficientnet-lite2"
+    connector: Literal["linear", "mlp", "resampler"] = "linear"
+    """The linear one starts at the words that ridge regression expects of a picture."""
+    dropout: float = 0.3
+    """Of the connector."""
+    guesses: int = 2
+    """ImageNet classes that the tower names in the prompt; 0 for a tower without a classifier."""
+    lora_rank: int = 8
+    """0: no adapters."""
+    lora: str = "attention/(query|value)"
+    """Which of the decoder's kernels get adapters."""
+    contrast: float = 0.1
+    """Weight of InfoNCE between question, answer and picture."""
+    shared_width: int = 128
+    """Of the space that it compares them in."""
+    blind: float = 0.1
+    """Share of training questions asked without the picture."""
+    shares: tuple[float, ...] = (0.25, 0.35, 0.15, 0.25)
+    """Of category, caption, is-category and is-caption questions in training."""
+    length: int = 32
+    """Tokens of a training row, the picture's among them."""
+    views: int = 4
+    """Crops of each picture, the whole picture among them."""
+    stamps: Path | None = None
+    """Tux Paint's stamps, if they are not to be fetched."""
+    table: Path | None = None
+    """Your own JSONL or CSV file with columns image, text, label in place of the stamps."""
+    tfds: str | None = None
+    """A TFDS data set in place of them: "coco_captions train image=image text=captions/text"."""
+    development: bool = False
+    """Keep the validation split out of training and report on it in place of the test split."""
+
+
+# ------------------------------------------------------------------------------ data and model
+
+
+def assemble(s: Settings) -> tuple[Pictures, PictureLM]:
+    """What is asked about, and the language model that is shown it."""
+    pictures = open_pictures(s.stamps, s.table, s.tfds, seed=s.seed, development=s.development)
+    rows = [thing.row for thing in pictures.train]
+    sight = open_sight(pictures.source, s.tower, rows=rows, views=s.views, guesses=s.guesses)
+    checkpoint = load(s.language_model)
+    width = checkpoint.module.width
+    connector: nn.Module = {
+        "linear": Project(width, dropout=s.dropout),
+        "mlp": Project(width, hidden_width=width, dropout=s.dropout),
+        "resampler": Resampler(width, latents=9, dropout=s.dropout),
+    }[s.connector]
+    ranks, start = {s.lora: s.lora_rank} if s.lora_rank else {}, None
+    if s.connector == "linear":
+        start = {"out": word_connector(pictures.train, sight, checkpoint, views=s.views)}
+    return pictures, PictureLM.of(
+        checkpoint, sight, connector, ranks=ranks, shared_width=s.shared_width, start=start
+    )
+
+
+def stream(s: Settings, things: Sequence[Thing], writing: Writing) -> Batches:
+    """Endless training batches, each kind of question in its share."""
+    asked = questions.make(things, np.random.default_rng(s.seed))
+    names = sorted({question.answer for question in asked} - {YES, NO})
+    numbers = {name: index for index, name in enumerate(names)}
+    parts, shares = [], []
+    for kind, share in zip(questions.KINDS, s.shares, strict=True):
+        if those := [question for question in asked if question.kind == kind]:
+            parts.append(Asked(those, writing, numbers, s.length, s.views, s.blind, s.seed))
+            shares.append(share)
+    hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    mixture = Mixture(parts, shares)
+    return Batches(mixture, s.batch_size, parts[0].transforms, seed=s.seed, **hosts)
+
+
+# ------------------------------------------------------------------------------------- objective
+
+
+def naming(loss: Loss) -> Loss:
+    """`loss` on the rows whose answer names something: all pictures are alike to a yes."""
+
+    def on_names(outputs: FusedOutputs, batch: Batch) -> tuple[jax.Array, Metrics]:
+        names = batch["answer"] >= 0
+        present = {name: mask & names for name, mask in outputs.present.items()}
+        return loss(outputs.replace(present=present), batch)
+
+    return on_names
+
+
+def build(s: Settings) -> Experiment:
+    pictures, model = assemble(s)
+    data = stream(s, pictures.train, model.writing)
+    together = weighted_sum({named("shared", naming(info_nce(same="answer"))): s.contrast})
+
+    def report(params: Params, folder: Path) -> dict[str, float]:
+        found = measure(model.answerer(params), pictures.train, pictures.test, s.seed)
+        print_table("Answers right, by kind of question", found, pictures.described, [s.seed])
+        return {
+            f"{kind}/{seen}": share for kind, row in found.items() for seen, share in row.items()
+        }
+
+    return Experiment(
+        data=data,
+        init=model.init(data[0]),
+        objective=on_items(causal_lm(model.tuned, chunk=8, also=together)),
+        optimizer=averaged_adamw(s.learning_rate, s.steps, weight_decay=s.weight_decay),
+        pretrained=model.published,
+        trainable=TRAINED,
+        report=report,
+    )
+
+
+def assistant(s: Settings, params: Params) -> Assistant:
+    """What `python -m fusion_jax ask --workdir` talks to."""
+    _, model = assemble(s)
+    return model.answerer(params).assistant()
+
+
+# ---------------------------------------------------------------------------------------- report
+
+CONTROLS = 100
+"""How many questions of a kind are also asked of shuffled pictures."""
+
+
+def measure(
+    answerer: Answerer, train: Sequence[Thing], test: Sequence[Thing], seed: int
+) -> dict[str, dict[str, float]]:
+    """Accuracy of each kind of question, {row of the table: {what is seen: accuracy}}."""
+    rng = np.random.default_rng(seed)
+    asked = questions.make(test, rng)
+    rows = [thing.row for thing in test]
+    exchange = dict(zip(rows, rng.permutation(rows).tolist(), strict=True))
+    kinds = {kind: [q for q in asked if q.kind == kind] for kind in questions.KINDS}
+    found: dict[str, dict[str, float]] = {}
+
+    def answers(those: Sequence[Question], choices: Sequence[str]) -> dict[str, np.ndarray]:
+        """Which choice is likeliest for each question, by what is seen."""
+        texts, rows = [q.text for q in those], [q.row for q in those]
+        shown = {
+            "picture": rows,
+            "question alone": [None] * len(rows),
+            "shuffled picture": [exchange[row] for row in rows[:CONTROLS]],
+        }
+        return {
+            seen: answerer.scores(texts[: len(pictures)], pictures, choices).argmax(1)
+            for seen, pictures in shown.items()
+        }
+
+    if those := kinds["category"]:
+        known = [thing for thing in train if thing.category]
+        categories = sorted({thing.category for thing in known})
+        number = {category: index for index, category in enumerate(categories)}
+        truth = np.array([number.get(q.answer, -1) for q in those])
+        guesses = answers(those, categories)
+        pooled = answerer.writing.sight.pooled
+        targets = np.eye(len(categories))[[number[thing.category] for thing in known]]
+        features, queries = pooled([t.row for t in known]), pooled([q.row for q in those])
+        guesses["picture alone"] = ridge(features, targets, queries).argmax(1)
+        for name, score in (("", accuracy), (", mean over classes", class_mean_accuracy)):
+            found[f"category{name}"] = {
+                seen: score(guess, truth[: len(guess)]) for seen, guess in guesses.items()
+            }
+    for kind in ("is category", "is caption"):
+        if those := kinds[kind]:
+            truth = np.array([q.answer == NO for q in those], np.int32)
+            guesses = answers(those, (YES, NO))
+            found[kind] = {seen: accuracy(g, truth[: len(g)]) for seen, g in guesses.items()}
+            found[kind]["picture alone"] = 0.5  # as many yes as no are asked of each
+    ranked = rank_captions(answerer, train, kinds["caption"], exchange, seed)
+    return found | {f"caption among {LINEUP}, {by}": row for by, row in ranked.items()}

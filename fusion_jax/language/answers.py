@@ -1,0 +1,296 @@
+"""A language model that answers questions about pictures: what it is trained on, and what it says.
+
+model = PictureLM.of(checkpoint, sight, connector, ranks={"query": 8}, shared_width=128)
+asked = Asked(questions, model.writing, numbers, length=32)      # a source for Batches
+model.answerer(params).write(["What is this?"], [row], max_tokens=16)
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, wraps
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from fusion_jax.data.pipeline import Number, Padded, Transform
+from fusion_jax.data.questions import Question
+from fusion_jax.language.ask import Assistant
+from fusion_jax.language.chat import Chat
+from fusion_jax.language.fused import Batch, FusedLM, Layout, Params
+from fusion_jax.language.generate import choose, generate
+from fusion_jax.language.prompt import bucket, pad
+from fusion_jax.language.sight import Sight
+from fusion_jax.language.tuned import Tuned
+from fusion_jax.pretrained.load import Pretrained
+from fusion_jax.tokens import Tokens
+
+PLAIN = (
+    "{% for message in messages %}{% if message.role == 'user' %}{{ message.content }}\n"
+    "{% else %}{{ message.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+"""A chat template of a question and an answer in a line each: few tokens, and for any model."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Writing:
+    """How a question about a picture is written.
+
+    Attributes:
+        sight: what is shown of pictures.
+        chat, layout: how text and marks become ids.
+    """
+
+    sight: Sight
+    chat: Chat
+    layout: Layout
+
+    @classmethod
+    def of(cls, checkpoint: Pretrained, model: FusedLM, sight: Sight) -> "Writing":
+        """For a model fused around that checkpoint, in the PLAIN template."""
+        chat = dataclasses.replace(Chat.of(checkpoint), template=PLAIN)
+        return cls(sight, chat, model.layout(jax.random.key(0), {"image": sight.blank(1)}))
+
+    def content(self, text: str, row: int | None, view: int = 0) -> str:
+        """What the user says: the picture's mark and what is guessed of it, then the question."""
+        return text if row is None else f"<image>{self.sight.describe(row, view)}{text}"
+
+    def prompt(self, text: str, row: int | None) -> list[int]:
+        """Ids after which the model answers, about the picture of a row or about none."""
+        return self.chat.prompt([{"role": "user", "content": self.content(text, row)}], self.layout)
+
+    def answer(self, text: str) -> list[int]:
+        """Ids of an answer as it is trained, its stop included."""
+        messages = [{"role": "user", "content": ""}, {"role": "assistant", "content": text}]
+        ids, weights = self.chat.training(messages)
+        return [token for token, weight in zip(ids, weights, strict=True) if weight]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Asked:
+    """A source of questions with answers, each about every view of its picture in turn.
+
+    Attributes:
+        questions: of one kind or several.
+        numbers: {answer: number} of those answers that are names of something; the others, such
+            as yes and no, have -1.
+        length: ids in a row; what is longer is cut.
+        blind: share of the examples that are asked without the picture, so that the model also
+            learns how likely each answer is before it looks.
+    """
+
+    questions: Sequence[Question]
+    writing: Writing
+    numbers: dict[str, int]
+    length: int
+    views: int = 1
+    blind: float = 0.0
+    seed: int = 0
+
+    @property
+    def transforms(self) -> dict[str, Transform]:
+        """What a batch holds: text and weight [b, length], image [b, t, d] and the numbers [b]."""
+        return {
+            "text": Padded("text", (self.length,), np.int32),
+            "weight": Padded("weight", (self.length,)),
+            "image": Padded("image", self.writing.sight.shape),
+            "answer": Number("answer"),
+        }
+
+    def __len__(self) -> int:
+        return len(self.questions) * self.views
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        question, view = self.questions[index // self.views], index % self.views
+        blind = np.random.default_rng([self.seed, index]).random() < self.blind
+        row, writing = None if blind else question.row, self.writing
+        messages = [
+            {"role": "user", "content": writing.content(question.text, row, view)},
+            {"role": "assistant", "content": question.answer},
+        ]
+        ids, weights = writing.chat.training(messages, writing.layout)
+        return {
+            "id": question.row,
+            "text": np.asarray(ids, np.int32),
+            "weight": np.asarray(weights, np.float32),
+            "image": None if row is None else writing.sight.tokens(row, view),
+            "answer": self.numbers.get(question.answer, -1),
+        }
+
+
+def as_items(batch: Batch) -> Batch:
+    """The batch with one picture a row as a fused model reads it, an axis of items before it."""
+    return {**batch, "image": jax.tree.map(lambda leaf: leaf[:, None], batch["image"])}
+
+
+def on_items(objective: Callable[..., Any]) -> Callable[..., Any]:
+    """An objective of a fused model on batches of `Asked`."""
+
+    @wraps(objective)
+    def with_items(params: Params, batch: Batch, rng: jax.Array) -> Any:
+        return objective(params, as_items(batch), rng)
+
+    return with_items
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Answerer:
+    """A trained model that answers questions about rows of a source, many at a time.
+
+    In every method `rows` are the rows whose pictures are shown, None for no picture.
+
+    Attributes:
+        model, params: adapters merged.
+        batch_size: questions answered together.
+    """
+
+    model: FusedLM
+    params: Params
+    writing: Writing
+    batch_size: int = 20
+
+    def assistant(self) -> Assistant:
+        """The same for files and whoever asks about them."""
+        writing, sight = self.writing, self.writing.sight
+        return Assistant(
+            self.model,
+            self.params,
+            writing.chat,
+            writing.layout,
+            readers={"image": sight.read},
+            words={"image": sight.describe_file},
+        )
+
+    def scores(
+        self, questions: Sequence[str], rows: Sequence[int | None], choices: Sequence[str]
+    ) -> np.ndarray:
+        """log p(choice | question, picture), [questions, choices]."""
+        ids = [self.writing.answer(choice) for choice in choices]
+        decoder, params = self.model.decoder, self.params["decoder"]
+
+        def score(batch: dict[str, Any]) -> np.ndarray:
+            prompt = self._prompt(self.params, batch)
+            return np.asarray(choose(decoder, params, prompt, ids, at_once=4))
+
+        return self._each(score, questions, rows)
+
+    def similarities(
+        self, questions: Sequence[str], rows: Sequence[int | None], choices: Sequence[str]
+    ) -> np.ndarray:
+        """Cosines of questions in context with answers, [questions, choices]."""
+        answers = pad([self.writing.answer(choice) for choice in choices])
+        keys = np.asarray(self._embed_answers(self.params, answers))
+        found = self._each(
+            lambda batch: np.asarray(self._embed_questions(self.params, batch)), questions, rows
+        )
+        keys, found = (each / np.linalg.norm(each, axis=1, keepdims=True) for each in (keys, found))
+        return found @ keys.T
+
+    def write(
+        self, questions: Sequence[str], rows: Sequence[int | None], max_tokens: int
+    ) -> list[str]:
+        """The answers that the model writes, greedily."""
+        decoder, params, chat = self.model.decoder, self.params["decoder"], self.writing.chat
+
+        def answer(batch: dict[str, Any]) -> np.ndarray:
+            prompt = self._prompt(self.params, batch)
+            found = generate(
+                decoder, params, prompt, max_tokens=max_tokens, stop_ids=chat.stop_ids
+            ).sequences()
+            return np.array([chat.tokenizer.decode(ids).strip() for ids in found], object)
+
+        return self._each(answer, questions, rows).tolist()
+
+    @cached_property
+    def _prompt(self) -> Any:
+        return self._jitted("prompt")
+
+    @cached_property
+    def _embed_answers(self) -> Any:
+        return self._jitted("embed_answer")
+
+    @cached_property
+    def _embed_questions(self) -> Any:
+        apply = self.model.apply
+        return jax.jit(
+            lambda params, batch: apply({"params": params}, batch).embeddings["question"]
+        )
+
+    def _jitted(self, method: str) -> Any:
+        apply = self.model.apply
+        return jax.jit(lambda params, read: apply({"params": params}, read, method=method))
+
+    def _each(
+        self, answer: Any, questions: Sequence[str], rows: Sequence[int | None]
+    ) -> np.ndarray:
+        """`answer` of batches of one size, put together again; what is asked twice runs once."""
+        asked = list(zip(questions, rows, strict=True))
+        prompts = {each: self.writing.prompt(*each) for each in asked}
+        order = sorted(prompts, key=lambda each: len(prompts[each]))  # little padding
+        found = {}
+        for start in range(0, len(order), self.batch_size):
+            batch = order[start : start + self.batch_size]
+            filled = batch + batch[:1] * (self.batch_size - len(batch))
+            ids = [prompts[each] for each in filled]
+            text = pad(ids, bucket(max(map(len, ids))), left=True)
+            image = self._pictures([row for _, row in filled])
+            found |= zip(batch, answer({"text": text, "image": image}), strict=False)
+        return np.array([found[each] for each in asked])
+
+    def _pictures(self, rows: Sequence[int | None]) -> Tokens:
+        """[b, 1, t, d], absent where there is no row."""
+        pictures = self.writing.sight.blank(len(rows))
+        for place, row in enumerate(rows):
+            tokens = None if row is None else self.writing.sight.tokens(row)
+            if tokens is not None:
+                pictures.values[place, 0, : len(tokens)] = tokens
+                pictures.mask[place, 0, : len(tokens)] = True
+        return pictures
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PictureLM:
+    """A published language model that is shown pictures, and of which a little is trained.
+
+    Attributes:
+        tuned: the model.
+        published: the params that it starts from.
+        writing: how pictures and questions become its input.
+    """
+
+    tuned: Tuned
+    published: Params
+    writing: Writing
+
+    @classmethod
+    def of(
+        cls,
+        checkpoint: Pretrained,
+        sight: Sight,
+        connector: nn.Module,
+        *,
+        ranks: Mapping[str, int],
+        shared_width: int,
+        start: Params | None = None,
+    ) -> "PictureLM":
+        """Around that checkpoint.
+
+        Args:
+            connector: from the tower's tokens to the decoder's width.
+            ranks: of LoRA, {pattern of the decoder's paths: rank}; {} for none.
+            shared_width: of the space in which question, answer and picture are compared.
+            start: params from which the connector starts, any part of them.
+        """
+        model = FusedLM(checkpoint.module, {"image": connector}, embedding_width=shared_width)
+        tuned = Tuned(model, ranks, dropout=0.1)
+        base = {"decoder": checkpoint.params} | ({"connectors_image": start} if start else {})
+        return cls(tuned, {"base": base}, Writing.of(checkpoint, model, sight))
+
+    def init(self, batch: Batch) -> Callable[[jax.Array], Params]:
+        """`Experiment.init`, from a batch of `Asked`."""
+        return lambda key: self.tuned.init(key, as_items(batch))
+
+    def answerer(self, params: Params) -> Answerer:
+        """The model as trained."""
+        return Answerer(self.tuned.model, self.tuned.merged(params), self.writing)

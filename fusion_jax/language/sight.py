@@ -1,0 +1,160 @@
+"""What a language model is shown of a picture: a frozen tower's tokens, and its guesses in words.
+
+    sight = open_sight(source, "efficientnet-lite2", rows=training_rows, views=4, guesses=3)
+    sight.tokens(row)         # [t, d] of the whole picture, computed once and kept beside the data
+    sight.describe(row)       # "tabby, tiger cat, lynx.\n"
+    sight.read(Path("cat.png")), sight.describe_file(Path("cat.png"))       # of any other picture
+
+The guesses are the ImageNet classes that the tower's own classifier finds likeliest; in a prompt
+they follow the picture's tokens.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from tensorflow_datasets.datasets.siscore.labels import IMAGENET_LABELS_LIST
+
+from fusion_jax.data import features
+from fusion_jax.data.pipeline import Padded
+from fusion_jax.data.views import Standardized, Views, standardized
+from fusion_jax.errors import UserError
+from fusion_jax.pretrained.load import load
+from fusion_jax.pretrained.tower import open_tower
+from fusion_jax.tokens import Tokens, shorten
+
+
+@dataclasses.dataclass(frozen=True)
+class Guesses:
+    """The head of an ImageNet classifier: tokens before it -> the names of likely classes.
+
+    Attributes:
+        kernel, bias: [d, 1000] and [1000].
+        count: how many are named, the likeliest first.
+    """
+
+    kernel: np.ndarray
+    bias: np.ndarray
+    count: int
+
+    @classmethod
+    def of(cls, name: str, count: int) -> "Guesses":
+        """Of a published classifier. UserError where it is none, or not of ImageNet's classes."""
+        head = load(name, "classifier").params["classifier"]
+        kernel, bias = (np.asarray(head[part], np.float32) for part in ("kernel", "bias"))
+        if len(bias) != len(IMAGENET_LABELS_LIST):
+            raise UserError(
+                f"{name} tells {len(bias)} classes apart, and only ImageNet's 1,000 have known "
+                "names: ask for 0 guesses"
+            )
+        return cls(kernel, bias, count)
+
+    def __call__(self, tokens: np.ndarray) -> str:
+        """Tokens [t, d] as they leave the tower -> "tabby, tiger cat, lynx"."""
+        logits = tokens.astype(np.float32).mean(axis=0) @ self.kernel + self.bias
+        best = np.argsort(-logits)[: self.count]
+        return ", ".join(IMAGENET_LABELS_LIST[i].split(",")[0] for i in best)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sight:
+    """A frozen tower's view of a source's pictures, and of new ones. Made by `open_sight`.
+
+    Attributes:
+        frozen: the source, with tokens [t, d] of each view in place of pictures.
+        scale: standardizes tokens, as over the training rows.
+        tower: encodes a new picture.
+        guesses: or None.
+    """
+
+    frozen: features.Frozen
+    scale: Standardized
+    tower: features.Tower
+    guesses: Guesses | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Tokens of a picture, and their width."""
+        return self.scale.shape
+
+    def blank(self, rows: int) -> Tokens:
+        """So many absent pictures, one an item: values [rows, 1, t, d], mask [rows, 1, t]."""
+        values = np.zeros((rows, 1, *self.shape), np.float32)
+        return Tokens(values, np.zeros(values.shape[:3], bool))
+
+    def tokens(self, row: int, view: int = 0) -> np.ndarray | None:
+        """Standardized tokens [t, d], float32; None without a picture."""
+        found = self._stored(row, view)
+        return None if found is None else self.scale({"image": found}, None)
+
+    def pooled(self, rows: Sequence[int]) -> np.ndarray:
+        """The mean token of each whole picture, [rows, d]; zeros, as in the mean, without one."""
+        found = (self.tokens(row) for row in rows)
+        return np.stack([np.zeros(self.shape[1]) if t is None else t.mean(0) for t in found])
+
+    def describe(self, row: int, view: int = 0) -> str:
+        """The guesses about that view, as they stand in a prompt; "" without any."""
+        found = self._stored(row, view)
+        return "" if found is None else self._in_words(found)
+
+    def read(self, file: Path) -> Tokens:
+        """A picture file as one item of a prompt: values [1, 1, t, d], mask [1, 1, t].
+
+        Raises:
+            UserError: it cannot be read as a picture.
+        """
+        values = self.scale({"image": self._encoded(file)}, None)[None, None]
+        return Tokens(values, np.ones(values.shape[:3], bool))
+
+    def describe_file(self, file: Path) -> str:
+        """The guesses about a picture file."""
+        return self._in_words(self._encoded(file))
+
+    def _stored(self, row: int, view: int) -> np.ndarray | None:
+        views = self.frozen[row].get("image")
+        return None if views is None else views[str(view)]
+
+    def _in_words(self, tokens: np.ndarray) -> str:
+        return "" if self.guesses is None else self.guesses(tokens) + ".\n"
+
+    def _encoded(self, file: Path) -> np.ndarray:
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            raise UserError(f"cannot read {file}: {error.strerror}") from error
+        picture = self.tower.transform({"image": content, "name": str(file)}, None)
+        encoded = self.tower.encode(Tokens(picture[None], np.ones(1, bool)))
+        # Rounded as what is kept beside the data.
+        return np.asarray(encoded.values[0]).astype(np.float16)
+
+
+def nine(tokens: Tokens) -> Tokens:
+    """At most nine tokens, each the mean of neighbours: the rows of EfficientNet-Lite2's map."""
+    return shorten(tokens, -(-tokens.mask.shape[1] // 9))
+
+
+def open_sight(
+    source: features.ChecksummedSource, tower: str, *, rows: list[int], views: int, guesses: int
+) -> Sight:
+    """Encodes the pictures of `source`, unless that was done before.
+
+    Args:
+        tower: a published encoder of pictures, by name, hub id or folder.
+        rows: those over which tokens are standardized.
+        views: of each picture, the first the whole of it.
+        guesses: how many ImageNet classes are named; 0 for a tower without a classifier.
+
+    Raises:
+        UserError: guesses of a tower that has none; see `open_tower`.
+    """
+    frozen_tower = open_tower(tower, "image").frozen(nine)
+    frozen = features.freeze(Views(source, views), {"image": frozen_tower})
+    _, kept = frozen.fields["image"]
+    padded = Padded("image", (kept.longest, kept.width), np.float32)
+    return Sight(
+        frozen,
+        standardized(padded, frozen, rows),
+        frozen_tower,
+        Guesses.of(tower, guesses) if guesses else None,
+    )

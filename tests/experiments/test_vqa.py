@@ -1,0 +1,100 @@
+"""Question answering and captioning from their commands, on tiny checkpoints and a small table."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from fusion_jax.__main__ import main
+from fusion_jax.pretrained.load import family_of
+from fusion_jax.pretrained.save import save
+
+QUESTIONS = "What kind of thing is this? Is this a dark night? A light day? Yes No"
+LANGUAGE_MODEL = {
+    "model_type": "llama",
+    "vocab_size": 160,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+    "eos_token_id": 1,
+}
+TOWER = {
+    "model_type": "dinov2",
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory):
+    """Ninety things of two kinds in a table, a tiny language model and a tiny tower."""
+    folder, rng = tmp_path_factory.mktemp("vqa"), np.random.default_rng(0)
+    rows = []
+    for index in range(90):
+        kind = index % 2
+        pixels = rng.integers(0, 80, (14, 20, 3)) + 150 * kind
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{index}.png")
+        caption = f"A {('dark', 'light')[kind]} noun{index}"
+        row = {"image": f"{index}.png", "text": caption, "label": ("night", "day")[kind]}
+        rows.append(row)
+    (folder / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    whitespace = pre_tokenizers.Whitespace()
+    known = [word for word, _ in whitespace.pre_tokenize_str(QUESTIONS)]
+    words = dict.fromkeys(["[UNK]", "</s>", *known, *(f"noun{i}" for i in range(90))])
+    vocabulary = {word: number for number, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = whitespace
+    tokenizer.add_special_tokens(["</s>"])
+    for name, config in (("lm", LANGUAGE_MODEL), ("tower", TOWER)):
+        family = family_of(config)
+        module = family.build(config)
+        params = jax.jit(module.init)(jax.random.key(0), *family.inputs(config))["params"]
+        save(folder / name, params, config, tokenizer=tokenizer if name == "lm" else None)
+    return [
+        *("--table", str(folder / "mine.jsonl"), "--tower", str(folder / "tower")),
+        *("--language-model", str(folder / "lm"), "--lora", "attention/query", "--guesses", "0"),
+        *("--steps", "2", "--batch-size", "8", "--views", "2", "--no-tensorboard"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("experiment", "expected"),
+    [
+        (
+            "vqa",
+            ["category/picture alone", "is caption/picture", "caption among 20, log p/picture"],
+        ),
+        ("captioning", ["written/the model/chrF", "among 20/shared space/picture"]),
+    ],
+)
+def test_trains_reports_and_answers(flags, experiment, expected, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FUSION_JAX_HOME", str(tmp_path / "home"))
+    run = tmp_path / "run"
+    source = f"experiments/{experiment}.py"
+    assert main(["train", source, *flags, "--workdir", str(run)]) == 0
+    assert "mine.jsonl" in capsys.readouterr().out
+    numbers = json.loads((run / "report" / "metrics.json").read_text())
+    assert set(expected) <= set(numbers)
+    assert all(0 <= value <= 1 for value in numbers.values())
+    shapes = json.loads((run / "params.json").read_text())
+    trained = {path.split("/")[0] + "/" + path.split("/")[1] for path in shapes}
+    assert trained >= {"base/connectors_image", "lora/decoder"}
+    assert "base/decoder" not in trained  # stays as published, and out of the checkpoints
+
+    question = ["ask", "--workdir", str(run), "--max-tokens", "4", "What is this?"]
+    picture = flags[1].replace("mine.jsonl", "3.png")
+    assert main([*question, "--image", picture]) == 0
+    assert main([*question, "--image", "nowhere.png"]) == 2
+    assert "nowhere.png" in capsys.readouterr().err.splitlines()[-1]
+    assert main([*question, "--audio", picture]) == 2
+    assert "does not read" in capsys.readouterr().err.splitlines()[-1]
