@@ -58,10 +58,34 @@ DEFAULTS = {
     "label_smoothing": 0.1,
     "penalty": 1e-3,
     "scale": 0.1,
-    "negatives": 64,
 }
-# Chosen on the validation split by `python -m experiments.link_prediction_sweep tune`.
-TUNED: dict[tuple[str, str], dict[str, Any]] = {}
+# Chosen on the validation split with `python -m experiments.link_prediction_sweep tune`.
+COLUMNS = ("loss", "dim", "batch_size", "steps", "learning_rate", "dropout")
+COLUMNS += ("label_smoothing", "penalty")
+TUNED: dict[tuple[str, str], tuple[Any, ...]] = {
+    ("umls", "complex"): ("one", 400, 64, 1000, 0.03, 0.0, 0.0, 0.001),
+    ("umls", "conve"): ("softmax", 100, 128, 1000, 0.003, 0.2, 0.0, 0.0),
+    ("umls", "distmult"): ("one", 200, 64, 2000, 0.03, 0.0, 0.0, 0.001),
+    ("umls", "rotate"): ("adversarial", 400, 64, 2000, 0.1, 0.1, 0.1, 0.001),
+    ("umls", "simple"): ("binary", 400, 256, 2000, 0.003, 0.3, 0.1, 0.0),
+    ("umls", "transe"): ("one", 200, 256, 1000, 0.03, 0.0, 0.0, 0.0),
+    ("umls", "tucker"): ("one", 100, 256, 1000, 0.003, 0.3, 0.0, 0.0),
+    ("kinships", "complex"): ("one", 200, 256, 1000, 0.01, 0.3, 0.0, 0.003),
+    ("kinships", "conve"): ("softmax", 100, 128, 1000, 0.003, 0.2, 0.0, 0.0),
+    ("kinships", "distmult"): ("one", 200, 256, 1000, 0.01, 0.3, 0.0, 0.003),
+    ("kinships", "rotate"): ("one", 200, 256, 1000, 0.03, 0.0, 0.0, 0.0),
+    ("kinships", "simple"): ("one", 200, 256, 1000, 0.01, 0.3, 0.0, 0.003),
+    ("kinships", "transe"): ("one", 200, 256, 1000, 0.03, 0.0, 0.0, 0.0),
+    ("kinships", "tucker"): ("one", 100, 256, 1000, 0.003, 0.3, 0.0, 0.0),
+    ("nations", "complex"): ("binary", 200, 64, 1000, 0.01, 0.5, 0.0, 0.003),
+    ("nations", "conve"): ("binary", 100, 128, 1000, 0.001, 0.3, 0.0, 0.0),
+    ("nations", "distmult"): ("binary", 200, 64, 2000, 0.01, 0.6, 0.0, 0.0),
+    ("nations", "rotate"): ("one", 200, 64, 500, 0.03, 0.0, 0.0, 0.0),
+    ("nations", "simple"): ("binary", 200, 64, 1000, 0.01, 0.5, 0.0, 0.0),
+    ("nations", "transe"): ("one", 200, 64, 500, 0.03, 0.0, 0.0, 0.0),
+    ("nations", "tucker"): ("binary", 50, 128, 500, 0.003, 0.2, 0.0, 0.003),
+    ("wordnet", "complex"): ("some", 128, 1024, 2000, 0.01, 0.0, 0.0, 0.0),  # not searched
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +112,8 @@ class Settings(Base):
     """Make entities' vectors of their names and descriptions too, by MiniLM."""
     norm: Literal["n3", "f2"] = "n3"
     """Which penalty: the nuclear 3-norm, or the squared Frobenius norm."""
-    negatives: int | None = None
-    """With some and adversarial."""
+    negatives: int = 0
+    """How many; 0: 64 a row, or 2048 that a batch shares."""
     margin: float = 9.0
     development: bool = False
     """Report on the validation split in place of the test split."""
@@ -97,7 +121,8 @@ class Settings(Base):
     log_every: int = 100
 
     def __post_init__(self) -> None:
-        chosen = DEFAULTS | TUNED.get((self.dataset, self.scorer), {})
+        tuned = TUNED.get((self.dataset, self.scorer))
+        chosen = DEFAULTS | (dict(zip(COLUMNS, tuned, strict=True)) if tuned else {})
         for name, value in chosen.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
@@ -134,9 +159,9 @@ def objective_of(s: Settings, scorer: scorers.Scorer | Computed) -> Objective:
     if s.loss == "one":
         loss = one_vs_all(scorer, s.label_smoothing)
     elif s.loss == "some":
-        loss = one_vs_some(scorer, s.negatives)
+        loss = one_vs_some(scorer, s.negatives or 2048)
     elif s.loss == "adversarial":
-        loss = self_adversarial(scorer, s.negatives, s.margin)
+        loss = self_adversarial(scorer, s.negatives or 64, s.margin)
     else:
         loss = k_vs_all(scorer, s.loss, s.label_smoothing)
     penalty = {"n3": n3, "f2": f2}[s.norm](scorer)

@@ -19,7 +19,15 @@ import jax
 import numpy as np
 import tyro
 
-from experiments.link_prediction import DEFAULTS, SCORERS, Settings, build, read_graph, scorer_of
+from experiments.link_prediction import (
+    COLUMNS,
+    DEFAULTS,
+    SCORERS,
+    Settings,
+    build,
+    read_graph,
+    scorer_of,
+)
 from fusion_jax.evaluation.ranking import link_prediction
 from fusion_jax.evaluation.table import print_table
 from fusion_jax.knowledge.read import BENCHMARKS
@@ -141,10 +149,8 @@ def tune(
                 with log.open("a") as file:
                     file.write(json.dumps(row) + "\n")
             best = max(mine, key=lambda row: row["MRR"])
-            print(
-                f"    ({dataset!r}, {model!r}): {best['settings']},  # {best['MRR']:.3f}",
-                flush=True,
-            )
+            chosen = tuple(best["settings"][name] for name in COLUMNS)
+            print(f"({dataset!r}, {model!r}): {chosen},  # {best['MRR']:.3f}", flush=True)
 
 
 def table(
