@@ -8,9 +8,10 @@ SPACE. All train on seed 0, and the best MRR on the validation split is kept; te
 looked at. `table` trains what was kept.
 """
 
+import dataclasses
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -76,8 +77,9 @@ OWN: dict[str, dict[str, Sequence[Any]]] = {  # a distance is no logit; some tri
 }
 
 
-def train(s: Settings) -> Params:
-    """Params after the last step: the steps of the training loop, many in one compiled program."""
+def train(s: Settings, seeds: Sequence[int]) -> Iterator[Params]:
+    """Params after the last step, for each seed: the steps of the training loop, many in one
+    program that all seeds share."""
     experiment = build(s)
     step = make_step(experiment.objective, experiment.optimizer)
 
@@ -88,13 +90,15 @@ def train(s: Settings) -> Params:
 
         return jax.lax.scan(once, state, batches)[0]
 
-    params = experiment.init(jax.random.key(s.seed))
-    state = State(np.int32(0), np.int32(s.seed), params, experiment.optimizer.init(params))
     size = next(size for size in range(100, 0, -1) if s.steps % size == 0)
-    for start in range(0, s.steps, size):
-        batches = [experiment.data[number] for number in range(start, start + size)]
-        state = advance(state, jax.tree.map(lambda *rows: np.stack(rows), *batches))
-    return state.params
+    for seed in seeds:
+        data = dataclasses.replace(experiment.data, seed=seed)
+        params = experiment.init(jax.random.key(seed))
+        state = State(np.int32(0), np.int32(seed), params, experiment.optimizer.init(params))
+        for start in range(0, s.steps, size):
+            batches = [data[number] for number in range(start, start + size)]
+            state = advance(state, jax.tree.map(lambda *rows: np.stack(rows), *batches))
+        yield state.params
 
 
 def measure(s: Settings, params: Params, split: str) -> dict[str, float]:
@@ -142,7 +146,7 @@ def tune(
                 chosen = propose(model, len(mine), best)
                 began = time.perf_counter()
                 s = Settings(dataset=dataset, scorer=model, **chosen)
-                mrr = measure(s, train(s), "valid")["MRR"]
+                mrr = measure(s, next(train(s, [0])), "valid")["MRR"]
                 row = {"dataset": dataset, "scorer": model, "MRR": mrr, "settings": chosen}
                 row["seconds"] = time.perf_counter() - began
                 mine.append(row)
@@ -172,16 +176,16 @@ def table(
     for dataset in datasets:
         rows: dict[str, dict[str, list[float]]] = {}
         for model in models:
-            found = []
-            for seed in range(seeds):
-                s = Settings(dataset=dataset, scorer=model, seed=seed)
-                key = {"settings": s.identity()}
-                row = next((d for d in done if d["settings"] == key["settings"]), None)
-                if row is None:
-                    row = key | {"found": measure(s, train(s), "test")}
-                    with log.open("a") as file:
-                        file.write(json.dumps(row) + "\n")
-                found.append(row["found"])
+            s = Settings(dataset=dataset, scorer=model)
+            key = s.identity() | {"seed": None}
+            found = {d["seed"]: d["found"] for d in done if d["settings"] == key}
+            left = [seed for seed in range(seeds) if seed not in found]
+            for seed, params in zip(left, train(s, left), strict=True):
+                found[seed] = measure(s, params, "test")
+                with log.open("a") as file:
+                    row = {"settings": key, "seed": seed, "found": found[seed]}
+                    file.write(json.dumps(row) + "\n")
+            found = [found[seed] for seed in range(seeds)]
             rows[model] = {name: [each[name] for each in found] for name in found[0]}
         about = f"{dataset}, test facts, filtered, realistic ranks, heads and tails"
         best = f"published best MRR: {PUBLISHED[dataset]}" if dataset in PUBLISHED else "test"
