@@ -84,7 +84,6 @@ class Facts:
             raise UserError(
                 f"batch size {self.batch_size} does not divide among {self.process_count} processes"
             )
-        object.__setattr__(self, "_order", lru_cache(maxsize=2)(self._shuffled))
 
     @cached_property
     def triples(self) -> np.ndarray:
@@ -116,9 +115,6 @@ class Facts:
         """Steps in which every row has been seen once, rounded up."""
         return -(-self.rows // self.batch_size)
 
-    def _shuffled(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.seed, epoch]).permutation(self.rows)
-
     def __getitem__(self, step: int) -> dict[str, Any]:
         own = self.batch_size // self.process_count
         first = step * self.batch_size + own * self.process_index
@@ -127,7 +123,7 @@ class Facts:
         chosen = np.empty(own, np.int64)
         for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
             here = epochs == epoch
-            chosen[here] = self._order(epoch)[places[here]]
+            chosen[here] = _order(self.seed, epoch, self.rows)[places[here]]
         batch = {"id": chosen.astype(np.int32)}
         if self.queries:
             head, relation = self.answers.queries[chosen].T
@@ -136,3 +132,9 @@ class Facts:
         head, relation, tail = self.triples[chosen].T
         batch |= {"head": head, "relation": relation, "tail": tail}
         return batch if self._confidence is None else batch | {"weight": self._confidence[chosen]}
+
+
+@lru_cache(maxsize=4)
+def _order(seed: int, epoch: int, rows: int) -> np.ndarray:
+    """The order of an epoch's rows; steps that follow each other ask for the same."""
+    return np.random.default_rng([seed, epoch]).permutation(rows)

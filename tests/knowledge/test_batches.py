@@ -1,5 +1,7 @@
 """Batches of facts: every row once an epoch, and the same for any number of processes."""
 
+import pickle
+
 import numpy as np
 import pytest
 
@@ -31,6 +33,8 @@ def test_each_fact_in_both_directions_once_an_epoch():
     for step in (0, 5, 11):
         parts = np.concatenate([half[step]["id"] for half in halves])
         assert (parts == whole[step]["id"]).all()
+    copy = pickle.loads(pickle.dumps(whole))  # as worker processes get it
+    assert (copy[5]["tail"] == whole[5]["tail"]).all()
     with pytest.raises(UserError, match="does not divide among 2 processes"):
         Facts(graph_of(), 7, process_count=2)
 
