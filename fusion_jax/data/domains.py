@@ -9,7 +9,7 @@ domains.same_classes([apple, real])
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from fusion_jax.data import concepts, emoji, folders, records
 from fusion_jax.data.pipeline import Source, Subset
@@ -20,11 +20,15 @@ Splits = Mapping[str, tuple[Source, Sequence[int]]]
 
 @dataclasses.dataclass(frozen=True)
 class Domain:
-    """One domain: {"train", "validation", "test": (source, rows)}, and the names of its classes."""
+    """One domain: {"train", "validation", "test": (source, rows)}, and the names of its classes.
+
+    `label` is the field of an example that is the index of its class.
+    """
 
     name: str
     classes: tuple[str, ...]
     splits: Splits
+    label: str = "label"
 
     def subset(self, split: str) -> Subset:
         """The examples of a split. Raises UserError if there are none."""
@@ -32,25 +36,6 @@ class Domain:
         if not rows:
             raise UserError(f"domain {self.name} has no {split} examples")
         return Subset(source, rows)
-
-
-@dataclasses.dataclass(frozen=True)
-class Relabelled:
-    """A source whose label is another of its fields."""
-
-    source: Source
-    field: str
-
-    @property
-    def checksum(self) -> str:
-        return f"{self.source.checksum} {self.field}"
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, row: int) -> dict[str, Any]:
-        example = dict(self.source[row])
-        return example | {"label": example[self.field]}
 
 
 def open_domain(
@@ -75,14 +60,13 @@ def open_domain(
     Raises:
       UserError: none of the three, or it is empty.
     """
+    label = "label"
     if name in emoji.VENDORS:
         source = emoji.load(name, folder)
         rows = emoji.splits(source, seed)
-        if labels == "subcategory":
-            classes = source.subcategories
-            source = Relabelled(source, "sublabel")
-        else:
-            classes = source.classes
+        fine = labels == "subcategory"
+        classes = source.subcategories if fine else source.classes
+        label = "sublabel" if fine else "label"
         splits = {split: (source, members) for split, members in rows.items()}
     elif Path(name).expanduser().is_dir():
         source = folders.read(name)
@@ -93,7 +77,7 @@ def open_domain(
         classes, splits = _open_tfds(name, seed)
     if most is not None:
         splits = {split: (source, rows[:most]) for split, (source, rows) in splits.items()}
-    return Domain(name, classes, splits)
+    return Domain(name, classes, splits, label)
 
 
 def _open_tfds(name: str, seed: int) -> tuple[tuple[str, ...], Splits]:

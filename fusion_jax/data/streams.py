@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from fusion_jax.data.pipeline import Batches, Source, Transform
 from fusion_jax.errors import UserError
 
 
@@ -29,57 +28,36 @@ class Streams:
 
 
 class Balanced:
-    """Batches with equally many rows of each source: row r is of domain r % len(sources).
+    """One batch of several domains' batches: row r is of domain r % domains.
 
-    So every device's contiguous share has equally many of each as well. Batches gain "domain",
-    int32 [b]; "id" is made unique over domains: id * domains + domain.
+    So there are equally many rows of each, on every device's contiguous share as well. Batches gain
+    "domain", int32 [b]; "id" is made unique over domains: id * domains + domain.
 
     Args:
-      sources: one for each domain.
-      batch_size: rows of the global batch.
-      transforms, seed, process_index, process_count: see `Batches`.
-      shards: into how many shares the mesh's data (and fsdp) axes cut the batch.
+      streams: `Batches` or `ArrayBatches` of one size, one for each domain.
+      shares: into how many the mesh's data and fsdp axes cut the batch.
 
     Raises:
-      UserError: an empty domain, or a batch whose shares cannot be even.
+      UserError: no domain, or shares that cannot be even.
     """
 
-    def __init__(
-        self,
-        sources: Sequence[Source],
-        batch_size: int,
-        transforms: Mapping[str, Transform],
-        *,
-        seed: int = 0,
-        shards: int = 1,
-        process_index: int = 0,
-        process_count: int = 1,
-    ):
-        self.domains = len(sources)
-        empty = [index for index, source in enumerate(sources) if len(source) == 0]
-        if empty or not sources:
-            raise UserError(f"domains {empty} of {self.domains} are empty; each needs an example")
-        even = self.domains * max(shards, process_count)
-        if batch_size % even:
+    def __init__(self, streams: Sequence[Any], shares: int = 1):
+        if not streams:
+            raise UserError("there is no domain to draw from; expected at least one")
+        self.domains = len(streams)
+        self._each = list(streams)
+        sizes = {stream.batch_size for stream in streams}
+        if len(sizes) > 1:
+            raise UserError(f"the domains' batches have different sizes {sorted(sizes)}")
+        self.batch_size = sizes.pop() * self.domains
+        if self.batch_size % (self.domains * shares):
             raise UserError(
-                f"batch size {batch_size} cannot hold {self.domains} domains in even parts on "
-                f"{max(shards, process_count)} shares of the batch: give a multiple of {even}"
+                f"batch size {self.batch_size} cannot hold {self.domains} domains in even parts on "
+                f"{shares} shares: give a multiple of {self.domains * shares}"
             )
-        self.batch_size = batch_size
-        self.transforms = dict(transforms)
-        share = {"process_index": process_index, "process_count": process_count}
-        self._each = [
-            Batches(source, batch_size // self.domains, transforms, seed=seed + index, **share)
-            for index, source in enumerate(sources)
-        ]
 
     def __len__(self) -> int:
         return sys.maxsize
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Steps in which the largest domain has been seen once, rounded up."""
-        return max(each.steps_per_epoch for each in self._each)
 
     def __getitem__(self, step: int) -> dict[str, Any]:
         parts = [each[step] for each in self._each]

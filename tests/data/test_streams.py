@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from fusion_jax.data import domains, emoji, folders
+from fusion_jax.data.arrays import ArrayBatches
 from fusion_jax.data.pipeline import Batches, Number
 from fusion_jax.data.streams import Balanced, Streams, check_domains
 from fusion_jax.errors import UserError
@@ -18,27 +19,29 @@ def things(count, value):
 VALUE = {"value": Number("value", np.float32)}
 
 
+def balanced(sizes, rows, shares=1, **kwargs):
+    streams = [
+        Batches(things(size, domain), rows, VALUE, seed=domain, **kwargs)
+        for domain, size in enumerate(sizes)
+    ]
+    return Balanced(streams, shares)
+
+
 def test_even_shares_of_every_domain_on_every_device():
-    data = Balanced([things(5, 0), things(9, 1), things(2, 2)], 12, VALUE, shards=2)
+    data = balanced([5, 9, 2], 4, shares=2)
     for step in (0, 7):
         batch = data[step]
         for share in np.split(batch["domain"], 2):
             assert np.bincount(share, minlength=3).tolist() == [2, 2, 2]
         np.testing.assert_array_equal(batch["value"], batch["domain"])
-        assert len({(i % 3, d) for i, d in zip(batch["id"], batch["domain"], strict=True)}) == 3
-    again = Balanced([things(5, 0), things(9, 1), things(2, 2)], 12, VALUE, shards=2)[7]
-    jax.tree.map(np.testing.assert_array_equal, batch, again)
-    assert data.steps_per_epoch == 3
+        np.testing.assert_array_equal(batch["id"] % 3, batch["domain"])
+    jax.tree.map(np.testing.assert_array_equal, batch, balanced([5, 9, 2], 4, shares=2)[7])
 
 
 def test_processes_read_their_rows_of_the_same_batch():
-    sources = [things(5, 0), things(9, 1)]
-    whole = Balanced(sources, 8, VALUE, seed=3)[4]
-    parts = [
-        Balanced(sources, 8, VALUE, seed=3, process_index=i, process_count=2)[4] for i in (0, 1)
-    ]
-    both = np.concatenate([part["id"] for part in parts])
-    assert sorted(both) == sorted(whole["id"])
+    whole = balanced([5, 9], 4)[4]
+    parts = [balanced([5, 9], 4, process_index=i, process_count=2)[4] for i in (0, 1)]
+    np.testing.assert_array_equal(np.concatenate([part["id"] for part in parts]), whole["id"])
 
 
 def test_streams_side_by_side():
@@ -48,14 +51,43 @@ def test_streams_side_by_side():
 
 
 def test_what_does_not_fit_is_told():
-    with pytest.raises(UserError, match=r"domains \[1\] of 2 are empty"):
-        Balanced([things(2, 0), []], 4, VALUE)
+    with pytest.raises(UserError, match="no domain"):
+        Balanced([])
     with pytest.raises(UserError, match="multiple of 6"):
-        Balanced([things(2, 0)] * 3, 8, VALUE, shards=2)
+        balanced([2, 2, 2], 3, shares=2)
+    with pytest.raises(UserError, match=r"different sizes \[2, 4\]"):
+        Balanced([Batches(things(2, 0), rows, VALUE) for rows in (2, 4)])
     with pytest.raises(UserError, match=r"indices \[3\] are outside 0\.\.1"):
         check_domains(np.array([0, 1, 3]), 2)
     with pytest.raises(UserError, match="domain 4 has no place on a mesh whose data axis has 4"):
         check_domains(np.array([0]), 5, shards=4)
+
+
+def test_arrays_are_batches_too():
+    values = np.arange(20, dtype=np.float32).reshape(5, 2, 2)
+    arrays = {"image": values, "label": np.arange(5, dtype=np.int32)}
+    views = {"image": "image", "strong": "image"}
+    data = ArrayBatches(arrays, 4, views, seed=1)
+    seen = np.concatenate([data[step]["label"] for step in range(5)])
+    for epoch in np.split(seen, 4):
+        assert sorted(epoch) == list(range(5))
+    batch = data[3]
+    np.testing.assert_array_equal(batch["label"], batch["id"])
+    drawn = {name: batch[name].values[:, 0] for name in views}
+    for row, label in enumerate(batch["label"]):
+        assert all((rows[row] == values[label]).all(axis=1).any() for rows in drawn.values())
+    jax.tree.map(np.testing.assert_array_equal, batch, ArrayBatches(arrays, 4, views, seed=1)[3])
+    halves = [
+        ArrayBatches(arrays, 4, views, 1, process_index=i, process_count=2)[3]["id"] for i in (0, 1)
+    ]
+    np.testing.assert_array_equal(np.concatenate(halves), batch["id"])
+    once = ArrayBatches(arrays, 4, {"image": "image"}, train=False)
+    assert len(once) == 2 and once[1]["id"].tolist() == [4, -1, -1, -1]
+    assert once[1]["label"].tolist() == [4, -1, -1, -1]
+    assert once[1]["image"].mask[:, 0].tolist() == [True, False, False, False]
+    np.testing.assert_array_equal(once[0]["image"].values[:, 0], values[:4, 0])
+    with pytest.raises(UserError, match="empty"):
+        ArrayBatches({"image": values[:0]}, 4, {"image": "image"})
 
 
 @pytest.fixture
