@@ -6,6 +6,26 @@ For each seed all strategies are trained side by side on the same batches (their
 so it is as if each were trained alone). Then each one's own train step is counted and timed.
 Prints accuracy by what is present, params of the fusion, FLOPs of a row's fusion as its docstring
 counts them, FLOPs of a compiled train step, and the median time of a step.
+
+Found on Tux Paint's stamps, unseen things, 400 steps, mean ± standard deviation over seeds 0, 1, 2;
+FLOPs of a whole train step of 64 rows as XLA counts them:
+
+|            |         audio |         image |          text | audio+image+text | step GFLOPs |
+| ---------- | ------------: | ------------: | ------------: | ---------------: | ----------: |
+| sum        | 0.397 ± 0.033 | 0.785 ± 0.025 | 0.839 ± 0.022 |    0.868 ± 0.015 |         3.7 |
+| concat     | 0.392 ± 0.034 | 0.765 ± 0.041 | 0.831 ± 0.008 |    0.861 ± 0.024 |         3.7 |
+| gated      | 0.388 ± 0.042 | 0.768 ± 0.029 | 0.847 ± 0.021 |    0.875 ± 0.020 |         4.0 |
+| low-rank   | 0.389 ± 0.030 | 0.760 ± 0.007 | 0.836 ± 0.014 |    0.879 ± 0.023 |         4.0 |
+| tensor     | 0.367 ± 0.027 | 0.740 ± 0.019 | 0.805 ± 0.011 |    0.815 ± 0.019 |         3.7 |
+| merged     | 0.404 ± 0.053 | 0.764 ± 0.026 | 0.838 ± 0.006 |    0.868 ± 0.024 |        42.3 |
+| cross      | 0.395 ± 0.043 | 0.777 ± 0.054 | 0.819 ± 0.012 |    0.873 ± 0.022 |        60.8 |
+| bottleneck | 0.421 ± 0.034 | 0.745 ± 0.046 | 0.825 ± 0.027 |    0.859 ± 0.016 |        49.1 |
+| perceiver  | 0.409 ± 0.047 | 0.762 ± 0.019 | 0.837 ± 0.016 |    0.865 ± 0.033 |        15.0 |
+| experts    | 0.422 ± 0.049 | 0.759 ± 0.015 | 0.832 ± 0.021 |    0.861 ± 0.032 |        42.4 |
+
+With some 720 things to train on and settings that were chosen for the gate, none of the attention
+strategies is worth its cost: pooled fusion is as good within the spread at a tenth of the FLOPs, and
+only full tensor fusion is worse.
 """
 
 import dataclasses
