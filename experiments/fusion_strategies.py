@@ -23,9 +23,9 @@ FLOPs of a whole train step of 64 rows as XLA counts them:
 | perceiver  | 0.409 ± 0.047 | 0.762 ± 0.019 | 0.837 ± 0.016 |    0.865 ± 0.033 |        15.0 |
 | experts    | 0.422 ± 0.049 | 0.759 ± 0.015 | 0.832 ± 0.021 |    0.861 ± 0.032 |        42.4 |
 
-With some 720 things to train on and settings that were chosen for the gate, none of the attention
-strategies is worth its cost: pooled fusion is as good within the spread at a tenth of the FLOPs, and
-only full tensor fusion is worse.
+With some 720 things to train on and settings that were chosen for the gate, no attention strategy
+is worth its cost: pooled fusion is as good within the spread at a tenth of the FLOPs, and only full
+tensor fusion is worse.
 """
 
 import dataclasses
