@@ -18,7 +18,7 @@ LANGUAGE_MODEL = {
     "vocab_size": 160,
     "hidden_size": 16,
     "intermediate_size": 24,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
     "max_position_embeddings": 64,
@@ -36,10 +36,10 @@ TOWER = {
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory):
-    """Ninety things of two kinds in a table, a tiny language model and a tiny tower."""
+    """Eighty things of two kinds in a table, a tiny language model and a tiny tower."""
     folder, rng = tmp_path_factory.mktemp("vqa"), np.random.default_rng(0)
     rows = []
-    for index in range(90):
+    for index in range(80):
         kind = index % 2
         pixels = rng.integers(0, 80, (14, 20, 3)) + 150 * kind
         Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{index}.png")
@@ -50,7 +50,7 @@ def flags(tmp_path_factory):
 
     whitespace = pre_tokenizers.Whitespace()
     known = [word for word, _ in whitespace.pre_tokenize_str(QUESTIONS)]
-    words = dict.fromkeys(["[UNK]", "</s>", *known, *(f"noun{i}" for i in range(90))])
+    words = dict.fromkeys(["[UNK]", "</s>", *known, *(f"noun{i}" for i in range(80))])
     vocabulary = {word: number for number, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = whitespace

@@ -1,5 +1,6 @@
 """Asking: files, marks and what is refused, on a tiny model; SmolLM2 against transformers."""
 
+import dataclasses
 import importlib.util
 from pathlib import Path
 
@@ -59,6 +60,27 @@ def test_files_stand_at_their_marks_or_before(assistant, tmp_path):
         answer("<image> w5 <image>", files[0])
     with pytest.raises(UserError, match="does not read"):
         assistant.answer("w5", {"audio": files})
+
+
+def test_words_about_a_file_follow_its_mark(assistant, tmp_path):
+    files = []
+    for content in (b"abcdef", b"zyxwvu"):
+        files.append(tmp_path / content.decode())
+        files[-1].write_bytes(content)
+    about = {"abcdef": "w8 ", "zyxwvu": "w9 "}
+    told = dataclasses.replace(assistant, words={"image": lambda file: about[file.name]})
+
+    def answer(assistant, question):
+        return "".join(assistant.answer(question, {"image": files}, max_tokens=8))
+
+    for asked, written in (
+        ("w5", "<image>w8 <image>w9 w5"),
+        ("<image> w5 <image> w6", "<image>w8  w5 <image>w9  w6"),
+        ("w5 <image>", "<image>w8 w5 <image>w9 "),
+    ):
+        assert answer(told, asked) == answer(assistant, written)
+    with pytest.raises(UserError, match="3 <image> marks and 2 given"):
+        answer(told, "<image> w5 <image> <image>")
 
 
 def test_the_answer_is_that_of_generate(assistant):
