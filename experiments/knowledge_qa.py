@@ -1,7 +1,20 @@
 """Does a knowledge graph help a language model with things that it was never asked about?
 
-python -m fusion_jax train experiments/knowledge_qa.py --injection chained
-python -m fusion_jax ask --workdir runs/knowledge_qa "Is a whale a mammal?"
+    python -m fusion_jax train experiments/knowledge_qa.py --injection chained
+    python -m fusion_jax ask --workdir runs/knowledge_qa "Is a whale a mammal?"
+
+SmolLM2-135M-Instruct is asked "Is X a kind of Y?" about nouns of WordNet, four questions at a time
+about two things and two sibling kinds (`knowledge.kinds`): every X and Y is asked with yes as often
+as with no, and no thing or kind of the test is in any training question. LoRA is trained with a
+mix of true, cut, wrong and no facts. Retrieved are two chains, one of X and one of another thing:
+
+    true facts      X is a kind of Z. Z is a kind of Y. U is a kind of V. V is a kind of W.
+                    (Y or W is asked about: the answer takes a second hop or the rules)
+    cut below Y     X is a kind of Z. U is a kind of V.   (nothing that is printed gives the answer)
+    n% wrong        X's own fact leads to a false parent in so many questions
+
+`--injection none|prompt|chained|cross` says how they enter: not at all, as sentences, as what the
+rules conclude on the question's own subject, or as vectors read by gated cross-attention.
 """
 
 import dataclasses
@@ -90,6 +103,7 @@ FORM_WORDS = frozenset(
 """Of a question; WordNet knows things of these names too (the vitamin a)."""
 
 Filter = Callable[[Facts], Facts]
+Odds = Callable[[Params, Batch], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -337,10 +351,9 @@ def log_odds(model: LoRA, params: Params, batch: Batch, chat: Chat) -> jax.Array
 class Judge:
     """The model's log odds of yes on questions with facts; the same prompt is read once."""
 
-    def __init__(self, model: LoRA, params: Params, writer: Writer, batch_size: int = 16) -> None:
-        self.params, self.writer, self.batch_size = params, writer, batch_size
+    def __init__(self, odds: Odds, params: Params, writer: Writer, batch_size: int = 16) -> None:
+        self.odds, self.params, self.writer, self.batch_size = odds, params, writer, batch_size
         self.known: dict[tuple[bytes, bytes], float] = {}
-        self.odds = jax.jit(lambda params, batch: log_odds(model, params, batch, writer.chat))
 
     def __call__(self, asked: Sequence[tuple[Task, Facts]]) -> np.ndarray:
         """[n]"""
@@ -380,9 +393,10 @@ def report(
     if s.asked is None and s.injection != "none":
         keep = filter_of(world, [*own, *easy], s.seed)
     retrieved = conditions(world, own, s.injection, keep)
+    odds = jax.jit(partial(log_odds, model, chat=writer.chat))
     judges = {
-        "as it came": Judge(model, untrained(params), writer),
-        f"trained, {s.injection}": Judge(model, params, writer),
+        "as it came": Judge(odds, untrained(params), writer),
+        f"trained, {s.injection}": Judge(odds, params, writer),
     }
     answers = np.array([task.answer for task in own])
     table: dict[str, dict[str, float]] = {}
@@ -411,8 +425,11 @@ def report(
     )
     print_table("Is X a kind of Y? Accuracy", table, about, [s.seed])
     total = {f"{row}/{column}": v for row, cells in table.items() for column, v in cells.items()}
+    measure = jax.jit(causal_lm(model, train=False))
+    prose = plain_text(writer.chat)
     losses = {
-        name: plain_text_loss(model, judge.params, writer.chat) for name, judge in judges.items()
+        name: float(measure(judge.params, prose, jax.random.key(0))[0])
+        for name, judge in judges.items()
     }
     print_table(
         "Plain English",
@@ -566,17 +583,13 @@ def text_vectors(tower: Any, texts: Sequence[str]) -> np.ndarray:
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
-def plain_text_loss(model: LoRA, params: Params, chat: Chat, rows: int = 16) -> float:
-    """Nats per token on English that has nothing to do with the questions."""
+def plain_text(chat: Chat, rows: int = 16, length: int = 96) -> dict[str, Tokens]:
+    """A batch of English that has nothing to do with the questions."""
     prose = " ".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
-    ids = np.array(chat.encode(" ".join(prose.split())[: 400 * rows * 6]), np.int32)
-    ids = ids[: len(ids) // rows * rows].reshape(rows, -1)[:, :96]
-    batch = {"text": Tokens(ids, np.ones(ids.shape, bool))}
-    weight = Tokens(np.ones(ids.shape, np.float32), batch["text"].mask)
-    loss, _ = jax.jit(causal_lm(model, train=False))(
-        params, batch | {"weight": weight}, jax.random.key(0)
-    )
-    return float(loss)
+    ids = np.array(chat.encode(" ".join(prose.split())[: 24 * rows * length]), np.int32)
+    ids = ids[: len(ids) // rows * rows].reshape(rows, -1)[:, :length]
+    mask = np.ones(ids.shape, bool)
+    return {"text": Tokens(ids, mask), "weight": Tokens(np.ones(ids.shape, np.float32), mask)}
 
 
 # --------------------------------------------------------------------------------------- asking
@@ -634,7 +647,8 @@ def assistant(s: Settings, params: Params) -> Answerer:
     checkpoint, world = load(s.model), read_world(s)
     chat = Chat.of(checkpoint)
     writer = Writer(world, chat, s.injection, np.asarray(embeddings(checkpoint)))
-    judge = Judge(model_of(s, checkpoint), params, writer, batch_size=1)
+    odds = jax.jit(partial(log_odds, model_of(s, checkpoint), chat=chat))
+    judge = Judge(odds, params, writer, batch_size=1)
     return Answerer(
         judge, Linker.of(world.graph, singular=wordnet.exceptions() if s.graph is None else {})
     )
