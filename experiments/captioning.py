@@ -21,6 +21,7 @@ from fusion_jax.evaluation.table import print_table
 from fusion_jax.language.answers import Answerer, Asked, PictureLM, on_items
 from fusion_jax.language.ask import Assistant
 from fusion_jax.language.sight import open_sight
+from fusion_jax.language.start import word_connector
 from fusion_jax.language.tuned import TRAINED
 from fusion_jax.objectives.combine import weighted_sum
 from fusion_jax.objectives.contrastive import info_nce
@@ -37,7 +38,7 @@ class Settings(Base):
     steps: int = 200
     batch_size: int = 16
     checkpoint_every: int = 100
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     weight_decay: float = 0.1
     language_model: str = "smollm2-135m-instruct"
     """A name, hub id, folder or GGUF file of a decoder; the tower likewise."""
@@ -48,7 +49,7 @@ class Settings(Base):
     """ImageNet classes that the tower names in the prompt; 0 for a tower without a classifier."""
     lora_rank: int = 8
     """0: no adapters."""
-    lora: str = r"layer_2\d/attention/(query|value)"
+    lora: str = "attention/(query|value)"
     """Which of the decoder's kernels get adapters."""
     contrast: float = 0.1
     """Weight of InfoNCE between question, caption and picture."""
@@ -74,9 +75,15 @@ def assemble(s: Settings) -> tuple[Pictures, PictureLM]:
     rows = [thing.row for thing in pictures.train]
     sight = open_sight(pictures.source, s.tower, rows=rows, views=s.views, guesses=s.guesses)
     checkpoint = load(s.language_model)
-    width, ranks = checkpoint.module.width, {s.lora: s.lora_rank} if s.lora_rank else {}
-    connector = Project(width, hidden_width=width, dropout=s.dropout)
-    return pictures, PictureLM.of(checkpoint, sight, connector, ranks=ranks, shared_width=128)
+    ranks = {s.lora: s.lora_rank} if s.lora_rank else {}
+    return pictures, PictureLM.of(
+        checkpoint,
+        sight,
+        Project(checkpoint.module.width, dropout=s.dropout),
+        ranks=ranks,
+        shared_width=128,
+        start={"out": word_connector(pictures.train, sight, checkpoint, views=s.views)},
+    )
 
 
 def asked_of(things: list[Thing]) -> list[Question]:

@@ -1,7 +1,33 @@
 """Questions about pictures: a picture tower fused into a small language model.
 
-python -m fusion_jax train experiments/vqa.py
-python -m fusion_jax ask --workdir runs/vqa --image cat.png "What is this?"
+    python -m fusion_jax train experiments/vqa.py
+    python -m fusion_jax ask --workdir runs/vqa --image cat.png "What is this?"
+
+EfficientNet-Lite2 stays frozen: nine tokens of its feature map and the two ImageNet classes that it
+finds likeliest, in words, stand before the question. SmolLM2 stays frozen too; trained are a linear
+connector, LoRA, and heads for a shared space of question, answer and picture. No concept, caption
+or head noun of the test pictures was trained on, and each yes-or-no question is asked as often
+where the answer is yes as where it is no (see fusion_jax/data/questions.py).
+
+Share of right answers, mean ± standard deviation over 3 seeds (`--seeds 3`), each with a split of
+its own, 220 to 244 pictures. "Question alone" is the same model with no picture and no guesses (it
+is trained so on one row in ten), "picture alone" ridge regression on the tower's mean token,
+to the category or to the caption's words; "shuffled" shows another picture (100 questions a kind):
+
+                                    picture        question alone  picture alone  shuffled
+    category among 16               0.654 ± 0.013  0.262 ± 0.010   0.725 ± 0.025  0.170 ± 0.062
+    category, mean over classes     0.418 ± 0.028  0.062 ± 0.000   0.484 ± 0.035  0.107 ± 0.048
+    is it of this category?         0.678 ± 0.035  0.500           0.500          0.567 ± 0.049
+    is it this?                     0.673 ± 0.034  0.500           0.500          0.473 ± 0.067
+    caption among 20, log p         0.316 ± 0.022  0.050 ± 0.001   0.243 ± 0.026  0.055 ± 0.021
+      less question alone's         0.398 ± 0.032                                 0.042 ± 0.015
+      cosine in the shared space    0.229 ± 0.030  0.050 ± 0.001                  0.052 ± 0.020
+
+The picture is used for every kind of question, and the language model ranks captions of unseen
+things better than a ridge map to their words does; but it names the category less often than ridge
+regression on the same tower. Settings were picked by trials of 60 steps on the validation split of
+seed 0; whether more steps than 260 close the gap was not tried. A seed took 8 minutes to train and
+as long to report on, on two cores shared with other jobs.
 """
 
 import dataclasses
