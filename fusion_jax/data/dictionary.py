@@ -3,8 +3,8 @@
     entries = dictionary.load("foldoc")         # the Free On-line Dictionary of Computing
     entries[12].text
 
-Among them are foldoc (computing), jargon (hackers' slang), gcide (English), bouvier (law), easton
-and hitchcock (the Bible), devil (satire), elements (chemistry).
+Among them are foldoc (computing), jargon (hackers' slang), gcide (English), devil (Ambrose Bierce's
+satire) and elements (chemistry).
 """
 
 import dataclasses

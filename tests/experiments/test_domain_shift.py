@@ -1,0 +1,141 @@
+"""Adapting to another domain from the command, on folders of one's own, from reading to plots."""
+
+import json
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments.domain_shift import (
+    ADAPTING,
+    CEILING,
+    FLOOR,
+    GENERALISING,
+    Settings,
+    build,
+    extra_params,
+    model_of,
+    objective_of,
+)
+from fusion_jax.__main__ import main
+from fusion_jax.data.image import Pictures
+from fusion_jax.pretrained.tower import Tower
+from fusion_jax.tokens import Tokens, fill
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """Two kinds of pictures as three hands draw them: on dark, on light and on coloured ground."""
+    folder, rng = tmp_path_factory.mktemp("drawn"), np.random.default_rng(0)
+    for ground, hand in enumerate(("pencil", "brush", "chalk")):
+        for kind, name in enumerate(("day", "night")):
+            (folder / hand / name).mkdir(parents=True)
+            for number in range(12):
+                pixels = rng.integers(0, 60, (10, 10, 3)) + 60 * ground
+                pixels[2:8, 2 : 5 + 3 * kind] = 220
+                path = folder / hand / name / f"{number}.png"
+                Image.fromarray(pixels.astype(np.uint8)).save(path)
+    return folder
+
+
+class Colours(nn.Module):
+    """Stands in for a published tower: a token for each row of pixels."""
+
+    def __call__(self, tokens, train=False):
+        values = fill(tokens).mean(axis=2)
+        return Tokens(values, jnp.broadcast_to(tokens.mask[:, None], values.shape[:2]))
+
+
+@pytest.fixture(autouse=True)
+def small_tower(monkeypatch, tmp_path):
+    monkeypatch.setenv("FUSION_JAX_HOME", str(tmp_path / "home"))
+    tower = Tower(Colours(), {}, Pictures(8), "colours")
+    monkeypatch.setattr("fusion_jax.pretrained.tower.open_tower", lambda *_: tower)
+
+
+def flags(drawn, workdir, *more):
+    return [
+        *("train", "experiments/domain_shift.py", "--components", "3", "--width", "8"),
+        *("--steps", "2", "--batch-size", "16", "--evaluate-every", "1", "--no-tensorboard"),
+        *("--target", str(drawn / "chalk"), "--workdir", str(workdir), *more),
+    ]
+
+
+def test_adapts_to_a_domain_without_labels(drawn, tmp_path, capsys):
+    run = tmp_path / "run"
+    more = ("--source", str(drawn / "pencil"), "--method", "cdan")
+    assert main(flags(drawn, run, *more, "--mesh", "data=8")) == 0
+    said = capsys.readouterr().out
+    assert "chalk unlabelled, 2 classes, 6 test rows" in said
+    numbers = json.loads((run / "report" / "metrics.json").read_text())
+    for method in ("source-only", "target-supervised", "cdan"):
+        assert 0 <= numbers[f"{method}/target"] <= 1
+        with Image.open(run / "report" / f"features_{method}.png") as picture:
+            assert picture.width > 200
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    judged = [row for row in rows if "cdan/infomax" in row]
+    assert len(judged) == 2 and all("cdan/dev" in row for row in judged)
+
+
+def test_a_network_from_scratch_on_a_domain_never_seen(drawn, tmp_path, capsys):
+    sources = (str(drawn / "pencil"), str(drawn / "brush"))
+    settings = Settings(
+        source=sources,
+        target=str(drawn / "chalk"),
+        method=("group-dro",),
+        unseen=True,
+        bounds=False,
+        backbone="scratch",
+        side=8,
+        width=4,
+        batch_size=16,
+    )
+    experiment = build(settings)
+    batch = experiment.data[0]
+    assert "target" not in batch and batch["source"]["domain"].tolist() == [0, 1] * 8
+    params = jax.eval_shape(experiment.init, jax.random.key(0))
+    loss, _ = jax.eval_shape(experiment.objective, params, batch, jax.random.key(1))
+    assert loss.shape == () and params["group-dro"]["group_dro"].shape == (2,)
+    more = ("--source", *sources, "--unseen", "--method", "mcc")
+    assert main(flags(drawn, tmp_path / "b", *more)) == 2
+    assert "--unseen hides" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_every_method_has_a_gradient_and_the_params_it_reads():
+    """Their numbers are tested with the objectives; tracing them all takes a second."""
+
+    def stream(domain):
+        tokens = Tokens(jnp.zeros((4, 1, 3)), jnp.ones((4, 1), bool))
+        domain = jnp.asarray(domain, jnp.int32)
+        return {"image": tokens, "label": jnp.zeros(4, jnp.int32), "domain": domain}
+
+    batch = {"source": stream([0, 1, 0, 1]), "target": stream([2] * 4), "strong": stream([2] * 4)}
+    batch |= {"supervised": batch["target"], "step": jnp.int32(2)}
+    model, _ = model_of(Settings(width=4), 2)
+    base = model.init(jax.random.key(0), batch["source"])["params"]
+    for method in (FLOOR, CEILING, *ADAPTING, *GENERALISING):
+        s = Settings(source=("a", "b"), method=(), width=4, steps=3)
+        params = base | extra_params(s, method, base, 2, jax.random.key(1))
+        objective = jax.grad(objective_of(s, method, model, 2), has_aux=True)
+        grads, metrics = jax.eval_shape(objective, params, batch, jax.random.key(2))
+        assert jax.tree.map(jnp.shape, grads) == jax.tree.map(jnp.shape, params), method
+        assert all(leaf.shape == () for leaf in jax.tree.leaves(metrics)), method
+
+
+def test_what_does_not_fit_is_told(drawn, tmp_path, capsys):
+    def told(*more):
+        assert main(flags(drawn, tmp_path / "run", "--overwrite", *more)) == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    pencil = str(drawn / "pencil")
+    assert "learn from the differences of several" in told("--source", pencil, "--method", "irm")
+    assert "both a source and the target" in told("--source", str(drawn / "chalk"))
+    assert "has no train examples" in told("--source", pencil, "--most", "0")
+    (drawn / "pencil" / "dusk").mkdir()
+    try:
+        assert "chalk lacks 'dusk'" in told("--source", pencil)
+    finally:
+        (drawn / "pencil" / "dusk").rmdir()
