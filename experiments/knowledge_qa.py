@@ -15,6 +15,25 @@ mix of true, cut, wrong and no facts. Retrieved are two chains, one of X and one
 
 `--injection none|prompt|chained|cross` says how they enter: not at all, as sentences, as what the
 rules conclude on the question's own subject, or as vectors read by gated cross-attention.
+
+Accuracy on 160 such questions (seed 0 alone, standard error 0.04; `none` after 180 steps,
+`chained` after 80 of a 100-step schedule; nothing was tuned):
+
+    retrieved       Y is printed  follows   as it came  none     chained  chained, filtered
+    no facts        0.500         0.500     0.481       0.544    0.537
+    true facts      0.500         1.000     0.469                0.775    0.738
+    cut below Y     0.500         0.500                          0.675
+    10% wrong       0.419         0.881                          0.700    0.681
+    30% wrong       0.325         0.731                          0.662    0.644
+    50% wrong       0.212         0.569                          0.606    0.569
+
+Where Y's negatives are any kinds, not siblings: none 0.800, chained 0.725 without facts and 0.838
+with cut ones. A bag of words is at 0.500. So facts help with siblings, also when nothing printed
+gives the answer away, and 80 steps are too few to use what the rules conclude as well as looking
+it up would. The quality filter keeps 90% of the true facts and 19% of the wrong ones of validation
+things, and does not pay here: what it drops of the true facts costs more. Plain English gets
+harder for the chained model, 3.54 to 3.76 nats per token; nothing guards against that yet.
+`prompt`, `cross` and the rule loss have not been trained at this size.
 """
 
 import dataclasses
