@@ -1,7 +1,18 @@
 """Captions: a picture tower fused into a small language model says what a picture shows.
 
-python -m fusion_jax train experiments/captioning.py
-python -m fusion_jax ask --workdir runs/captioning --image cat.png "What is this?"
+    python -m fusion_jax train experiments/captioning.py
+    python -m fusion_jax ask --workdir runs/captioning --image cat.png "What is this?"
+
+The model is that of experiments/vqa.py, trained on captions alone. Written captions of 244 pictures
+of things never trained on, Tux Paint stamps, one seed (0), so no spread:
+
+                                   exact  word F1  chrF   head noun
+    the model                      0.029  0.383    0.252  0.070
+    nearest training picture       0.000  0.329    0.226  0.000
+    the model without the picture  0.000  0.245    0.048  0.000
+
+No test caption and no head noun of one was trained on, so a training caption is never exactly
+right; much of the word F1 is articles. Trained in 6 minutes on two cores shared with other jobs.
 """
 
 import dataclasses
@@ -35,7 +46,7 @@ from fusion_jax.training.settings import Settings as Base
 
 @dataclasses.dataclass(frozen=True)
 class Settings(Base):
-    steps: int = 200
+    steps: int = 160
     batch_size: int = 16
     checkpoint_every: int = 100
     learning_rate: float = 3e-3
