@@ -11,6 +11,10 @@ of things never trained on, Tux Paint stamps, one seed (0), so no spread:
     nearest training picture       0.000  0.329    0.226  0.000
     the model without the picture  0.000  0.245    0.048  0.000
 
+The true caption first among 20, by log p, by log p less question alone's, and by the cosine in the
+shared space: 0.343, 0.430 and 0.331; question alone 0.050, picture alone (ridge regression to the
+captions' words) 0.264, shuffled pictures 0.041, 0.033 and 0.066.
+
 No test caption and no head noun of one was trained on, so a training caption is never exactly
 right; much of the word F1 is articles. Trained in 6 minutes on two cores shared with other jobs.
 """
