@@ -31,19 +31,20 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from fusion_jax.data import concepts, features, image, stamps
+from fusion_jax.data import concepts, features, stamps
 from fusion_jax.data.audio import Waveforms
 from fusion_jax.data.image import Augment, Pictures
 from fusion_jax.data.pipeline import Batches, Padded, Source, Subset, Transform
 from fusion_jax.data.records import read_table
 from fusion_jax.data.text import ByteTokenizer, Ids
+from fusion_jax.data.views import Views, standardized
 from fusion_jax.encoders.audio import AudioTransformer
 from fusion_jax.encoders.projection import Project, Projected
 from fusion_jax.encoders.text import TextTransformer
 from fusion_jax.encoders.vit import ViT
 from fusion_jax.evaluation import accuracy, calibration, plots, retrieval, shapley
+from fusion_jax.evaluation.ridge import ridge
 from fusion_jax.evaluation.table import print_table
 from fusion_jax.fusion.bottleneck import Bottleneck
 from fusion_jax.fusion.concat import Concat
@@ -63,9 +64,9 @@ from fusion_jax.objectives.supervised import cross_entropy
 from fusion_jax.pretrained.tower import open_tower
 from fusion_jax.tokens import Tokens, fill, mean_pool, shorten, windows
 from fusion_jax.training.experiment import Experiment
+from fusion_jax.training.optimizer import averaged_adamw
 from fusion_jax.training.partition import Params
 from fusion_jax.training.settings import Settings as Base
-from fusion_jax.training.step import parameter_ema
 
 MODALITIES = ("audio", "image", "text")
 FUSIONS = {
@@ -195,61 +196,6 @@ def mean_and_max(tokens: Tokens) -> Tokens:
     return Tokens(jnp.concatenate([mean.values, fill(Tokens(top, mean.mask))], axis=-1), mean.mask)
 
 
-class Views:
-    """A source whose picture has `count` alternatives: whole, then crops, some of them mirrored.
-
-    A frozen tower sees each picture once, so it must be augmented before. Evaluation takes the
-    first of the alternatives, the whole picture.
-    """
-
-    def __init__(self, source: Source, count: int) -> None:
-        self.source, self.count = source, count
-        self.checksum = f"{source.checksum} {count} views"
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, row: int) -> dict[str, Any]:
-        example, crop = dict(self.source[row]), Augment(area=(0.5, 1.0))
-        if example.get("image") is None:
-            return example
-        whole = image.decode(example["image"], example.get("name", "image"), side=384)
-        views, rng = [whole], np.random.default_rng(row)
-        for view in range(1, self.count):
-            box = crop.box(whole.shape[1], whole.shape[0], rng)
-            left, top, right, bottom = (round(edge) for edge in box)
-            cut = whole[top : max(bottom, top + 1), left : max(right, left + 1)]
-            views.append(cut[:, ::-1] if view % 2 and example.get("mirror", True) else cut)
-        return example | {"image": views}
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Standardized:
-    """A transform whose numbers are standardized, each by its mean and deviation in training."""
-
-    of: Padded
-    mean: np.ndarray
-    deviation: np.ndarray
-    dtype: Any = np.float32
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.of.shape
-
-    def __call__(self, example: Mapping[str, Any], rng: np.random.Generator | None) -> Any:
-        values = self.of(example, rng)
-        if values is None:
-            return None
-        return (values.astype(np.float32) - self.mean) / self.deviation
-
-
-def standardized(of: Padded, source: Source, rows: list[int]) -> Standardized:
-    """Over all tokens of the first alternative of these rows."""
-    found = [of(source[row], None) for row in rows]
-    tokens = np.concatenate([each for each in found if each is not None]).astype(np.float32)
-    return Standardized(of, tokens.mean(0), tokens.std(0) + 1e-3)
-
-
 # ------------------------------------------------------------------------------------- objective
 
 
@@ -299,7 +245,6 @@ def build(s: Settings) -> Experiment:
     share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     data = Batches(Subset(source, train_rows), s.batch_size, transforms, seed=s.seed, **share)
     tests = Batches(Subset(source, test_rows), s.batch_size, transforms, train=False)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, s.learning_rate, s.steps // 10, s.steps)
 
     def init(key: jax.Array) -> Params:
         keys = jax.random.split(key, len(models))
@@ -321,19 +266,10 @@ def build(s: Settings) -> Experiment:
         data=data,
         init=init,
         objective=side_by_side({name: objective_of(s, model) for name, model in models.items()}),
-        optimizer=optax.chain(
-            optax.clip_by_global_norm(1.0),
-            optax.adamw(schedule, weight_decay=s.weight_decay, mask=is_matrix),
-            parameter_ema(0.98),
-        ),
+        optimizer=averaged_adamw(s.learning_rate, s.steps, weight_decay=s.weight_decay),
         pretrained=dict.fromkeys(models, pretrained) if pretrained else {},
         report=report,
     )
-
-
-def is_matrix(params: Params) -> Params:
-    """Weight decay spares biases, scales and embeddings of one vector."""
-    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
 
 # ---------------------------------------------------------------------------------------- report
@@ -376,7 +312,7 @@ def measure(
 
 
 def linear_probe(
-    train: Batches, tests: Batches, rows: int, classes: int, penalty: float = 300.0
+    train: Batches, tests: Batches, rows: int, classes: int
 ) -> dict[tuple[str, ...], float]:
     """The floor: ridge regression to one-hot labels on mean-pooled inputs, for each subset."""
 
@@ -398,11 +334,7 @@ def linear_probe(
     found = {}
     for kept in accuracy.subsets(MODALITIES):
         x, query = (np.concatenate([part[name] for name in kept], 1) for part in (fit, seen))
-        mean, deviation = x.mean(0), x.std(0) + 1e-3
-        x, query = ((part - mean) / deviation for part in (x, query))
-        target = np.eye(classes)[fit_labels]
-        dual = np.linalg.solve(x @ x.T + penalty * np.eye(len(x)), target - target.mean(0))
-        scores = query @ (x.T @ dual) + target.mean(0)
+        scores = ridge(x, np.eye(classes)[fit_labels], query)
         found[kept] = accuracy.accuracy(scores.argmax(1), labels)
     return found
 
