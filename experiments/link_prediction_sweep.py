@@ -51,19 +51,6 @@ DISTANCE = {  # a distance is no logit
     "learning_rate": (1e-1, 3e-2, 1e-2),
     "dropout": (0.1, 0.0, 0.3),
 }
-OWN: dict[str, dict[str, Sequence[Any]]] = {
-    "transe": DISTANCE,
-    "rotate": DISTANCE,
-    # Trials of these would be long.
-    "tucker": {"dim": (100, 50), "steps": (1000,), "learning_rate": (3e-3, 1e-3)},
-    "conve": {
-        "dim": (100,),
-        "batch_size": (128,),
-        "steps": (1000,),
-        "dropout": (0.2, 0.1, 0.4),
-        "learning_rate": (3e-3, 1e-3),
-    },
-}
 PUBLISHED = {
     "umls": "0.948 (NBFNet), 0.94 (ConvE), 0.925 (RotatE)",
     "kinships": "0.83 (ConvE), 0.81 (ComplEx)",
