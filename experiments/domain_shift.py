@@ -15,7 +15,6 @@ TFDS data set (mnist, svhn_cropped, domainnet/real ...) or a folder with a folde
 
 import dataclasses
 import functools
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,9 +45,9 @@ from fusion_jax.objectives import (
 )
 from fusion_jax.objectives.combine import (
     Objective,
-    named,
     on_batch,
     scheduled,
+    side_by_side,
     weighted_sum,
 )
 from fusion_jax.objectives.domains import forward_domains, on_domain
@@ -356,15 +355,6 @@ def objective_of(s: Settings, method: str, model: Multimodal, classes: int) -> O
         "infomax": self_training.information_maximisation,
     }[method]
     return with_loss(scheduled(loss(), ramp))
-
-
-def side_by_side(objectives: Mapping[str, Objective]) -> Objective:
-    """The sum of objectives that have params of their own: models trained on the same batches."""
-
-    def own(name: str, objective: Objective) -> Objective:
-        return named(name, lambda params, batch, rng: objective(params[name], batch, rng))
-
-    return weighted_sum({own(name, objective): 1.0 for name, objective in objectives.items()})
 
 
 def optimizer_of(s: Settings) -> optax.GradientTransformation:

@@ -58,7 +58,7 @@ from fusion_jax.fusion.perceiver import Perceiver
 from fusion_jax.fusion.sum import Sum
 from fusion_jax.fusion.tensor import Tensor
 from fusion_jax.objectives.balance import with_modality_dropout
-from fusion_jax.objectives.combine import Objective, forward, named, weighted_sum
+from fusion_jax.objectives.combine import Objective, forward, side_by_side, weighted_sum
 from fusion_jax.objectives.contrastive import info_nce
 from fusion_jax.objectives.supervised import cross_entropy
 from fusion_jax.pretrained.tower import open_tower
@@ -205,15 +205,6 @@ def objective_of(s: Settings, model: Multimodal) -> Objective:
     if s.contrast:
         losses[info_nce(same="concept")] = s.contrast
     return with_modality_dropout(forward(model, weighted_sum(losses)), s.modality_dropout)
-
-
-def side_by_side(objectives: Mapping[str, Objective]) -> Objective:
-    """The sum of objectives that have params of their own: models trained on the same batches."""
-
-    def own(name: str, objective: Objective) -> Objective:
-        return named(name, lambda params, batch, rng: objective(params[name], batch, rng))
-
-    return weighted_sum({own(name, objective): 1.0 for name, objective in objectives.items()})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -140,3 +140,12 @@ def on_batch(name: str, fn: Callable) -> Callable:
     stream = named(name, on_stream)
     stream.__name__ = f"{name}/{name_of(fn)}"
     return stream
+
+
+def side_by_side(objectives: Mapping[str, Objective]) -> Objective:
+    """The sum of objectives that have params of their own: models trained on the same batches."""
+
+    def own(name: str, objective: Objective) -> Objective:
+        return named(name, lambda params, batch, rng: objective(params[name], batch, rng))
+
+    return weighted_sum({own(name, objective): 1.0 for name, objective in objectives.items()})
