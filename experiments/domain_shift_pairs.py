@@ -1,18 +1,18 @@
-"""All ordered pairs of domains, all methods, several seeds: the tables of domain_shift.
+"""All ordered pairs of domains, several methods and seeds: the tables of domain_shift.
 
-    python -m experiments.domain_shift_pairs methods      # which help: target validation things
-    python -m experiments.domain_shift_pairs pairs --method cdan mcc infomax transport
-    python -m experiments.domain_shift_pairs leave-one-out
+    python -m experiments.domain_shift_pairs methods          # which help: validation things alone
+    python -m experiments.domain_shift_pairs pairs            # the four that helped most, tested
+    python -m experiments.domain_shift_pairs leave-one-out    # a domain never seen
 
-Every run's numbers go to results.jsonl in the workdir, and what is there is not run again. A step
-(of all models together) is compiled once. Frozen features make a run take about a minute.
+Every run's numbers go to results.jsonl in the workdir, and what is there is not run again. A
+method's step is compiled once for all pairs and seeds.
 """
 
 import dataclasses
 import itertools
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -20,12 +20,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from tqdm import tqdm
 
 from experiments import domain_shift
-from experiments.domain_shift import ADAPTING, CEILING, CRITERIA, FLOOR, GENERALISING, Settings
+from experiments.domain_shift import (
+    ADAPTING,
+    ADVERSARIAL,
+    BOUNDS,
+    CEILING,
+    FLOOR,
+    GENERALISING,
+    Prepared,
+    Settings,
+)
 from fusion_jax.data.emoji import VENDORS
 from fusion_jax.errors import UserError
 from fusion_jax.evaluation.table import print_table
+from fusion_jax.evaluation.transfer import CRITERIA
 from fusion_jax.training import runtime
 from fusion_jax.training.sharding import make_mesh, put_batch
 from fusion_jax.training.state import evaluation_params, plan_state
@@ -37,170 +48,165 @@ History = list[dict[str, float]]
 @dataclasses.dataclass(frozen=True)
 class Arguments:
     what: tyro.conf.Positional[Literal["methods", "pairs", "leave-one-out"]]
-    """methods: every method on a ring of pairs, judged on the target's validation things."""
     method: tuple[Literal[ADAPTING + GENERALISING], ...] = ()
-    """Beside the floor and the ceiling; by default all that fit."""
+    """Beside the floor and the ceiling; by default all that fit, or what `methods` found best."""
+    best: int = 4
+    """How many of what `methods` found."""
     domain: tuple[str, ...] = VENDORS
     seeds: int = 3
-    steps: int = 300
-    evaluate_every: int = 100
-    weight: float = 1.0
-    labels: Literal["category", "subcategory"] = "category"
     workdir: Path = Path("runs/domain_shift_pairs")
+    settings: tyro.conf.OmitArgPrefixes[Settings] = dataclasses.field(
+        default_factory=lambda: Settings(bounds=False)
+    )
 
 
 def plans(a: Arguments) -> list[Settings]:
-    """The runs that a table needs."""
-    base = Settings(
-        steps=a.steps, evaluate_every=a.evaluate_every, labels=a.labels, weight=a.weight
-    )
-    if a.what == "leave-one-out":
-        method = a.method or ("dann", "cdan", *GENERALISING)
-        sources = [tuple(d for d in a.domain if d != target) for target in a.domain]
-        rows = max(1, 64 // len(sources[0])) * len(sources[0])
-        return [
-            dataclasses.replace(
-                base, source=s, target=t, method=method, unseen=True, seed=seed, batch_size=rows
-            )
-            for seed in range(a.seeds)
-            for s, t in zip(sources, a.domain, strict=True)
-        ]
-    if a.what == "methods":
-        ring = [*zip(a.domain, a.domain[1:] + a.domain[:1], strict=True)]
-        method = a.method or ADAPTING
-        return [
-            dataclasses.replace(base, source=(s,), target=t, method=method, development=True)
-            for s, t in ring
-        ]
-    method = a.method or ADAPTING
-    return [
-        dataclasses.replace(base, source=(s,), target=t, method=method, seed=seed)
-        for seed in range(a.seeds)
-        for s, t in itertools.permutations(a.domain, 2)
-    ]
+    """A run for each of these and for each of its methods."""
+    change = dataclasses.replace
+    if a.what == "methods":  # a ring of pairs, each domain once source and once target
+        ring = zip(a.domain, a.domain[1:] + a.domain[:1], strict=True)
+        base = change(a.settings, development=True, method=(*BOUNDS, *(a.method or ADAPTING)))
+        return [change(base, source=(s,), target=t) for s, t in ring]
+    if a.what == "pairs":
+        base = change(a.settings, method=(*BOUNDS, *(a.method or best_methods(a))))
+        runs = [((s,), t) for s, t in itertools.permutations(a.domain, 2)]
+    else:
+        method = (*BOUNDS, *(a.method or (*ADVERSARIAL, *GENERALISING)))
+        others = len(a.domain) - 1
+        base = change(a.settings, method=method, unseen=True, batch_size=64 // others * others)
+        runs = [(tuple(d for d in a.domain if d != t), t) for t in a.domain]
+    return [change(base, source=s, target=t, seed=seed) for seed in range(a.seeds) for s, t in runs]
+
+
+def best_methods(a: Arguments) -> tuple[str, ...]:
+    """Those that `methods` found to be best on validation things, best first."""
+    log = read_log(a.workdir)
+    stage = plans(dataclasses.replace(a, what="methods"))
+    if any(key_of(s, method) not in log for s in stage for method in s.method):
+        raise UserError(f"{a.workdir} lacks runs of the stage `methods`: run it first, or --method")
+
+    def score(method: str) -> float:
+        return float(np.mean([chosen(log[key_of(s, method)], "source") for s in stage]))
+
+    return tuple(sorted(ADAPTING, key=lambda method: -score(method))[: a.best])
+
+
+# ------------------------------------------------------------------------------------------ runs
 
 
 class Trainer:
-    """Trains all models of a run side by side; what is compiled serves runs of equal shapes."""
+    """Trains by one method; what is compiled serves all pairs and seeds."""
 
-    def __init__(self, s: Settings) -> None:
-        experiment = domain_shift.build(s)
+    def __init__(self, s: Settings, method: str) -> None:
+        self.method = method
+        experiment = domain_shift.build(dataclasses.replace(s, method=(method,)))
         self.mesh = make_mesh(s.mesh)
-        plan = plan_state(experiment, self.mesh)
+        shardings = plan_state(experiment, self.mesh).state_shardings
 
         def start(seed: jax.Array) -> State:
             params = experiment.init(jax.random.key(seed))
             return State(jnp.zeros((), jnp.int32), seed, params, experiment.optimizer.init(params))
 
-        self.start = jax.jit(start, out_shardings=plan.state_shardings)
-        self.step = compile_step(
-            experiment.objective, experiment.optimizer, self.mesh, plan.state_shardings
-        )
+        self.start = jax.jit(start, out_shardings=shardings)
+        self.step = compile_step(experiment.objective, experiment.optimizer, self.mesh, shardings)
 
-    def run(self, s: Settings) -> History:
-        """What `validate` said at each evaluation."""
-        prepared = domain_shift.prepare(s)
+    def run(self, s: Settings, prepared: Prepared) -> History:
+        """What `validate` said of the method at each evaluation."""
         state, history = self.start(jnp.int32(s.seed)), []
+        read = ["source", "target", "supervised"]
+        read += ["strong"] if self.method in domain_shift.CONSISTENT else []
         for step in range(1, s.steps + 1):
-            state, _ = self.step(state, {}, put_batch(prepared.data[step - 1], self.mesh))
+            batch = prepared.data[step - 1]
+            batch = {name: batch[name] for name in read if name in batch}
+            state, _ = self.step(state, {}, put_batch(batch, self.mesh))
             if step % s.evaluate_every == 0:
-                history.append(dict(prepared.judge.validate(evaluation_params(state, {}))))
+                found = domain_shift.validate(prepared.judge, evaluation_params(state, {}))
+                history.append({name.partition("/")[2]: value for name, value in found.items()})
         return history
 
 
-def chosen(history: History, method: str, criterion: str) -> float:
-    """Accuracy on the target at the step that the criterion likes best."""
-    best = max(history, key=lambda row: row[f"{method}/{criterion}"])
-    return best[f"{method}/oracle"]
+def key_of(s: Settings, method: str) -> str:
+    """What tells a run from others in the log."""
+    kept = s.identity() | {"method": method, "evaluate_every": s.evaluate_every}
+    return json.dumps(json.loads(json.dumps(kept)), sort_keys=True)
 
 
-def results(a: Arguments) -> list[tuple[Settings, History]]:
+def read_log(workdir: Path) -> dict[str, History]:
+    log = workdir / "results.jsonl"
+    entries = map(json.loads, log.read_text().splitlines()) if log.exists() else ()
+    return {entry["key"]: entry["history"] for entry in entries}
+
+
+def results(a: Arguments) -> dict[tuple[Settings, str], History]:
     """All runs, those that are there already read back."""
     a.workdir.mkdir(parents=True, exist_ok=True)
-    log = a.workdir / "results.jsonl"
-    known = {}
-    if log.exists():
-        for line in log.read_text().splitlines():
-            entry = json.loads(line)
-            known[json.dumps(entry["settings"])] = entry["history"]
-    found, trainer = [], None
-    for s in plans(a):
-        key = json.loads(json.dumps(s.identity() | {"evaluate_every": s.evaluate_every}))
-        if json.dumps(key) not in known:
-            trainer = trainer or Trainer(s)
-            history = trainer.run(s)
-            with log.open("a") as file:
-                file.write(json.dumps({"settings": key, "history": history}) + "\n")
-            known[json.dumps(key)] = history
-            print(f"{'+'.join(s.source)} -> {s.target}, seed {s.seed}: done", file=sys.stderr)
-        found.append((s, known[json.dumps(key)]))
+    known, found, trainers = read_log(a.workdir), {}, {}
+    for s in tqdm(plans(a), desc=a.what, unit="run"):
+        missing = [method for method in s.method if key_of(s, method) not in known]
+        prepared = domain_shift.prepare(s) if missing else None
+        for method in missing:
+            if method not in trainers:
+                trainers[method] = Trainer(s, method)
+            history = known[key_of(s, method)] = trainers[method].run(s, prepared)
+            with (a.workdir / "results.jsonl").open("a") as file:
+                file.write(json.dumps({"key": key_of(s, method), "history": history}) + "\n")
+        found |= {(s, method): known[key_of(s, method)] for method in s.method}
     return found
 
 
-def scores(
-    found: Sequence[tuple[Settings, History]], method: str, criterion: str
-) -> dict[str, dict[int, float]]:
-    """{pair: {seed: accuracy}}; the method named for its statistics is read off the floor's."""
-    table: dict[str, dict[int, float]] = {}
-    for s, history in found:
-        pair = f"{s.source[0] if len(s.source) == 1 else 'others'} → {s.target}"
-        if method == "adaptive-statistics":
-            best = max(history, key=lambda row: row[f"{FLOOR}/{criterion}"])
-            value = best["adaptive-statistics/oracle"]
-        else:
-            value = chosen(history, method, criterion)
-        table.setdefault(pair, {})[s.seed] = value
-    return table
+# ---------------------------------------------------------------------------------------- tables
+
+
+def chosen(history: History, criterion: str, score: str = "oracle") -> float:
+    """Accuracy on the target at the step that the criterion likes best."""
+    return max(history, key=lambda row: row[criterion])[score]
 
 
 def main(a: Arguments) -> None:
     """Runs what is missing and prints the tables."""
     runtime.start()
     found = results(a)
-    first = found[0][0]
-    methods = [FLOOR, "adaptive-statistics", *first.method, CEILING]
-    seeds = sorted({s.seed for s, _ in found})
+    stage = list(dict.fromkeys(s for s, _ in found))
+    seeds, first = sorted({s.seed for s in stage}), stage[0]
+    statistics = "its statistics"
+    rows = [FLOOR, *([] if first.unseen else [statistics]), *first.method[2:], CEILING]
     kind = "validation" if first.development else "test"
-    about = f"emoji, {a.labels}, {kind} things of the target, {a.steps} steps"
+    about = f"emoji, {first.labels}, {kind} things of the target, {first.steps} steps"
 
-    by_pair: dict[str, dict[str, list[float]]] = {}
-    for method in methods:
-        for pair, values in scores(found, method, "source").items():
-            by_pair.setdefault(pair, {})[method] = [values[seed] for seed in seeds]
+    def scores(row: str, criterion: str) -> np.ndarray:
+        """Accuracy [seeds, pairs]."""
+        method, score = (FLOOR, "own statistics") if row == statistics else (row, "oracle")
+        values = [
+            [chosen(found[s, method], criterion, score) for s in stage if s.seed == seed]
+            for seed in seeds
+        ]
+        return np.array(values)
+
+    table = {row: scores(row, "source") for row in rows}
+    pairs = {
+        f"{s.source[0] if len(s.source) == 1 else 'others'} → {s.target}": index
+        for index, s in enumerate(s for s in stage if s.seed == seeds[0])
+    }
+    by_pair = {
+        pair: {row: table[row][:, index].tolist() for row in rows} for pair, index in pairs.items()
+    }
     print_table("Accuracy, step chosen on source validation things", by_pair, about, seeds)
-
-    criteria = ("source",) if first.unseen else CRITERIA
-    summary: dict[str, dict[str, list[float]]] = {}
-    for method in methods:
-        cells = {}
-        for criterion in (*criteria, "oracle"):
-            if method == "adaptive-statistics" and criterion == "oracle":
-                continue
-            table = scores(found, method, criterion)
-            cells[criterion] = [
-                float(np.mean([values[seed] for values in table.values()])) for seed in seeds
-            ]
-        summary[method] = cells
+    criteria: Sequence[str] = ("source",) if first.unseen else CRITERIA
+    summary = {
+        row: {by: scores(row, by).mean(axis=1).tolist() for by in (*criteria, "oracle")}
+        for row in rows
+    }
     print_table("Mean over pairs, by what chose the step", summary, about, seeds)
-    print_gains(found, methods, about)
-
-
-def print_gains(
-    found: Sequence[tuple[Settings, History]], methods: Sequence[str], about: str
-) -> None:
-    """Each run against the floor's on the same split."""
-    floor = scores(found, FLOOR, "source")
-    seeds = sorted({s.seed for s, _ in found})
-    rows: dict[str, Mapping[str, list[float]]] = {}
-    for method in methods[1:]:
-        own = scores(found, method, "source")
-        gains = np.array([[own[p][seed] - floor[p][seed] for p in own] for seed in seeds])
-        rows[method] = {
-            "gain": gains.mean(axis=1).tolist(),
-            "worst pair": gains.min(axis=1).tolist(),
-            "share of pairs it helps": (gains > 0).mean(axis=1).tolist(),
+    gains = {row: table[row] - table[FLOOR] for row in rows[1:]}
+    shown = {
+        row: {
+            "gain": gain.mean(axis=1).tolist(),
+            "worst pair": gain.min(axis=1).tolist(),
+            "share of pairs it helps": (gain > 0).mean(axis=1).tolist(),
         }
-    print_table(f"Gain over {FLOOR}", rows, f"{about}, {len(found)} runs", seeds)
+        for row, gain in gains.items()
+    }
+    print_table(f"Gain over {FLOOR} on the same split", shown, f"{about}, {len(stage)} runs", seeds)
 
 
 if __name__ == "__main__":

@@ -71,21 +71,44 @@ class Balanced:
         return jax.tree.map(interleave, *parts)
 
 
-def check_domains(domain: np.ndarray, domains: int, shards: int | None = None) -> None:
-    """Looks at a batch's "domain" [b] before a device sees it, where it could only give NaN.
+@dataclasses.dataclass(frozen=True)
+class Adaptation:
+    """data[step] of adapting to a domain: labelled sources and a target whose labels are hidden.
 
-    Args:
-      domains: how many there are.
-      shards: size of the mesh's data axis, if each of its places holds one domain.
+    Streams: "source"; "target" with labels -1; "strong", the same rows in the target's second view
+    if its batches hold one; "supervised", the target's rows with labels, for a ceiling alone to
+    read. Without a target there is "source" alone.
+    """
+
+    source: Balanced
+    target: Any | None
+
+    def __getitem__(self, step: int) -> dict[str, Any]:
+        source = self.source[step]
+        streams = {"source": {name: v for name, v in source.items() if name != "strong"}}
+        streams["id"] = source["id"]
+        if self.target is None:
+            return streams
+        batch = dict(self.target[step])
+        strong, label = batch.pop("strong", None), batch["label"]
+        batch["domain"] = np.full_like(label, self.source.domains)
+        hidden = batch | {"label": np.full_like(label, -1)}
+        streams |= {"target": hidden, "supervised": batch}
+        return streams if strong is None else streams | {"strong": hidden | {"image": strong}}
+
+
+def check_batch(batch: Mapping[str, Any], domains: int) -> None:
+    """Looks at "domain" and "label" [b] before a device sees them, where they only could give NaN.
 
     Raises:
-      UserError: an index outside 0..domains-1; more domains than places on the data axis.
+      UserError: a domain outside 0..domains-1; no label, or one class alone.
     """
-    if shards is not None and domains > shards:
-        raise UserError(
-            f"domain {shards} has no place on a mesh whose data axis has {shards} "
-            f"({domains} domains): give --mesh data={domains} or fewer domains"
-        )
-    wrong = sorted(set(np.unique(domain).tolist()) - set(range(domains)))
+    wrong = sorted(set(np.unique(batch["domain"]).tolist()) - set(range(domains)))
     if wrong:
         raise UserError(f"domain indices {wrong} are outside 0..{domains - 1}")
+    classes = np.unique(batch["label"][batch["label"] >= 0]).tolist()
+    if len(classes) < 2:
+        raise UserError(
+            f"a batch of {len(batch['label'])} labelled rows has the classes {classes} alone, of "
+            "which nothing can be learned: give domains of two classes or more, or larger batches"
+        )

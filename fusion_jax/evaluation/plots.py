@@ -155,6 +155,41 @@ def embedding_map(
     save(figure, path)
 
 
+def domain_maps(
+    path: Path,
+    panels: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]],
+    classes: Sequence[str],
+) -> None:
+    """Two domains' features side by side, before and after adapting: {panel: {domain: both}}.
+
+    Both are features [n, d] and labels int [n]. Markers tell the domains, colours the commonest
+    classes; each panel has principal axes of its own.
+    """
+    figure = Figure(figsize=(1.5 + 4.5 * len(panels), 4.5), layout="constrained")
+    every = np.concatenate([labels for row in panels.values() for _, labels in row.values()])
+    common = np.argsort(-np.bincount(every[every >= 0], minlength=len(classes)))
+    common = common[: len(COLOURS) - 1]
+    domains = list(dict.fromkeys(name for row in panels.values() for name in row))
+    panes = figure.subplots(1, len(panels), squeeze=False).flatten()
+    for pane, (title, row) in zip(panes, panels.items(), strict=True):
+        flat = principal_axes(np.concatenate([unit(features) for features, _ in row.values()]))
+        start = 0
+        for name, (features, labels) in row.items():
+            points, start = flat[start : start + len(features)], start + len(features)
+            marker = MARKERS[domains.index(name)]
+            for colour, kind in [("#CCCCCC", None), *zip(COLOURS, common, strict=False)]:
+                chosen = ~np.isin(labels, common) if kind is None else labels == kind
+                pane.scatter(*points[chosen].T, s=12, marker=marker, color=colour, alpha=0.6, lw=0)
+        pane.set(title=title, xticks=[], yticks=[])
+        pane.spines[["top", "right"]].set_visible(False)
+    for marker, name in zip(MARKERS, domains, strict=False):
+        panes[-1].scatter([], [], marker=marker, color="#444444", s=24, label=name)
+    for colour, kind in zip(COLOURS, common, strict=False):
+        panes[-1].scatter([], [], marker="s", color=colour, s=24, label=classes[kind])
+    panes[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8, frameon=False)
+    save(figure, path)
+
+
 def training_curves(
     path: Path, rows: Sequence[Mapping[str, float]], names: Sequence[str] | None = None
 ) -> None:

@@ -8,7 +8,7 @@ from PIL import Image
 from fusion_jax.data import domains, emoji, folders
 from fusion_jax.data.arrays import ArrayBatches
 from fusion_jax.data.pipeline import Batches, Number
-from fusion_jax.data.streams import Balanced, Streams, check_domains
+from fusion_jax.data.streams import Adaptation, Balanced, Streams, check_batch
 from fusion_jax.errors import UserError
 
 
@@ -50,6 +50,21 @@ def test_streams_side_by_side():
     assert batch["b"]["value"].tolist() == [1, 1] and sorted(batch) == ["a", "b"]
 
 
+def test_labels_of_the_target_are_hidden_but_from_the_ceiling():
+    arrays = {"image": np.ones((6, 2, 3), np.float32), "label": np.arange(6, dtype=np.int32)}
+    views = {"image": "image", "strong": "image"}
+    source = Balanced([ArrayBatches(arrays, 2, views, seed) for seed in (0, 1)])
+    batch = Adaptation(source, ArrayBatches(arrays, 4, views, seed=2))[3]
+    assert sorted(batch) == ["id", "source", "strong", "supervised", "target"]
+    assert all("strong" not in batch[name] for name in ("source", "target", "supervised"))
+    for name in ("target", "strong"):
+        assert (
+            batch[name]["label"].tolist() == [-1] * 4 and batch[name]["domain"].tolist() == [2] * 4
+        )
+    np.testing.assert_array_equal(batch["supervised"]["label"], batch["supervised"]["id"])
+    assert sorted(Adaptation(source, None)[0]) == ["id", "source"]
+
+
 def test_what_does_not_fit_is_told():
     with pytest.raises(UserError, match="no domain"):
         Balanced([])
@@ -57,10 +72,12 @@ def test_what_does_not_fit_is_told():
         balanced([2, 2, 2], 3, shares=2)
     with pytest.raises(UserError, match=r"different sizes \[2, 4\]"):
         Balanced([Batches(things(2, 0), rows, VALUE) for rows in (2, 4)])
+    batch = {"domain": np.array([0, 1, 3]), "label": np.array([1, 1, 0])}
+    check_batch(batch, 4)
     with pytest.raises(UserError, match=r"indices \[3\] are outside 0\.\.1"):
-        check_domains(np.array([0, 1, 3]), 2)
-    with pytest.raises(UserError, match="domain 4 has no place on a mesh whose data axis has 4"):
-        check_domains(np.array([0]), 5, shards=4)
+        check_batch(batch, 2)
+    with pytest.raises(UserError, match=r"3 labelled rows has the classes \[1\] alone"):
+        check_batch(batch | {"label": np.array([1, -1, 1])}, 4)
 
 
 def test_arrays_are_batches_too():

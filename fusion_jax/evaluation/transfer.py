@@ -1,0 +1,62 @@
+"""Measuring a classifier in another domain, keeping what selection may see apart from test labels.
+
+judge = Judge(apply, {"validation": batches, "target": batches, "test": batches, ...})
+judge.criteria(params)["infomax"]           # reads no label of the target
+judge.accuracy(params, "test")
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fusion_jax.evaluation import accuracy, selection
+
+CRITERIA = ("source", "entropy", "infomax", "dev")
+
+
+@dataclasses.dataclass(frozen=True)
+class Judge:
+    """Sees rows of several parts of the data with a model's eyes.
+
+    Attributes:
+      apply: (params, batch) -> outputs with `logits` [b, classes] and `fused` [b, d].
+      parts: {name: batches}, whose rows with a negative id are padding. `criteria` reads
+        "validation", labelled rows of the sources, and if it is there "target", unlabelled rows
+        of the target, beside which "source" are training rows of the sources.
+    """
+
+    apply: Callable[[Any, Mapping[str, Any]], Any]
+    parts: Mapping[str, Sequence[Mapping[str, Any]]]
+
+    def see(self, params: Any, part: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Logits [n, classes], features [n, d] and labels [n] of all rows of a part."""
+        batches = self.parts[part]
+        seen = [self.apply(params, {"image": batch["image"]}) for batch in batches]
+        real = np.concatenate([batch["id"] for batch in batches]) >= 0
+        labels = np.concatenate([batch["label"] for batch in batches])
+        logits, fused = (
+            np.concatenate([np.asarray(each) for each in arrays])
+            for arrays in ([one.logits for one in seen], [one.fused for one in seen])
+        )
+        return logits[real], fused[real], labels[real]
+
+    def accuracy(self, params: Any, part: str) -> float:
+        """Of naming the class."""
+        logits, _, labels = self.see(params, part)
+        return accuracy.accuracy(logits.argmax(axis=1), labels)
+
+    def criteria(self, params: Any) -> dict[str, float]:
+        """Those of CRITERIA that can be measured, the higher the better."""
+        logits, fused, labels = self.see(params, "validation")
+        found = {"source": accuracy.accuracy(logits.argmax(axis=1), labels)}
+        if "target" not in self.parts:
+            return found
+        seen, away, _ = self.see(params, "target")
+        _, home, _ = self.see(params, "source")
+        losses = -selection.log_softmax(logits)[np.arange(len(labels)), labels]
+        found["entropy"] = selection.certainty(seen)
+        found["infomax"] = selection.infomax(seen)
+        found["dev"] = selection.deep_embedded_validation(home, away, fused, losses)
+        return found
