@@ -55,9 +55,8 @@ class Arguments:
     domain: tuple[str, ...] = VENDORS
     seeds: int = 3
     workdir: Path = Path("runs/domain_shift_pairs")
-    settings: tyro.conf.OmitArgPrefixes[Settings] = dataclasses.field(
-        default_factory=lambda: Settings(bounds=False)
-    )
+    settings: Settings = dataclasses.field(default_factory=lambda: Settings(bounds=False))
+    """Those of domain_shift, of every run."""
 
 
 def plans(a: Arguments) -> list[Settings]:

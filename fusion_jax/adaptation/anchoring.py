@@ -16,7 +16,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from fusion_jax.errors import UserError
 from fusion_jax.objectives.combine import Batch, Metrics, Objective, Params
@@ -86,6 +86,7 @@ def fisher_diagonal(
     params: Params,
     batches: Iterable[Any],
     rng: jax.Array,
+    frozen: Params | None = None,
 ) -> Params:
     """The diagonal of the Fisher information: the mean over examples of the squared gradient.
 
@@ -93,28 +94,33 @@ def fisher_diagonal(
         log_likelihood: (params, one example, key) -> log p, where the example is a row of a batch
             with a batch axis of 1. With labels drawn from the model's own prediction by the key it
             is the true Fisher; with the data's labels the empirical one.
-        params: to differentiate by; what is frozen can be closed over.
+        params: to differentiate by.
         batches: pytrees of arrays [b, ...]; every row counts. Gradients of a batch's rows are
             formed at once by vmap: small batches save memory.
+        frozen: the rest of the params that `log_likelihood` wants, in one tree with them. Closed
+            over instead, large ones would be constants of the compiled program.
 
     Raises:
         UserError: no batch.
     """
+    rest = paths(frozen or {})
 
-    def squared(params: Params, row: Any, key: jax.Array) -> Params:
-        one = jax.tree.map(lambda leaf: leaf[None], row)
-        grads = jax.grad(log_likelihood)(params, one, key)
-        return jax.tree.map(jnp.square, grads)
+    def squared(params: Params, rest: Params, row: Any, key: jax.Array) -> Params:
+        def likelihood(params: Params) -> jax.Array:
+            whole = unflatten_dict(rest | paths(params), sep="/")
+            return log_likelihood(whole, jax.tree.map(lambda leaf: leaf[None], row), key)
+
+        return jax.tree.map(jnp.square, jax.grad(likelihood)(params))
 
     @jax.jit
-    def total(params: Params, batch: Any, keys: jax.Array) -> Params:
-        each = jax.vmap(squared, in_axes=(None, 0, 0))(params, batch, keys)
+    def total(params: Params, rest: Params, batch: Any, keys: jax.Array) -> Params:
+        each = jax.vmap(squared, in_axes=(None, None, 0, 0))(params, rest, batch, keys)
         return jax.tree.map(lambda leaf: leaf.sum(axis=0), each)
 
     found, rows = None, 0
     for number, batch in enumerate(batches):
         size = jax.tree.leaves(batch)[0].shape[0]
-        part = total(params, batch, jax.random.split(jax.random.fold_in(rng, number), size))
+        part = total(params, rest, batch, jax.random.split(jax.random.fold_in(rng, number), size))
         found = part if found is None else jax.tree.map(jnp.add, found, part)
         rows += size
     if found is None:

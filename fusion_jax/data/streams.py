@@ -27,6 +27,24 @@ class Streams:
         return {name: stream[step] for name, stream in self.streams.items()}
 
 
+@dataclasses.dataclass(frozen=True)
+class Phases:
+    """data[step] of one source after another, [(source, steps), ...]: a curriculum.
+
+    Each is read from its own step 0; a source of 0 steps is left out, the last has no end.
+    """
+
+    parts: Sequence[tuple[Any, int]]
+
+    def __getitem__(self, step: int) -> dict[str, Any]:
+        *before, (last, _) = self.parts
+        for source, steps in before:
+            if step < steps:
+                return source[step]
+            step -= steps
+        return last[step]
+
+
 class Balanced:
     """One batch of several domains' batches: row r is of domain r % domains.
 

@@ -72,9 +72,10 @@ def _materialise(experiment: Experiment, wanted: Params, seed: int, *, may_alias
         return {path: everything[path] for path in drawn}
 
     made = jax.jit(init, out_shardings=drawn)(jax.random.key(seed)) if drawn else {}
+    # device_put keeps a jax.Array's buffer as its own device's part, also with may_alias=False.
     made |= {
         path: jax.device_put(
-            jnp.asarray(given[path], flat[path].dtype), flat[path].sharding, may_alias=may_alias
+            jnp.array(given[path], flat[path].dtype, copy=not may_alias), flat[path].sharding
         )
         for path in flat.keys() & given.keys()
     }

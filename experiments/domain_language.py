@@ -1,0 +1,293 @@
+"""What does a language model gain from a domain's texts before a task, and what does it forget?
+
+    python -m fusion_jax train experiments/domain_language.py
+    python -m fusion_jax train experiments/domain_language.py --hold ewc --workdir runs/ewc
+    python -m experiments.domain_language_table        # all ways and seeds, the tables below
+
+Three phases of one run, on batches of one shape: DAPT goes on pretraining on the domain's texts,
+TAPT on the task's own texts without labels (arXiv 2004.10964), then the task is fine-tuned: name
+the subject of a definition. The domain is computing: the Jargon File, and the Free On-line
+Dictionary of Computing, whose articles have a subject. What the model knew before is measured on
+The Devil's Dictionary, plain English prose; `--hold` holds on to it. All three are Debian packages
+(dict-*). No article that is measured on was trained on, in any phase.
+"""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fusion_jax.adaptation import anchoring
+from fusion_jax.data import concepts, dictionary, packing
+from fusion_jax.data.dictionary import Entry
+from fusion_jax.data.domain_batches import own_share
+from fusion_jax.data.pipeline import Batches, Padded
+from fusion_jax.data.streams import Phases, Streams
+from fusion_jax.errors import UserError
+from fusion_jax.evaluation import accuracy
+from fusion_jax.evaluation.table import print_table
+from fusion_jax.language.fused import FusedLM
+from fusion_jax.objectives.combine import Batch, Metrics, Objective, on_batch, weighted_sum
+from fusion_jax.objectives.generative import causal_lm
+from fusion_jax.pretrained.load import load
+from fusion_jax.training.experiment import Experiment
+from fusion_jax.training.optimizer import averaged_adamw
+from fusion_jax.training.partition import Params, partition
+from fusion_jax.training.settings import Settings as Base
+from fusion_jax.training.settings import runtime
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(Base):
+    steps: int = 120
+    phases: tuple[float, float, float] = (0.4, 0.2, 0.4)
+    """Shares of the steps: the domain's texts, the task's texts without labels, the task."""
+    batch_size: int = 8
+    length: int = 64
+    """Tokens of a row."""
+    learning_rate: float = 3e-4
+    evaluate_every: int = runtime(24)
+    checkpoint_every: int = 0
+    model: str = "smollm2-135m-instruct"
+    """A name, hub id or folder of a decoder with a tokenizer."""
+    trainable: str = "layer_2[4-9]/"
+    """Which params of the decoder are trained: by default the last six layers of SmolLM2."""
+    domain: str = "jargon"
+    """Dictionaries: of the domain, of the task, and of what was known before."""
+    task: str = "foldoc"
+    old: str = "devil"
+    texts: Path | None = None
+    """The dictionaries' files, if they are not to be fetched."""
+    subjects: int = 8
+    """How many of the task's commonest subjects are told apart."""
+    hold: Literal["nothing", "replay", "ewc", "l2-sp"] = "nothing"
+    """What holds on to what was known."""
+    hold_weight: float | None = None
+    """Of that loss; by default what was best on validation articles (see HOLD_WEIGHTS)."""
+    most: int = 64
+    """Rows of each kind that are measured on, at most."""
+    development: bool = False
+    """Measure on validation articles in place of the test articles."""
+
+
+HOLD_WEIGHTS = {"nothing": 0.0, "replay": 1.0, "ewc": 1.0, "l2-sp": 1.0}
+
+
+# ------------------------------------------------------------------------------------------ data
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """Rows to train on and to measure on by kind, and the subjects with their first tokens."""
+
+    train: dict[str, list[dict[str, Any]]]
+    held: dict[str, list[dict[str, Any]]]
+    subjects: tuple[str, ...]
+    first_tokens: tuple[int, ...]
+
+
+def read_texts(s: Settings, encode: Callable[[str], list[int]]) -> Texts:
+    """An article is on one side only, by its headword."""
+
+    def sides(name: str) -> dict[str, list[Entry]]:
+        entries = dictionary.load(name, s.texts)
+        heads = [concepts.normalize(entry.heads[0] if entry.heads else "") for entry in entries]
+        split = concepts.split(heads, s.seed)
+        return {side: [entries[row] for row in rows] for side, rows in split.items()}
+
+    domain, task, old = sides(s.domain), sides(s.task), sides(s.old)
+    tags = Counter(entry.tags[0] for entry in task["train"] if entry.tags)
+    subjects: dict[int, str] = {}
+    for name, _ in tags.most_common():  # the commonest whose first tokens differ
+        subjects.setdefault(encode(" " + name)[0], name)
+    names = tuple(subjects.values())[: s.subjects]
+    if len(names) < 2:
+        raise UserError(f"the dictionary {s.task} has fewer than two subjects; try foldoc")
+
+    def plain(entries: list[Entry]) -> list[dict[str, Any]]:
+        return packed([encode(f"{' / '.join(e.heads)}\n{e.text}") for e in entries], s.length)
+
+    def asked(entries: list[Entry]) -> list[dict[str, Any]]:
+        chosen = [entry for entry in entries if entry.tags and entry.tags[0] in names]
+        rows = [question(entry, names, encode, s.length) for entry in chosen]
+        return [row | {"id": number} for number, row in enumerate(rows)]
+
+    train = {"dapt": plain(domain["train"]), "tapt": plain(task["train"])}
+    train |= {"tune": asked(task["train"]), "old": plain(old["train"])}
+    side = "validation" if s.development else "test"
+    held = {"old": plain(old[side]), "new": plain(task[side]), "task": asked(task[side])}
+    held = {name: spread(rows, s.most) for name, rows in held.items()}
+    return Texts(train, held, names, tuple(subjects)[: s.subjects])
+
+
+def packed(ids: list[list[int]], length: int) -> list[dict[str, Any]]:
+    """Texts in rows of `length`; every token counts."""
+    source = packing.Packed(ids, packing.plan([len(one) for one in ids], length))
+    rows = [source[row] for row in range(len(source))]
+    return [row | {"weight": np.ones(len(row["text"]), np.float32), "label": -1} for row in rows]
+
+
+def question(
+    entry: Entry, subjects: Sequence[str], encode: Callable[[str], list[int]], length: int
+) -> dict[str, Any]:
+    """A definition and its subject; the subject's first token, which tells it, alone counts."""
+    asked, answer = encode("\nSubject:"), encode(" " + entry.tags[0])[:1]
+    text = encode(entry.text)[: length - len(asked) - 1]
+    ids = np.asarray([*text, *asked, *answer], np.int32)
+    weight = np.zeros(len(ids), np.float32)
+    weight[-1] = 1
+    segment = np.ones(len(ids), np.int32)
+    label = subjects.index(entry.tags[0])
+    return {"text": ids, "weight": weight, "segment": segment, "label": label}
+
+
+def spread(rows: list, most: int) -> list:
+    """At most so many rows, from all over."""
+    return [rows[i] for i in np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(int)]
+
+
+def batches_of(s: Settings, rows: list[dict[str, Any]], train: bool) -> Batches:
+    transforms = {name: Padded(name, (s.length,), np.int32) for name in ("text", "segment")}
+    transforms["weight"] = Padded("weight", (s.length,), np.float32)
+    share = own_share() if train else {}
+    return Batches(rows, s.batch_size, transforms, seed=s.seed, train=train, **share)
+
+
+# ------------------------------------------------------------------------------------- objective
+
+
+def objective_of(s: Settings, model: FusedLM) -> Objective:
+    """Predict the next token, and what holds on to the old.
+
+    What does not change, "anchor" and "fisher", lies beside the model among the params: closed
+    over, it would be a constant of the compiled step.
+    """
+
+    def learn(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Metrics]:
+        return causal_lm(model, train=False)(params["model"], batch, rng)
+
+    def anchored(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Metrics]:
+        anchor = params["anchor"]
+        if s.hold == "ewc":
+            return anchoring.ewc(anchor, params["fisher"])(params["model"], batch, rng)
+        return anchoring.l2_sp(anchor)(params["model"], batch, rng)
+
+    weight = HOLD_WEIGHTS[s.hold] if s.hold_weight is None else s.hold_weight
+    new = on_batch("new", learn)
+    if s.hold == "nothing":
+        return new
+    hold = on_batch("old", learn) if s.hold == "replay" else anchored
+    return weighted_sum({new: 1.0, hold: weight})
+
+
+def fisher_of(s: Settings, model: FusedLM, trained: Params, frozen: Params, rows: list) -> Params:
+    """How much the likelihood of a token of the old texts depends on each trained param."""
+    old = batches_of(dataclasses.replace(s, batch_size=1), spread(rows, FISHER_ROWS), train=False)
+
+    def log_likelihood(params: Params, batch: Batch, key: jax.Array) -> jax.Array:
+        loss, metrics = causal_lm(model, train=False)(params, batch, key)
+        return -loss * jnp.sqrt(metrics["answer_tokens"])
+
+    batches = ({name: old[step][name] for name in TEXT} for step in range(len(old)))
+    key = jax.random.key(s.seed)
+    return anchoring.fisher_diagonal(log_likelihood, trained, batches, key, frozen)
+
+
+FISHER_ROWS = 32
+TEXT = ("text", "weight", "segment")
+
+
+# --------------------------------------------------------------------------------- build, report
+
+
+def build(s: Settings) -> Experiment:
+    opened = load(s.model)
+    if opened.tokenizer is None:
+        raise UserError(f"{s.model} has no tokenizer, and texts must be turned into ids")
+    model = FusedLM(opened.module, {})
+    texts = read_texts(s, lambda text: opened.tokenizer.encode(text).ids)
+    published = {"decoder": opened.params}
+    train = {name: batches_of(s, rows, True) for name, rows in texts.train.items()}
+    steps = [round(share * s.steps / sum(s.phases)) for share in s.phases]
+    phases = Phases(
+        [(train[name], n) for name, n in zip(("dapt", "tapt", "tune"), steps, strict=True)]
+    )
+    streams: dict[str, Any] = {"new": phases}
+    trained, frozen = partition(published, s.trainable)
+    pretrained = {"model": published}
+    if s.hold == "replay":
+        streams["old"] = train["old"]
+    if s.hold in ("ewc", "l2-sp"):
+        pretrained["anchor"] = trained
+    if s.hold == "ewc":
+        pretrained["fisher"] = fisher_of(s, model, trained, frozen, texts.train["old"])
+    measure = measuring(s, model, texts)
+    before = measure(pretrained)
+    return Experiment(
+        data=Streams(streams),
+        init=lambda key: jax.tree.map(jnp.zeros_like, pretrained),
+        objective=objective_of(s, model),
+        optimizer=averaged_adamw(s.learning_rate, s.steps, weight_decay=0.0, average=0.5),
+        pretrained=pretrained,
+        trainable=f"^model/.*{s.trainable}",
+        validate=lambda params: changes(before, measure(params)),
+        report=lambda params, _: report(s, texts, before, measure(params)),
+    )
+
+
+def measuring(s: Settings, model: FusedLM, texts: Texts) -> Callable[[Params], dict[str, float]]:
+    """params -> nats a token of the old and of the new texts, and accuracy on the task."""
+    held = {
+        name: [batches[step] for step in range(len(batches))]
+        for name, batches in ((n, batches_of(s, rows, False)) for n, rows in texts.held.items())
+    }
+    tokens = jnp.asarray(texts.first_tokens)
+
+    @jax.jit
+    def likelihood(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        loss, metrics = causal_lm(model, train=False)(params, batch, jax.random.key(0))
+        return loss * metrics["answer_tokens"], metrics["answer_tokens"]
+
+    @jax.jit
+    def choose(params: Params, batch: Batch) -> jax.Array:
+        hidden = model.apply({"params": params}, batch).hidden
+        last = jnp.argmax(batch["weight"].values, axis=1) - 1  # predicts the subject
+        hidden = jnp.take_along_axis(hidden, last.clip(0)[:, None, None], axis=1)
+        logits = model.apply({"params": params}, hidden, method="logits")[:, 0]
+        return jnp.take(logits, tokens, axis=1).argmax(axis=1)
+
+    def measure(params: Params) -> dict[str, float]:
+        found = {}
+        for name in ("old", "new"):
+            sums = [likelihood(params["model"], batch) for batch in held[name]]
+            loss, count = (float(sum(map(float, part))) for part in zip(*sums, strict=True))
+            found[name] = loss / count
+        said = [np.asarray(choose(params["model"], batch)) for batch in held["task"]]
+        labels = np.concatenate([batch["label"] for batch in held["task"]])
+        return found | {"accuracy": accuracy.accuracy(np.concatenate(said), labels)}
+
+    return measure
+
+
+def changes(before: dict[str, float], now: dict[str, float]) -> dict[str, float]:
+    """How much easier the new texts have become, and how much harder the old."""
+    gone = {"gained": before["new"] - now["new"], "forgotten": now["old"] - before["old"]}
+    return gone | {"accuracy": now["accuracy"]}
+
+
+def report(
+    s: Settings, texts: Texts, before: dict[str, float], after: dict[str, float]
+) -> dict[str, float]:
+    labels = np.array([row["label"] for row in texts.held["task"]])
+    about = (
+        f"nats a token of {'validation' if s.development else 'test'} articles of {s.old} (old) and"
+        f" {s.task} (new); accuracy among {len(texts.subjects)} subjects, {len(labels)} articles, "
+        f"always the commonest {accuracy.majority_accuracy(labels):.3f}; hold {s.hold}"
+    )
+    print_table("Before and after", {"before": before, "after": after}, about, [s.seed])
+    return changes(before, after)

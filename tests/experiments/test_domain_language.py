@@ -1,0 +1,74 @@
+"""Three phases on a tiny model and on dictionaries made here, from the command to the numbers."""
+
+import gzip
+import json
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from fusion_jax.__main__ import main
+from fusion_jax.data import dictionary
+from fusion_jax.language.decoder import Decoder
+from fusion_jax.language.prompt import text_mask
+from fusion_jax.pretrained.load import Pretrained
+from fusion_jax.transformer import MLP, Attention, Block, Rope
+
+
+@pytest.fixture(autouse=True)
+def bytes_model(monkeypatch):
+    """A decoder over bytes with random weights, in place of a published one."""
+    letters = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "Ġa", "Ġb"]  # " a" and " b"
+    vocabulary = {letter: i for i, letter in enumerate(letters)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [("Ġ", "a"), ("Ġ", "b")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    attention = partial(Attention, heads=2, kv_heads=1, bias=False, rope=Rope.plain(4))
+    mlp = partial(MLP, hidden_width=8, activation=nn.silu, gated=True, bias=False)
+    block = partial(Block, attention=attention, mlp=mlp, norm=nn.RMSNorm)
+    module = Decoder(258, 8, (block, block), nn.RMSNorm)
+    ids = jnp.zeros((1, 4), jnp.int32)
+    params = module.init(jax.random.key(0), ids, text_mask(ids == 0))["params"]
+    opened = Pretrained(module, params, {}, tokenizer, None, "bytes")
+    monkeypatch.setattr("fusion_jax.pretrained.load.load", lambda name: opened)
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """Three small dictionaries; articles of the second have one of two subjects."""
+
+    def digits(value):
+        return "".join(dictionary._DIGITS[(value >> shift) & 63] for shift in (18, 12, 6, 0))
+
+    for name in ("slang", "terms", "prose"):
+        start, lines, parts = 0, [], []
+        for number in range(20):
+            tag = ("<alpha> ", "<beta> ")[number % 2] if name == "terms" else ""
+            part = f"{name}{number}\n\n   {tag}What {name} number {number} means.\n\n"
+            parts.append(part)
+            lines.append(f"{name}{number}\t{digits(start)}\t{digits(len(part))}\n")
+            start += len(part)
+        (tmp_path / f"{name}.index").write_text("".join(lines))
+        (tmp_path / f"{name}.dict.dz").write_bytes(gzip.compress("".join(parts).encode()))
+    return tmp_path
+
+
+@pytest.mark.parametrize("hold", ["ewc", "replay"])
+def test_three_phases(texts, tmp_path, hold, capsys):
+    run = tmp_path / "run"
+    flags = [
+        *("train", "experiments/domain_language.py", "--workdir", str(run), "--no-tensorboard"),
+        *("--texts", str(texts), "--domain", "slang", "--task", "terms", "--old", "prose"),
+        *("--trainable", "layer_1/", "--steps", "3", "--phases", "1", "1", "1", "--length", "32"),
+        *("--evaluate-every", "1", "--hold", hold),
+    ]
+    assert main(flags) == 0
+    assert "among 2 subjects" in capsys.readouterr().out
+    numbers = json.loads((run / "report" / "metrics.json").read_text())
+    assert 0 <= numbers["accuracy"] <= 1
+    assert np.isfinite([numbers["gained"], numbers["forgotten"]]).all()
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert sum("forgotten" in row for row in rows) == 3
