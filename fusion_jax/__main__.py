@@ -1,4 +1,4 @@
-"""python -m fusion_jax train|evaluate|fetch|ask ...: each command is a function below."""
+"""python -m fusion_jax train|evaluate|compress|fetch|ask ...: each command is a function below."""
 
 import dataclasses
 import sys
@@ -13,8 +13,11 @@ USAGE = """usage: python -m fusion_jax COMMAND ...
 
   train EXPERIMENT.py [--SETTING VALUE ...]   train, or go on training; --help lists the settings
   evaluate --workdir DIR                      report on a trained workdir again
+  compress --workdir DIR --recipe int8        write a smaller workdir, and compare
   fetch NAME                                  bring a pretrained checkpoint or data set
   ask --model NAME | --workdir DIR QUESTION   ask a language model
+  export --workdir DIR | --model NAME FOLDER  write a model that runs without this codebase
+  serve FOLDER                                serve such a folder over HTTP
 """
 
 
@@ -52,6 +55,7 @@ def train(arguments: list[str]) -> None:
 
 def evaluate(arguments: list[str]) -> None:
     """Reports on a trained workdir again."""
+    from fusion_jax.compression.running import running
     from fusion_jax.training import experiment as experiments
     from fusion_jax.training import loop, runtime
 
@@ -66,7 +70,17 @@ def evaluate(arguments: list[str]) -> None:
     workdir = tyro.cli(parse, args=arguments, prog="python -m fusion_jax evaluate")
     runtime.start()
     module, settings = experiments.reopen(workdir)
-    loop.evaluate(module.build(settings), settings, workdir)
+    with running():
+        loop.evaluate(module.build(settings), settings, workdir)
+
+
+def compress(arguments: list[str]) -> None:
+    """Writes a smaller workdir, and compares it with the trained one."""
+    from fusion_jax.compression import workdir
+    from fusion_jax.training import runtime
+
+    runtime.start()
+    tyro.cli(workdir.compress, args=arguments, prog="python -m fusion_jax compress")
 
 
 def fetch(arguments: list[str]) -> None:
@@ -86,18 +100,42 @@ def fetch(arguments: list[str]) -> None:
 
 def ask(arguments: list[str]) -> None:
     """Asks a language model."""
+    from fusion_jax.compression.running import running
     from fusion_jax.language.ask import ask as answer
     from fusion_jax.training import runtime
 
     runtime.start()
-    tyro.cli(answer, args=arguments, prog="python -m fusion_jax ask")
+    with running():
+        tyro.cli(answer, args=arguments, prog="python -m fusion_jax ask")
+
+
+def export(arguments: list[str]) -> None:
+    """Writes a model that runs without this codebase."""
+    from fusion_jax.compression.running import running
+    from fusion_jax.deployment.export import export as write
+    from fusion_jax.training import runtime
+
+    runtime.start()
+    with running():
+        tyro.cli(write, args=arguments, prog="python -m fusion_jax export")
+
+
+def serve(arguments: list[str]) -> None:
+    """Serves an exported model over HTTP."""
+    from fusion_jax.deployment.runtime import server
+
+    if status := server.main(arguments, "python -m fusion_jax serve"):
+        raise SystemExit(status)
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
     "evaluate": evaluate,
+    "compress": compress,
     "fetch": fetch,
     "ask": ask,
+    "export": export,
+    "serve": serve,
 }
 
 

@@ -34,9 +34,11 @@ import tyro
 from experiments.benchmarks.generation import NAME, open_both
 from fusion_jax.adaptation import lora
 from fusion_jax.adaptation.lora import LoRA
+from fusion_jax.compression.quantization import on_kernels
+from fusion_jax.compression.recipes import rounding
+from fusion_jax.compression.running import Compressed
 from fusion_jax.language.fused import FusedLM
 from fusion_jax.language.generate import generate
-from fusion_jax.language.int8 import Int8, quantize
 from fusion_jax.language.prompt import Prompt, text_mask
 from fusion_jax.objectives.generative import causal_lm
 from fusion_jax.pretrained.load import Pretrained
@@ -245,12 +247,12 @@ def main(settings: Settings) -> None:
     runs |= {name: their_prefill(model, batch) for name, model in models.items()}
     report("prefill", best_times(runs, settings.repeats), batch.size)
 
-    small = jax.jit(quantize)(ours.params)
+    small = jax.jit(on_kernels, static_argnums=1)(ours.params, rounding("int8", activations=True))
     for rows in (1, ROWS):
         batch = ids[: rows * PROMPT].reshape(rows, PROMPT)
         runs = {
             "jax": our_decode(ours.module, ours.params, batch),
-            "jax int8": our_decode(Int8(ours.module), small, batch),
+            "jax int8": our_decode(Compressed(ours.module), small, batch),
             "torch": their_decode(theirs, batch),
         }
         if settings.compiled:  # a static cache is what transformers compiles
@@ -260,7 +262,7 @@ def main(settings: Settings) -> None:
         report(f"decode, batch {rows}", best_times(runs, settings.repeats), rows * WRITTEN)
     text_rows = ids[: 8 * 256].reshape(8, 256)
     full = perplexity(ours.module, ours.params, text_rows)
-    rounded = perplexity(Int8(ours.module), small, text_rows)
+    rounded = perplexity(Compressed(ours.module), small, text_rows)
     print(f"perplexity       float32 {full:.2f}, int8 {rounded:.2f}", flush=True)
     del runs, small, models
     torch._dynamo.reset()

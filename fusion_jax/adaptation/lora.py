@@ -8,7 +8,7 @@
 No model is rewritten: calls of `nn.Dense` are intercepted, and each finds its adapter beside its
 kernel, where `apply` put it (so that scan and remat carry it along). The frozen kernel only ever
 meets activations, so differentiating with respect to `params["lora"]` alone forms no gradient of
-the kernel's size.
+the kernel's size. It may be quantized (QLoRA, arXiv 2305.14314; see compression/running.py).
 """
 
 import dataclasses
@@ -21,6 +21,8 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from fusion_jax.compression.quantization import dense as dense_array
+from fusion_jax.compression.running import read_compressed
 from fusion_jax.errors import UserError
 
 Params = dict[str, Any]
@@ -63,7 +65,7 @@ class LoRA:
                 return call(*args, **kwargs)
             return self._adapted(module, call(*args, **kwargs), *args, dropout=dropout)
 
-        with nn.intercept_methods(intercept):
+        with nn.intercept_methods(intercept), nn.intercept_methods(read_compressed):
             return self.model.apply(variables, *args, **kwargs)
 
     def _adapted(
@@ -81,7 +83,7 @@ class LoRA:
         if "lora_magnitude" not in params:
             return output + delta
         # The norm is a constant to the gradient, as in the paper (section 4.3).
-        norm = jax.lax.stop_gradient(_column_norms(params["kernel"], a, b * scale))
+        norm = jax.lax.stop_gradient(_column_norms(dense_array(params["kernel"]), a, b * scale))
         ratio = params["lora_magnitude"] / norm
         bias = params["bias"] if dense.use_bias else jnp.zeros_like(norm)
         shape = (1,) * (output.ndim - 1) + (-1,)
@@ -92,7 +94,7 @@ class LoRA:
         """{"base", "lora"} -> params of `model` itself that give the same outputs."""
         kernels, adapters = flatten_dict(params["base"]), _by_module(params["lora"])
         for path, adapter in adapters.items():
-            kernel = kernels[(*path, "kernel")]
+            kernel = dense_array(kernels[(*path, "kernel")])
             merged = kernel + self._delta(adapter)
             if "lora_magnitude" in adapter:
                 norm = jnp.linalg.norm(merged, axis=-2, keepdims=True)
@@ -145,7 +147,7 @@ def init(rng: jax.Array, params: Params, ranks: Mapping[str, int], *, dora: bool
             "lora_b": jnp.zeros((*stack, rank, fan_out)),
         }
         if dora:
-            adapter["lora_magnitude"] = jnp.linalg.norm(kernel, axis=-2)
+            adapter["lora_magnitude"] = jnp.linalg.norm(dense_array(kernel), axis=-2)
         adapters |= {(*path[:-1], name): leaf for name, leaf in adapter.items()}
     if unused:
         known = ", ".join("/".join(path) for path in list(kernels)[:8])
@@ -157,7 +159,7 @@ def init(rng: jax.Array, params: Params, ranks: Mapping[str, int], *, dora: bool
 
 
 def _is_dense(path: tuple[str, ...], leaf: jax.Array) -> bool:
-    return path[-1] == "kernel" and leaf.ndim == (3 if "layers" in path else 2)
+    return path[-1] == "kernel" and len(leaf.shape) == (3 if "layers" in path else 2)
 
 
 def _by_module(adapters: Params) -> dict[tuple[str, ...], dict[str, jax.Array]]:

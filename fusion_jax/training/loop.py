@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from fusion_jax.compression import storage
 from fusion_jax.data.pipeline import iterate
 from fusion_jax.errors import UserError
 from fusion_jax.paths import write_file
@@ -42,6 +43,8 @@ def train(experiment: Experiment, settings: Settings, workdir: Path) -> dict[str
     Raises:
         UserError: a non-finite loss (with the step and the example ids), or bad input.
     """
+    if (workdir / storage.FILE).exists():
+        raise UserError(f"{workdir} holds compressed params: give another --workdir to train")
     with contextlib.closing(Checkpoints(workdir, settings.keep, experiment.best)) as checkpoints:
         params = _train(experiment, settings, workdir, checkpoints)
     return report(experiment, params, workdir)
@@ -174,7 +177,9 @@ def evaluate(experiment: Experiment, settings: Settings, workdir: Path) -> dict[
 
 
 def restore_params(experiment: Experiment, settings: Settings, workdir: Path) -> Params:
-    """All params of a trained workdir, those of the chosen checkpoint."""
+    """All params of a trained workdir, of the chosen checkpoint or as `compress` wrote them."""
+    if (workdir / storage.FILE).exists():
+        return storage.read(workdir / storage.FILE)
     plan = plan_state(experiment, make_mesh(settings.mesh))
     check_model(workdir, plan.state.params)
     with contextlib.closing(Checkpoints(workdir, settings.keep, experiment.best)) as checkpoints:
