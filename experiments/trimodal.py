@@ -22,7 +22,7 @@ the sum.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -43,6 +43,7 @@ from fusion_jax.encoders.audio import AudioTransformer
 from fusion_jax.encoders.projection import Project, Projected
 from fusion_jax.encoders.text import TextTransformer
 from fusion_jax.encoders.vit import ViT
+from fusion_jax.deployment.export import Predictor
 from fusion_jax.evaluation import accuracy, calibration, plots, retrieval, shapley
 from fusion_jax.evaluation.ridge import ridge
 from fusion_jax.evaluation.table import print_table
@@ -61,7 +62,7 @@ from fusion_jax.objectives.balance import with_modality_dropout
 from fusion_jax.objectives.combine import Objective, forward, side_by_side, weighted_sum
 from fusion_jax.objectives.contrastive import info_nce
 from fusion_jax.objectives.supervised import cross_entropy
-from fusion_jax.pretrained.tower import open_tower
+from fusion_jax.pretrained.tower import Tower, open_tower
 from fusion_jax.tokens import Tokens, fill, mean_pool, shorten, windows
 from fusion_jax.training.experiment import Experiment
 from fusion_jax.training.optimizer import averaged_adamw
@@ -69,6 +70,8 @@ from fusion_jax.training.partition import Params
 from fusion_jax.training.settings import Settings as Base
 
 MODALITIES = ("audio", "image", "text")
+SECONDS = 4.0
+"""Of a recording that are heard."""
 FUSIONS = {
     "sum": Sum,
     "concat": Concat,
@@ -143,6 +146,30 @@ def nine(tokens: Tokens) -> Tokens:
     return shorten(tokens, 9)
 
 
+def mean_and_max(tokens: Tokens) -> Tokens:
+    """0.2 s of Moonshine's frames as one: their mean, and their maximum beside it."""
+    mean = shorten(tokens, 9)
+    top = fill(windows(tokens, 9), -jnp.inf).max(axis=2)
+    return Tokens(jnp.concatenate([mean.values, fill(Tokens(top, mean.mask))], axis=-1), mean.mask)
+
+
+SHORTER: dict[str, tuple[Callable[[Tokens], Tokens], ...]] = {
+    "image": (nine,),
+    "audio": (mean_and_max,),
+    "text": (),
+}
+"""What is done to a frozen tower's tokens before they are kept, if anything."""
+
+
+def open_towers(s: Settings, augment: Augment | None = None) -> dict[str, Tower]:
+    """The pretrained encoders."""
+    return {
+        "image": open_tower(s.image_tower, "image", augment=augment),
+        "audio": open_tower(s.audio_tower, "audio", languages=s.languages, seconds=SECONDS),
+        "text": open_tower(s.text_tower, "text"),
+    }
+
+
 def build_towers(
     s: Settings, source: Source, rows: list[int]
 ) -> tuple[Source, dict[str, nn.Module], dict[str, Transform], Params]:
@@ -150,7 +177,7 @@ def build_towers(
 
     Frozen towers' tokens are standardized over `rows`, those that are trained on.
     """
-    spoken, crop = {"languages": s.languages, "seconds": 4.0}, Augment()
+    crop = Augment()
     project = partial(Project, s.width, dropout=s.dropout)
     if s.towers == "scratch":
         encoders = {
@@ -160,15 +187,11 @@ def build_towers(
         }
         transforms = {
             "image": Pictures(96, crop),
-            "audio": Waveforms(**spoken),
+            "audio": Waveforms(SECONDS, s.languages),
             "text": Ids(ByteTokenizer(), 64),
         }
         return source, encoders, transforms, {}
-    towers = {
-        "image": open_tower(s.image_tower, "image", augment=crop),
-        "audio": open_tower(s.audio_tower, "audio", **spoken),
-        "text": open_tower(s.text_tower, "text"),
-    }
+    towers = open_towers(s, crop)
     if s.towers == "finetune":
         encoders = {name: Projected(tower.module, project()) for name, tower in towers.items()}
         transforms = {name: tower.transform for name, tower in towers.items()}
@@ -176,24 +199,13 @@ def build_towers(
         return source, encoders, transforms, params
     frozen = features.freeze(
         Views(source, s.views),
-        {
-            "image": towers["image"].frozen(nine),
-            "audio": towers["audio"].frozen(mean_and_max),
-            "text": towers["text"].frozen(),
-        },
+        {name: tower.frozen(*SHORTER[name]) for name, tower in towers.items()},
     )
     transforms = {
         name: standardized(Padded(name, (tokens.longest, tokens.width), np.float16), frozen, rows)
         for name, (_, tokens) in frozen.fields.items()
     }
     return frozen, {name: project() for name in towers}, transforms, {}
-
-
-def mean_and_max(tokens: Tokens) -> Tokens:
-    """0.2 s of Moonshine's frames as one: their mean, and their maximum beside it."""
-    mean = shorten(tokens, 9)
-    top = fill(windows(tokens, 9), -jnp.inf).max(axis=2)
-    return Tokens(jnp.concatenate([mean.values, fill(Tokens(top, mean.mask))], axis=-1), mean.mask)
 
 
 # ------------------------------------------------------------------------------------- objective
@@ -261,6 +273,40 @@ def build(s: Settings) -> Experiment:
         pretrained=dict.fromkeys(models, pretrained) if pretrained else {},
         report=report,
     )
+
+
+def exported(s: Settings, params: Params) -> Predictor:
+    """What `python -m fusion_jax export --workdir` writes: raw picture, sound and ids in."""
+    source, classes, described = read_data(s)
+    rows, _ = split_rows(s, source)
+    _, encoders, transforms, _ = build_towers(s, source, rows)
+    fusion = s.fusions[-1]
+    model = Multimodal(encoders=encoders, fusion=FUSIONS[fusion](), classes=len(classes))
+    params, raw = {"model": params[fusion]}, {name: transforms[name] for name in MODALITIES}
+    towers: dict[str, Tower] = {}
+    if s.towers == "frozen":
+        towers = open_towers(s)
+        raw = {name: tower.transform for name, tower in towers.items()}
+        for name, tower in towers.items():
+            scale = {"mean": transforms[name].mean, "deviation": transforms[name].deviation}
+            params[name] = {"tower": tower.params, **scale}
+
+    def standard(params: Params, name: str, tokens: Tokens) -> Tokens:
+        """The frozen tower's tokens as training read them: kept in 16 bits, standardized."""
+        tokens = towers[name].module.apply({"params": params["tower"]}, tokens)
+        for shorter in SHORTER[name]:
+            tokens = shorter(tokens)
+        values = tokens.values.astype(jnp.float16).astype(jnp.float32)
+        mean, deviation = (params[part][None, None] for part in ("mean", "deviation"))
+        return Tokens((values - mean) / deviation, tokens.mask)
+
+    def apply(params: Params, batch: dict[str, Tokens]) -> dict[str, jax.Array]:
+        batch = batch | {name: standard(params[name], name, batch[name]) for name in towers}
+        outputs = model.apply({"params": params["model"]}, batch)
+        embeddings = {f"{name}_embedding": each for name, each in outputs.embeddings.items()}
+        return {"logits": outputs.logits, **embeddings}
+
+    return Predictor(apply, params, raw, classes, described)
 
 
 # ---------------------------------------------------------------------------------------- report

@@ -70,6 +70,10 @@ class FileTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids])
 
+    def json(self) -> str:
+        """As `tokenizer.json` holds it."""
+        return self._tokenizer.to_str()
+
     def __repr__(self) -> str:
         return f"FileTokenizer({self._checksum})"
 

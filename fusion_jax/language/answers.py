@@ -16,12 +16,12 @@ import numpy as np
 
 from fusion_jax.data.pipeline import Number, Padded, Transform
 from fusion_jax.data.questions import Question
-from fusion_jax.language.ask import Assistant
+from fusion_jax.language.ask import Assistant, Encoder
 from fusion_jax.language.chat import Chat
 from fusion_jax.language.fused import Batch, FusedLM, Layout, Params
 from fusion_jax.language.generate import choose, generate
 from fusion_jax.language.prompt import bucket, pad
-from fusion_jax.language.sight import Sight
+from fusion_jax.language.sight import CLASS_NAMES, Sight
 from fusion_jax.language.tuned import Tuned
 from fusion_jax.pretrained.load import Pretrained
 from fusion_jax.tokens import Tokens
@@ -153,6 +153,8 @@ class Answerer:
     def assistant(self) -> Assistant:
         """The same for files and whoever asks about them."""
         writing, sight = self.writing, self.writing.sight
+        guesses = sight.guesses
+        labels, count = (CLASS_NAMES, guesses.count) if guesses else (None, 0)
         return Assistant(
             self.model,
             self.params,
@@ -160,6 +162,9 @@ class Answerer:
             writing.layout,
             readers={"image": sight.read},
             words={"image": sight.describe_file},
+            encoders={
+                "image": Encoder(sight.look, sight.params, sight.published.transform, labels, count)
+            },
         )
 
     def scores(

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import tyro
 
+from fusion_jax.data.pipeline import Transform
 from fusion_jax.errors import UserError
 from fusion_jax.language.chat import Chat, text_stream
 from fusion_jax.language.decoder import Decoder
@@ -17,6 +18,25 @@ from fusion_jax.language.generate import stream
 from fusion_jax.language.prompt import Prompt, bucket, pad
 from fusion_jax.language.sampling import Sampling
 from fusion_jax.tokens import Tokens
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Encoder:
+    """How raw data become tokens, as a function of arrays, so that it can be exported.
+
+    Attributes:
+        apply: (params, raw Tokens [b, ...]) -> (Tokens [b, t, d] that the connector reads, logits
+            [b, labels] or None).
+        params: any tree.
+        transform: from an example to the raw data.
+        words: labels, of which the `count` likeliest follow the item in the prompt; or None.
+    """
+
+    apply: Callable[[Any, Tokens], tuple[Tokens, jax.Array | None]]
+    params: Any
+    transform: Transform
+    words: Sequence[str] | None = None
+    count: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +51,8 @@ class Assistant:
         layout: where media stand in a prompt.
         readers: {name: file -> Tokens of one item, values [1, 1, ...] and mask [1, 1, ...]}.
         words: {name: file -> text that follows the item in the prompt}, where there is any.
+        encoders: {name: what readers and words do, as a function of arrays}; for export.
+        data: what it was trained on, in words.
     """
 
     model: Decoder | FusedLM
@@ -39,6 +61,8 @@ class Assistant:
     layout: Layout | None = None
     readers: Mapping[str, Callable[[Path], Tokens]] = dataclasses.field(default_factory=dict)
     words: Mapping[str, Callable[[Path], str]] = dataclasses.field(default_factory=dict)
+    encoders: Mapping[str, Encoder] = dataclasses.field(default_factory=dict)
+    data: str = ""
 
     def answer(
         self,

@@ -11,8 +11,12 @@ they follow the picture's tokens.
 
 import dataclasses
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from tensorflow_datasets.datasets.siscore.labels import IMAGENET_LABELS_LIST
 
@@ -21,8 +25,10 @@ from fusion_jax.data.pipeline import Padded
 from fusion_jax.data.views import Standardized, Views, standardized
 from fusion_jax.errors import UserError
 from fusion_jax.pretrained.load import load
-from fusion_jax.pretrained.tower import open_tower
+from fusion_jax.pretrained.tower import Tower, open_tower
 from fusion_jax.tokens import Tokens, shorten
+
+CLASS_NAMES = tuple(label.split(",")[0] for label in IMAGENET_LABELS_LIST)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +60,7 @@ class Guesses:
         """Tokens [t, d] as they leave the tower -> "tabby, tiger cat, lynx"."""
         logits = tokens.astype(np.float32).mean(axis=0) @ self.kernel + self.bias
         best = np.argsort(-logits)[: self.count]
-        return ", ".join(IMAGENET_LABELS_LIST[i].split(",")[0] for i in best)
+        return ", ".join(CLASS_NAMES[i] for i in best)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -64,14 +70,19 @@ class Sight:
     Attributes:
         frozen: the source, with tokens [t, d] of each view in place of pictures.
         scale: standardizes tokens, as over the training rows.
-        tower: encodes a new picture.
+        published: the tower as it comes.
         guesses: or None.
     """
 
     frozen: features.Frozen
     scale: Standardized
-    tower: features.Tower
+    published: Tower
     guesses: Guesses | None
+
+    @cached_property
+    def tower(self) -> features.Tower:
+        """Encodes a new picture."""
+        return self.published.frozen(nine)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -111,6 +122,29 @@ class Sight:
         """The guesses about a picture file."""
         return self._in_words(self._encoded(file))
 
+    @property
+    def params(self) -> dict[str, Any]:
+        """What `look` needs, as a tree of arrays."""
+        found = {"tower": self.published.params}
+        found |= {"mean": self.scale.mean, "deviation": self.scale.deviation}
+        if self.guesses is not None:
+            found |= {"kernel": self.guesses.kernel, "bias": self.guesses.bias}
+        return found
+
+    def look(self, params: dict[str, Any], pictures: Tokens) -> tuple[Tokens, jax.Array | None]:
+        """Raw pictures [b, h, w, 3] -> what `tokens` gives [b, t, d], and the guesses' logits.
+
+        A pure function of arrays, so that it can be exported.
+        """
+        tokens = nine(self.published.module.apply({"params": params["tower"]}, pictures))
+        # Rounded as what is kept beside the data.
+        values = tokens.values.astype(jnp.float16).astype(jnp.float32)
+        mean, deviation = (jnp.asarray(params[name])[None, None] for name in ("mean", "deviation"))
+        logits = None
+        if self.guesses is not None:
+            logits = values.mean(axis=1) @ params["kernel"] + params["bias"][None]
+        return Tokens((values - mean) / deviation, tokens.mask), logits
+
     def _stored(self, row: int, view: int) -> np.ndarray | None:
         views = self.frozen[row].get("image")
         return None if views is None else views[str(view)]
@@ -148,13 +182,13 @@ def open_sight(
     Raises:
         UserError: guesses of a tower that has none; see `open_tower`.
     """
-    frozen_tower = open_tower(tower, "image").frozen(nine)
-    frozen = features.freeze(Views(source, views), {"image": frozen_tower})
+    published = open_tower(tower, "image")
+    frozen = features.freeze(Views(source, views), {"image": published.frozen(nine)})
     _, kept = frozen.fields["image"]
     padded = Padded("image", (kept.longest, kept.width), np.float32)
     return Sight(
         frozen,
         standardized(padded, frozen, rows),
-        frozen_tower,
+        published,
         Guesses.of(tower, guesses) if guesses else None,
     )

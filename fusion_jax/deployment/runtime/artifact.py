@@ -1,0 +1,97 @@
+"""An exported model, opened: its manifest, its params, and its functions, compiled as needed."""
+
+import json
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import export
+
+DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+
+
+class BadInput(Exception):
+    """Something that the model cannot take; `status` is what HTTP calls it."""
+
+    def __init__(self, message: str, status: int = 400):
+        super().__init__(message)
+        self.status = status
+
+
+class Artifact:
+    """What lies in a folder that `export` wrote.
+
+    Attributes:
+        manifest: model.json.
+        card: card.json.
+
+    Raises:
+        BadInput: it is not such a folder, or damaged.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        try:
+            self.manifest: dict[str, Any] = json.loads((folder / "model.json").read_text())
+            self.card: dict[str, Any] = json.loads((folder / "card.json").read_text())
+            self.weights = read_safetensors(folder / "weights.safetensors")
+            self.functions = {name: self._load(name) for name in self.manifest["functions"]}
+        except (OSError, ValueError, KeyError) as error:
+            raise BadInput(f"{folder} is not an exported model, or damaged: {error}") from error
+
+    @property
+    def name(self) -> str:
+        return self.manifest["name"]
+
+    @property
+    def version(self) -> str:
+        """The beginning of the weights' checksum."""
+        return self.manifest["version"]
+
+    def params(self, name: str) -> dict[str, jax.Array]:
+        """The first argument of the function `name`, on the device."""
+        return {each: self._placed[each] for each in self.manifest["functions"][name]["params"]}
+
+    @cached_property
+    def _placed(self) -> dict[str, jax.Array]:
+        return {name: jnp.asarray(leaf) for name, leaf in self.weights.items()}
+
+    def _load(self, name: str) -> Callable[..., Any]:
+        content = bytearray((self.folder / f"{name}.stablehlo").read_bytes())
+        return export.deserialize(content).call
+
+
+def read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    """Tensors by name, mapped and not read (https://huggingface.co/docs/safetensors)."""
+    data = np.memmap(path, mode="r")
+    size = int.from_bytes(data[:8].tobytes(), "little")
+    header: Mapping[str, Any] = json.loads(data[8 : 8 + size].tobytes())
+    tensors = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            start, stop = (8 + size + offset for offset in entry["data_offsets"])
+            dtype = jnp.dtype(DTYPES[entry["dtype"]])
+            tensors[name] = data[start:stop].view(dtype).reshape(entry["shape"])
+    return tensors
+
+
+def round_up(size: int, least: int = 1) -> int:
+    """The next power of two: few shapes are compiled."""
+    while least < size:
+        least *= 2
+    return least

@@ -1,0 +1,356 @@
+"""Writing with exported `prefill` and `decode`; rows join and leave a running batch (Orca, 2022).
+
+Rows of a batch share the slot that is written next, and positions tell what each slot holds. So a
+new row is read on its own and copied in, wherever the others are; when all slots are used, each
+row's own are moved together.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from . import media
+from .artifact import Artifact, BadInput, round_up
+from .conversation import MARK, Conversation
+
+Caches = dict[str, jax.Array]
+SHORTEST_PROMPT, FEWEST_SLOTS = 16, 64
+STOP, LENGTH = "stop", "length"
+
+
+@dataclasses.dataclass(eq=False)
+class Writing:
+    """A row: what it reads, how it is continued, and where it is.
+
+    Attributes:
+        ids: the prompt; -1 - i stands for vector i.
+        vectors: [m, width] of all its media.
+        temperature, top_p, seed: temperature 0 takes the likeliest token.
+        row: its place in the batch.
+        written: ids so far.
+        finish: STOP or LENGTH when it has ended.
+    """
+
+    ids: list[int]
+    vectors: np.ndarray
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    row: int = -1
+    written: list[int] = dataclasses.field(default_factory=list)
+    finish: str | None = None
+
+
+class Generator:
+    """Continues several prompts at a time.
+
+    Args:
+        rows: most prompts at a time.
+        context: most tokens of a prompt and its answer; None: what the model was made for.
+    """
+
+    def __init__(self, artifact: Artifact, rows: int = 8, context: int | None = None):
+        manifest = artifact.manifest
+        self.artifact, self.rows = artifact, rows
+        limits = [limit for limit in (manifest["context_length"], context) if limit]
+        self.context = min(limits, default=2048)
+        self.stop_ids, self.width = set(manifest["stop_ids"]), manifest["width"]
+        self.conversation = Conversation(artifact)
+        self.inputs: dict[str, Any] = manifest["inputs"]
+        self.readers = {n: media.Reader(spec, artifact.folder) for n, spec in self.inputs.items()}
+        self.active: list[Writing] = []
+        self._caches: Caches | None = None
+        self._index = 0
+        shapes = manifest["caches"]
+        self._axes = {
+            name: (leaf["shape"].index("b"), leaf["shape"].index("s")) if leaf["shape"] else None
+            for name, leaf in shapes.items()
+        }
+
+    # ------------------------------------------------------------------------------- reading
+
+    def writing(
+        self, messages: Sequence[dict[str, Any]], max_tokens: int | None = None, **how: Any
+    ) -> Writing:
+        """A conversation as a row.
+
+        Args:
+            messages: {"role", "content": text, "media": [(name, item), ...]}; media of a message
+                stand before its text, as they did in training.
+
+        Raises:
+            BadInput: too long; media that the model does not read.
+        """
+        turns, lengths, vectors = [], [], [np.zeros((0, self.width), np.float32)]
+        for message in messages:
+            before = ""
+            for name, item in message.get("media", ()):
+                seen, words = self.see(name, item)
+                before += MARK + words
+                vectors.append(seen)
+                lengths.append(len(seen))
+            content = before + message["content"].replace(MARK, "")
+            turns.append({"role": message["role"], "content": content})
+        ids = self.conversation.ids(turns, lengths)
+        if not ids:
+            raise BadInput("the prompt is empty")
+        room = self.context - len(ids)
+        if room < (max_tokens or 1):
+            raise BadInput(
+                f"the prompt has {len(ids)} tokens, media among them, and the answer up to "
+                f"{max_tokens or 1}; together they may have {self.context}"
+            )
+        return Writing(ids, np.concatenate(vectors), max_tokens or min(room, 256), **how)
+
+    def see(self, name: str, item: np.ndarray) -> tuple[np.ndarray, str]:
+        """An item of media -> vectors [n, width], and the words that follow it in a prompt."""
+        spec = self.inputs[name]
+        found = self._media[name](self.artifact.params(name), media.batch(spec, [item]))
+        words = ""
+        if "words" in spec:
+            order = np.argsort(-np.asarray(found["scores"][0]))[: spec["words"]["count"]]
+            words = ", ".join(spec["words"]["labels"][index] for index in order) + ".\n"
+        return np.asarray(found["vectors"][0]), words
+
+    # ------------------------------------------------------------------------------- writing
+
+    def join(self, writing: Writing) -> None:
+        """Reads a prompt and writes its first token; it is then among the active, if it goes on."""
+        ids = np.zeros((1, round_up(len(writing.ids), SHORTEST_PROMPT)), np.int32)
+        mask = np.zeros(ids.shape, bool)
+        ids[0, -len(writing.ids) :], mask[0, -len(writing.ids) :] = writing.ids, True
+        count = round_up(len(writing.vectors)) if len(writing.vectors) else 1
+        vectors = np.zeros((1, count, self.width), np.float32)
+        vectors[0, : len(writing.vectors)] = writing.vectors
+        slots = round_up(ids.shape[1] + 1, FEWEST_SLOTS)
+        where, how = np.array([len(writing.ids) - 1], np.int32), _how([writing])
+        empty = self._empty(1, slots)
+        token, caches = self._prefill(self._params, ids, mask, vectors, empty, where, how)
+        self._note(writing, int(token[0]))
+        if writing.finish is not None:
+            return
+        if self._caches is None:
+            self._caches, self._index, self._slots, self._capacity = caches, ids.shape[1], slots, 1
+            writing.row = 0
+        else:
+            capacity = self._capacity if len(self.active) < self._capacity else self.rows
+            if (capacity, max(slots, self._slots)) != (self._capacity, self._slots):
+                self._grow(capacity, max(slots, self._slots))
+            taken = {each.row for each in self.active}
+            writing.row = next(row for row in range(capacity) if row not in taken)
+            self._caches = self._merge(self._caches, caches, jnp.int32(writing.row))
+            self._index = max(self._index, ids.shape[1])
+        self.active.append(writing)
+
+    def step(self) -> list[Writing]:
+        """Writes one more token of every active row; returns those rows, some now finished."""
+        rows = list(self.active)
+        if self._index == self._slots:
+            live = max(len(row.ids) + len(row.written) for row in rows)
+            self._caches, self._index = self._compact(self._caches, jnp.int32(live)), live
+            if live > self._slots * 3 // 4:
+                self._grow(self._capacity, 2 * self._slots)
+        token, position = np.zeros((2, self._capacity), np.int32)
+        placed: list[Writing | None] = [None] * self._capacity
+        for row in rows:
+            placed[row.row] = row
+            token[row.row] = row.written[-1]
+            position[row.row] = len(row.ids) + len(row.written) - 1
+        found, self._caches = self._decode(
+            self._params_decode, token, position, self._caches, _how(placed)
+        )
+        self._index += 1
+        found = np.asarray(found)
+        for row in rows:
+            self._note(row, int(found[row.row]))
+        for row in rows:
+            if row.finish is not None:
+                self.leave(row)
+        return rows
+
+    def leave(self, writing: Writing) -> None:
+        """Ends a row early, or one that has finished."""
+        if writing in self.active:
+            self.active.remove(writing)
+        if not self.active:
+            self._caches = None
+
+    def stream(self, writing: Writing) -> Any:
+        """Yields the ids of one prompt as they come; for use without a server."""
+        self.join(writing)
+        shown = 0
+        while True:
+            yield from writing.written[shown:]
+            shown = len(writing.written)
+            if writing.finish is not None:
+                return
+            self.step()
+
+    def _note(self, writing: Writing, token: int) -> None:
+        if token in self.stop_ids:
+            writing.finish = STOP
+            return
+        writing.written.append(token)
+        if len(writing.written) >= writing.max_tokens:
+            writing.finish = LENGTH
+
+    # ------------------------------------------------------------------- functions, compiled once
+
+    @cached_property
+    def _params(self) -> dict[str, jax.Array]:
+        return self.artifact.params("prefill")
+
+    @cached_property
+    def _params_decode(self) -> dict[str, jax.Array]:
+        return self.artifact.params("decode")
+
+    @cached_property
+    def _media(self) -> dict[str, Callable[..., Any]]:
+        return {name: jax.jit(self.artifact.functions[name]) for name in self.inputs}
+
+    @cached_property
+    def _prefill(self) -> Callable[..., tuple[jax.Array, Caches]]:
+        prefill = self.artifact.functions["prefill"]
+
+        @partial(jax.jit, donate_argnums=4)
+        def run(params, ids, mask, vectors, caches, position, how):  # noqa: ANN001, ANN202
+            logits, caches = prefill(params, ids, mask, vectors, caches)
+            return pick(logits, position, **how), caches
+
+        return run
+
+    @cached_property
+    def _decode(self) -> Callable[..., tuple[jax.Array, Caches]]:
+        decode = self.artifact.functions["decode"]
+
+        @partial(jax.jit, donate_argnums=3)
+        def run(params, token, position, caches, how):  # noqa: ANN001, ANN202
+            logits, caches = decode(params, token, position, caches)
+            return pick(logits, position, **how), caches
+
+        return run
+
+    def _empty(self, rows: int, slots: int) -> Caches:
+        sizes = {"b": rows, "s": slots}
+
+        def leaf(described: dict[str, Any]) -> jax.Array:
+            shape = tuple(sizes.get(dim, dim) for dim in described["shape"])
+            # Positions are -1 where nothing is stored.
+            fill = -1 if shape and described["dtype"] == "int32" else 0
+            return jnp.full(shape, fill, described["dtype"])
+
+        return {n: leaf(described) for n, described in self.artifact.manifest["caches"].items()}
+
+    def _grow(self, rows: int, slots: int) -> None:
+        larger = self._empty(rows, slots)
+        self._caches = _lay(self._caches, larger)
+        self._capacity, self._slots = rows, slots
+
+    @cached_property
+    def _merge(self) -> Callable[[Caches, Caches, jax.Array], Caches]:
+        """Puts a row that was read alone in its place among the others."""
+
+        @partial(jax.jit, donate_argnums=0)
+        def merge(caches: Caches, alone: Caches, row: jax.Array) -> Caches:
+            merged = {}
+            for name, leaf in caches.items():
+                if self._axes[name] is None:
+                    merged[name] = jnp.maximum(leaf, alone[name])
+                    continue
+                batch, slot = self._axes[name]
+                widths = [(0, 0)] * leaf.ndim
+                widths[slot] = (0, leaf.shape[slot] - alone[name].shape[slot])
+                fill = -1 if leaf.dtype == jnp.int32 else 0
+                padded = jnp.pad(alone[name], widths, constant_values=fill)
+                merged[name] = jax.lax.dynamic_update_slice_in_dim(leaf, padded, row, batch)
+            return merged
+
+        return merge
+
+    @cached_property
+    def _compact(self) -> Callable[[Caches, jax.Array], Caches]:
+        """Moves what each row has stored to its first slots; `live` slots are then in use."""
+
+        @partial(jax.jit, donate_argnums=0)
+        def compact(caches: Caches, live: jax.Array) -> Caches:
+            moved = {}
+            for name, leaf in caches.items():
+                if self._axes[name] is None:
+                    moved[name] = jnp.broadcast_to(live, leaf.shape)
+                    continue
+                order = jnp.argsort(caches[_positions_of(name)] < 0, axis=-1)  # [(layers,) b, s]
+                order = order.reshape(order.shape + (1,) * (leaf.ndim - order.ndim))
+                moved[name] = jnp.take_along_axis(leaf, order, axis=self._axes[name][1])
+            return moved
+
+        return compact
+
+
+def _positions_of(name: str) -> str:
+    """The leaf of the same layer that holds positions."""
+    layer, _, _ = name.rpartition("/")
+    return f"{layer}/positions" if layer else "positions"
+
+
+@jax.jit
+def _lay(smaller: Caches, larger: Caches) -> Caches:
+    """The first in the beginning of the second."""
+    return jax.tree.map(
+        lambda old, new: jax.lax.dynamic_update_slice(new, old, (0,) * new.ndim), smaller, larger
+    )
+
+
+def _how(rows: Sequence[Writing | None]) -> dict[str, np.ndarray]:
+    """Each row's way of picking tokens, as arrays [rows]."""
+
+    def column(name: str, default: float, dtype: Any) -> np.ndarray:
+        return np.array([getattr(row, name) if row else default for row in rows], dtype)
+
+    return {
+        "temperature": column("temperature", 0, np.float32),
+        "top_p": column("top_p", 1, np.float32),
+        "seed": column("seed", 0, np.uint32),
+    }
+
+
+def pick(
+    logits: jax.Array,
+    position: jax.Array,
+    *,
+    temperature: jax.Array,
+    top_p: jax.Array,
+    seed: jax.Array,
+) -> jax.Array:
+    """The next tokens, int32 [b]: a row's do not depend on the others'.
+
+    Args:
+        logits: [b, vocabulary].
+        position: of the token before, [b]: with the seed, it determines what is drawn.
+        temperature: 0 takes the likeliest.
+        top_p: draws among the fewest that hold this probability together (arXiv 1904.09751).
+    """
+    scaled = logits / jnp.maximum(temperature, 1e-4)[:, None]
+
+    def cut(scaled: jax.Array) -> jax.Array:
+        best = -jnp.sort(-scaled, axis=-1)
+        probability = jax.nn.softmax(best, axis=-1)
+        before = jnp.cumsum(probability, axis=-1) - probability
+        least = jnp.where(before < top_p[:, None], best, jnp.inf).min(axis=-1, keepdims=True)
+        return jnp.where(scaled >= least, scaled, -jnp.inf)
+
+    def draw(_: None) -> jax.Array:
+        kept = jax.lax.cond((top_p < 1).any(), cut, lambda scaled: scaled, scaled)
+        keys = jax.vmap(lambda s, p: jax.random.fold_in(jax.random.key(s), p))(seed, position)
+        drawn = jax.vmap(jax.random.categorical)(keys, kept)
+        return jnp.where(temperature > 0, drawn, logits.argmax(axis=-1)).astype(jnp.int32)
+
+    def likeliest(_: None) -> jax.Array:
+        return logits.argmax(axis=-1).astype(jnp.int32)
+
+    return jax.lax.cond((temperature > 0).any(), draw, likeliest, None)

@@ -1,0 +1,125 @@
+"""Raw inputs from what people send: encoded pictures and recordings, and text, as in training."""
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .artifact import BadInput
+
+LARGEST_PICTURE = 50_000_000  # pixels
+
+
+class Reader:
+    """Reads items of one input, as an entry of the manifest's "inputs" describes it."""
+
+    def __init__(self, spec: Mapping[str, Any], folder: Path):
+        self.spec = spec
+        self.tokenizer = None
+        if spec.get("tokenizer"):
+            from tokenizers import Tokenizer
+
+            self.tokenizer = Tokenizer.from_file(str(folder / spec["tokenizer"]))
+            self.tokenizer.enable_truncation(spec["longest"])
+
+    def __call__(self, content: bytes | str) -> np.ndarray:
+        """An encoded picture or recording, or text -> one item, without a batch axis.
+
+        Raises:
+            BadInput: it cannot be read as that.
+        """
+        if self.spec["kind"] == "text":
+            return self._ids(content)
+        content = content.encode() if isinstance(content, str) else content
+        if self.spec["kind"] == "image":
+            return picture(content, self.spec["size"])
+        return sound(content, self.spec["rate"], self.spec["longest"])
+
+    def _ids(self, text: bytes | str) -> np.ndarray:
+        """Text -> int32 ids with the special tokens, [at most longest]."""
+        try:
+            text = text.decode() if isinstance(text, bytes) else text
+            if self.tokenizer is not None:
+                return np.array(self.tokenizer.encode(text).ids, np.int32)
+            own = [byte + 3 for byte in text.encode()][: self.spec["longest"] - 2]
+        except UnicodeError as error:
+            raise BadInput(f"text must be UTF-8: {error}") from error
+        return np.array([1, *own, 2], np.int32)  # bytes as ids, between begin and end
+
+    def check(self, item: np.ndarray) -> np.ndarray:
+        """An item that came as numbers. Raises BadInput where it cannot be one."""
+        if self.spec["kind"] == "image":
+            size = self.spec["size"]
+            if item.shape != (size, size, 3):
+                raise BadInput(f"a picture of shape {item.shape}; expected {(size, size, 3)}")
+        elif item.ndim != 1 or len(item) > self.spec["longest"]:
+            raise BadInput(f"shape {item.shape}; expected at most ({self.spec['longest']},)")
+        if self.spec["kind"] != "text" and not np.isfinite(item).all():
+            raise BadInput("numbers must be finite")
+        if self.spec["kind"] == "text" and item.size and item.min() < 0:
+            raise BadInput("ids must not be negative")
+        return item
+
+
+def picture(content: bytes, size: int) -> np.ndarray:
+    """PNG, JPEG ... -> float32 RGB in 0..1 [size, size, 3], the whole of it, on white."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(io.BytesIO(content)) as opened:
+            if opened.width * opened.height > LARGEST_PICTURE:
+                raise BadInput(f"a picture of {opened.width} x {opened.height} pixels", 413)
+            image = ImageOps.exif_transpose(opened)
+            if image.mode.startswith("I"):  # 16-bit grey
+                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise BadInput(f"not a readable picture: {error}; send PNG, JPEG or WebP") from error
+    scale = size / max(image.size)
+    inner = tuple(max(round(side * scale), 1) for side in image.size)
+    square = Image.new("RGB", (size, size), "white")
+    resized = image.resize(inner, Image.Resampling.BILINEAR, box=(0.0, 0.0, *image.size))
+    square.paste(resized, tuple((size - side) // 2 for side in inner))
+    return np.asarray(square, np.float32) / np.float32(255)
+
+
+def sound(content: bytes, rate: int, longest: int) -> np.ndarray:
+    """WAV, FLAC, Ogg, MP3 ... -> mono float32 at `rate`, [at most longest samples]."""
+    import soundfile
+    import soxr
+
+    try:
+        with soundfile.SoundFile(io.BytesIO(content)) as file:
+            frames = int((longest / rate + 0.1) * file.samplerate)
+            samples = file.read(frames, dtype="float32", always_2d=True).mean(axis=1)
+            if file.samplerate != rate:
+                samples = soxr.resample(samples, file.samplerate, rate)
+    except (soundfile.LibsndfileError, RuntimeError, TypeError) as error:
+        raise BadInput(f"not a readable recording: {error}; send WAV, FLAC, Ogg or MP3") from error
+    if not samples.size or not np.isfinite(samples).all():
+        raise BadInput("the recording holds no sample, or samples that are not finite")
+    return samples[:longest].astype(np.float32)
+
+
+def batch(spec: Mapping[str, Any], items: list[np.ndarray | None]) -> dict[str, np.ndarray]:
+    """{"values", "mask"} of items that may be absent, padded to one of few lengths."""
+    if spec["kind"] == "image":
+        values = np.zeros((len(items), spec["size"], spec["size"], 3), np.float32)
+        mask = np.zeros(len(items), bool)
+    else:
+        longest, shortest = spec["longest"], spec.get("shortest", 1)
+        step = max(-(-longest // 8), 1)
+        size = max((len(item) for item in items if item is not None), default=1)
+        size = min(max(-(-size // step) * step, shortest), longest)
+        dtype = np.int32 if spec["kind"] == "text" else np.float32
+        values, mask = np.zeros((len(items), size), dtype), np.zeros((len(items), size), bool)
+    for row, item in enumerate(items):
+        if item is not None:
+            place = row if spec["kind"] == "image" else (row, slice(len(item)))
+            values[place], mask[place] = item, True
+    return {"values": values, "mask": mask}

@@ -1,0 +1,218 @@
+"""What is exported is what runs here: any batch and length, in a process without fusion_jax."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax import export as jax_export
+from PIL import Image
+
+from fusion_jax.deployment import export
+from fusion_jax.deployment.runtime.artifact import Artifact
+from fusion_jax.deployment.runtime.generation import Generator
+from fusion_jax.errors import UserError
+from fusion_jax.language.generate import advance, prefill
+from fusion_jax.language.prompt import Prompt
+from fusion_jax.tokens import Tokens
+
+
+@pytest.fixture(scope="module")
+def generator(talker):
+    """One for all tests, since it compiles."""
+    return Generator(Artifact(talker), rows=3)
+
+
+LONE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("fusion_jax", "flax", "optax", "einops", "safetensors", "orbax"):
+            raise ImportError(name)
+sys.meta_path.insert(0, Refuse())
+from pathlib import Path
+import numpy as np
+from runtime.artifact import Artifact
+from runtime.prediction import Predictor
+import jax
+cases = np.load(sys.argv[2], allow_pickle=True)["cases"]
+artifact = Artifact(Path(sys.argv[1]))
+run = artifact.functions["predict"]
+found = [run(artifact.params("predict"), case) for case in cases]
+np.savez(sys.argv[3], found=np.array([jax.device_get(each) for each in found], object))
+assert not any(name.split(".")[0] in ("fusion_jax", "flax") for name in sys.modules)
+"""
+
+
+def raw_inputs(rng, batch, samples, text):
+    def mask(*shape):
+        real = np.zeros(shape, bool)
+        for row in range(shape[0]):
+            real[row, : rng.integers(0, shape[1] + 1)] = True
+        return real
+
+    return {
+        "image": {
+            "values": rng.random((batch, 8, 8, 3), np.float32),
+            "mask": rng.random(batch) < 0.7,
+        },
+        "audio": {
+            "values": rng.normal(size=(batch, samples)).astype(np.float32),
+            "mask": mask(batch, samples),
+        },
+        "text": {
+            "values": rng.integers(3, 259, (batch, text)).astype(np.int32),
+            "mask": mask(batch, text),
+        },
+    }
+
+
+def test_predictions_of_any_shape_in_a_process_without_fusion_jax(classifier, predicts, tmp_path):
+    drawn = []
+
+    @settings(max_examples=3, deadline=None, database=None, derandomize=True)
+    @given(st.integers(1, 5), st.integers(1024, 4000), st.integers(1, 24), st.integers(0, 99))
+    def draw(batch, samples, text, seed):
+        drawn.append(raw_inputs(np.random.default_rng(seed), batch, samples, text))
+
+    draw()
+    np.savez(tmp_path / "in.npz", cases=np.array(drawn, object))
+    arguments = [predicts, tmp_path / "in.npz", tmp_path / "out.npz"]
+    run = subprocess.run(
+        [sys.executable, "-c", LONE, *map(str, arguments)], capture_output=True, cwd=tmp_path
+    )
+    assert run.returncode == 0, run.stderr.decode()[-2000:]
+    apply = jax.jit(classifier.apply)
+    with np.load(tmp_path / "out.npz", allow_pickle=True) as saved:
+        for case, found in zip(drawn, saved["found"], strict=True):
+            here = apply(classifier.params, {n: Tokens(**v) for n, v in case.items()})
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, here)
+
+
+@pytest.mark.parametrize(("batch", "length", "slots"), [(1, 2, 3), (3, 7, 20)])
+def test_prefill_and_decode_of_any_shape(assistant, generator, batch, length, slots):
+    rng = np.random.default_rng(batch)
+    functions, decoder = generator.artifact.functions, assistant.model.decoder
+    ids = rng.integers(3, 61, (batch, length)).astype(np.int32)
+    mask = np.arange(length)[None] >= rng.integers(0, length, (batch, 1))
+    params = assistant.params["decoder"]
+    prompt = Prompt(ids, mask)
+    expected, caches, lengths = prefill(decoder, params, prompt, slots - length)
+    media = np.zeros((batch, 2, 16), np.float32)
+    empty = generator._empty(batch, slots)
+    found, ours = functions["prefill"](
+        generator.artifact.params("prefill"), ids, mask, media, empty
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    token = rng.integers(3, 61, batch).astype(np.int32)
+    expected, _ = advance(decoder, params, token, lengths, caches, prompt)
+    found, _ = functions["decode"](
+        generator.artifact.params("decode"), token, np.asarray(lengths), ours
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_all_platforms_and_the_card(predicts, talker):
+    for folder in (predicts, talker):
+        manifest = json.loads((folder / "model.json").read_text())
+        for name, about in manifest["functions"].items():
+            content = bytearray((folder / f"{name}.stablehlo").read_bytes())
+            exported = jax_export.deserialize(content)
+            assert exported.platforms == ("cpu", "cuda", "tpu") == tuple(about["platforms"])
+            assert len(content) < 500_000  # params are not constants
+    card = json.loads((predicts / "card.json").read_text())
+    assert card["metrics"] == {"accuracy": 0.5} and card["data"] == "random numbers"
+
+
+def test_answers_are_those_in_process(assistant, generator, tmp_path):
+    """Rows that join a running batch, grow it and outlast it write what they write alone."""
+    files = []
+    for index in range(3):
+        pixels = np.random.default_rng(index).integers(0, 255, (5 + index, 9, 3), np.uint8)
+        files.append(tmp_path / f"{index}.png")
+        Image.fromarray(pixels).save(files[-1])
+    asked = [("w5 w6", None, 60), ("w9", files[0], 20), ("w5", files[1], 33), ("w6", files[2], 50)]
+    asked += [("w11 w12 w13", None, 70)]
+    read = generator.readers["image"]
+    writings, waiting = [], list(asked)
+    while waiting or generator.active:
+        if waiting and len(generator.active) < 3:
+            text, file, count = waiting.pop(0)
+            media = [] if file is None else [("image", read(file.read_bytes()))]
+            message = {"role": "user", "content": text, "media": media}
+            writings.append(generator.writing([message], count))
+            generator.join(writings[-1])
+        if generator.active:
+            generator.step()
+            if len(writings) < 3:
+                generator.step()
+    for (text, file, count), writing in zip(asked, writings, strict=True):
+        expected = "".join(
+            assistant.answer(text, {"image": [file] if file else []}, max_tokens=count)
+        )
+        assert generator.conversation.tokenizer.decode(writing.written) == expected
+    assert generator._caches is None
+
+
+def test_what_is_drawn_depends_on_the_seed_alone(generator):
+    def write(others, **how):
+        message = [{"role": "user", "content": "w5"}]
+        for seed in others:
+            generator.join(generator.writing(message, 30, temperature=2.0, seed=seed))
+        written = list(generator.stream(generator.writing(message, 20, **how)))
+        while generator.active:
+            generator.leave(generator.active[0])
+        return written
+
+    hot = write([], temperature=1.0, seed=7)
+    assert hot == write([1, 2], temperature=1.0, seed=7) != write([], temperature=1.0, seed=8)
+    assert write([], temperature=1.0, top_p=1e-6, seed=7) == write([])
+
+
+def test_an_interrupted_export_leaves_nothing(classifier, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export, "save_file", fail)
+    with pytest.raises(KeyboardInterrupt):
+        export.write(tmp_path / "out", "name", classifier, {})
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "there").mkdir()
+    with pytest.raises(UserError, match="exists already"):
+        export.write(tmp_path / "there", "name", classifier, {})
+
+
+def test_pictures_and_sound_are_read_as_in_training(tmp_path):
+    import io
+
+    import soundfile
+
+    from fusion_jax.data.audio import Waveforms
+    from fusion_jax.data.image import Pictures
+    from fusion_jax.deployment.runtime import media
+
+    rng = np.random.default_rng(0)
+    for mode, channels in (("RGB", 3), ("RGBA", 4), ("L", None)):
+        shape = (13, 29) if channels is None else (13, 29, channels)
+        buffer = io.BytesIO()
+        Image.fromarray(rng.integers(0, 255, shape, np.uint8), mode).save(buffer, "PNG")
+        expected = Pictures(20)({"image": buffer.getvalue()}, None)
+        np.testing.assert_array_equal(media.picture(buffer.getvalue(), 20), expected)
+    for rate in (8000, 16_000, 44_100):
+        buffer = io.BytesIO()
+        soundfile.write(buffer, rng.uniform(-1, 1, (rate, 2)), rate, format="WAV")
+        expected = Waveforms(0.5)({"audio": buffer.getvalue()}, None)
+        found = media.sound(buffer.getvalue(), 16_000, 8000)
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_the_runtime_imports_nothing_else():
+    for file in Path(export.RUNTIME).glob("*.py"):
+        assert not re.search(r"^\s*(from|import) (fusion_jax|flax|optax)", file.read_text(), re.M)
