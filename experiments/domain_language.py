@@ -31,6 +31,7 @@ from fusion_jax.data.streams import Phases, Streams
 from fusion_jax.errors import UserError
 from fusion_jax.evaluation import accuracy
 from fusion_jax.evaluation.table import print_table
+from fusion_jax.knowledge.references import references, subjects_of
 from fusion_jax.language.fused import FusedLM
 from fusion_jax.objectives.combine import Batch, Metrics, Objective, on_batch, weighted_sum
 from fusion_jax.objectives.generative import causal_lm
@@ -44,14 +45,14 @@ from fusion_jax.training.settings import runtime
 
 @dataclasses.dataclass(frozen=True)
 class Settings(Base):
-    steps: int = 120
+    steps: int = 60
     phases: tuple[float, float, float] = (0.4, 0.2, 0.4)
     """Shares of the steps: the domain's texts, the task's texts without labels, the task."""
     batch_size: int = 8
     length: int = 64
     """Tokens of a row."""
     learning_rate: float = 3e-4
-    evaluate_every: int = runtime(24)
+    evaluate_every: int = runtime(15)
     checkpoint_every: int = 0
     model: str = "smollm2-135m-instruct"
     """A name, hub id or folder of a decoder with a tokenizer."""
@@ -65,11 +66,14 @@ class Settings(Base):
     """The dictionaries' files, if they are not to be fetched."""
     subjects: int = 8
     """How many of the task's commonest subjects are told apart."""
+    facts: int = 0
+    """Of the domain's graph before a definition: subjects of at most so many articles that it
+    refers to, among those that were trained on."""
     hold: Literal["nothing", "replay", "ewc", "l2-sp"] = "nothing"
     """What holds on to what was known."""
     hold_weight: float | None = None
     """Of that loss; by default what was best on validation articles (see HOLD_WEIGHTS)."""
-    most: int = 64
+    most: int = 32
     """Rows of each kind that are measured on, at most."""
     development: bool = False
     """Measure on validation articles in place of the test articles."""
@@ -112,9 +116,15 @@ def read_texts(s: Settings, encode: Callable[[str], list[int]]) -> Texts:
     def plain(entries: list[Entry]) -> list[dict[str, Any]]:
         return packed([encode(f"{' / '.join(e.heads)}\n{e.text}") for e in entries], s.length)
 
+    graph = references(task["train"])
+
+    def related(entry: Entry) -> str:
+        found = subjects_of(graph, [n for n in entry.links if n not in entry.heads], s.facts)
+        return "".join(f"{name}: {subject}. " for name, subject in found)
+
     def asked(entries: list[Entry]) -> list[dict[str, Any]]:
         chosen = [entry for entry in entries if entry.tags and entry.tags[0] in names]
-        rows = [question(entry, names, encode, s.length) for entry in chosen]
+        rows = [question(entry, related(entry), names, encode, s.length) for entry in chosen]
         return [row | {"id": number} for number, row in enumerate(rows)]
 
     train = {"dapt": plain(domain["train"]), "tapt": plain(task["train"])}
@@ -133,11 +143,15 @@ def packed(ids: list[list[int]], length: int) -> list[dict[str, Any]]:
 
 
 def question(
-    entry: Entry, subjects: Sequence[str], encode: Callable[[str], list[int]], length: int
+    entry: Entry,
+    facts: str,
+    subjects: Sequence[str],
+    encode: Callable[[str], list[int]],
+    length: int,
 ) -> dict[str, Any]:
     """A definition and its subject; the subject's first token, which tells it, alone counts."""
     asked, answer = encode("\nSubject:"), encode(" " + entry.tags[0])[:1]
-    text = encode(entry.text)[: length - len(asked) - 1]
+    text = encode(facts + entry.text)[: length - len(asked) - 1]
     ids = np.asarray([*text, *asked, *answer], np.int32)
     weight = np.zeros(len(ids), np.float32)
     weight[-1] = 1

@@ -38,9 +38,8 @@ from fusion_jax.errors import UserError
 from fusion_jax.evaluation.table import print_table
 from fusion_jax.evaluation.transfer import CRITERIA
 from fusion_jax.training import runtime
-from fusion_jax.training.sharding import make_mesh, put_batch
-from fusion_jax.training.state import evaluation_params, plan_state
-from fusion_jax.training.step import State, compile_step
+from fusion_jax.training.state import evaluation_params
+from fusion_jax.training.step import State, make_step
 
 History = list[dict[str, float]]
 
@@ -94,33 +93,36 @@ def best_methods(a: Arguments) -> tuple[str, ...]:
 
 
 class Trainer:
-    """Trains by one method; what is compiled serves all pairs and seeds."""
+    """Trains by one method, many steps in one program that all pairs and seeds share."""
 
     def __init__(self, s: Settings, method: str) -> None:
-        self.method = method
         experiment = domain_shift.build(dataclasses.replace(s, method=(method,)))
-        self.mesh = make_mesh(s.mesh)
-        shardings = plan_state(experiment, self.mesh).state_shardings
+        step = make_step(experiment.objective, experiment.optimizer)
+        seen = ("source",) if s.unseen else ("source", "target")
+        self.streams = {FLOOR: ("source",), CEILING: ("source", "supervised")}.get(method, seen)
+        self.streams += ("strong",) if method in domain_shift.CONSISTENT else ()
 
         def start(seed: jax.Array) -> State:
             params = experiment.init(jax.random.key(seed))
             return State(jnp.zeros((), jnp.int32), seed, params, experiment.optimizer.init(params))
 
-        self.start = jax.jit(start, out_shardings=shardings)
-        self.step = compile_step(experiment.objective, experiment.optimizer, self.mesh, shardings)
+        def advance(state: State, batches: dict) -> State:
+            def once(state: State, batch: dict) -> tuple[State, None]:
+                return step(state, {}, batch)[0], None
+
+            return jax.lax.scan(once, state, batches)[0]
+
+        self.start, self.advance = jax.jit(start), jax.jit(advance, donate_argnums=0)
 
     def run(self, s: Settings, prepared: Prepared) -> History:
         """What `validate` said of the method at each evaluation."""
         state, history = self.start(jnp.int32(s.seed)), []
-        read = ["source", "target", "supervised"]
-        read += ["strong"] if self.method in domain_shift.CONSISTENT else []
-        for step in range(1, s.steps + 1):
-            batch = prepared.data[step - 1]
-            batch = {name: batch[name] for name in read if name in batch}
-            state, _ = self.step(state, {}, put_batch(batch, self.mesh))
-            if step % s.evaluate_every == 0:
-                found = domain_shift.validate(prepared.judge, evaluation_params(state, {}))
-                history.append({name.partition("/")[2]: value for name, value in found.items()})
+        for first in range(0, s.steps, s.evaluate_every):
+            batches = [prepared.data[first + step] for step in range(s.evaluate_every)]
+            batches = [{name: batch[name] for name in self.streams} for batch in batches]
+            state = self.advance(state, jax.tree.map(lambda *rows: np.stack(rows), *batches))
+            found = domain_shift.validate(prepared.judge, evaluation_params(state, {}))
+            history.append({name.partition("/")[2]: value for name, value in found.items()})
         return history
 
 

@@ -20,19 +20,22 @@ from fusion_jax.errors import UserError
 INSIDE = Path("usr/share/dictd")
 _DIGITS = string.ascii_uppercase + string.ascii_lowercase + string.digits + "+/"
 _VALUE = {digit: value for value, digit in enumerate(_DIGITS)}
+_LINK = re.compile(r"\{([^{}()]*?)\s*(?:\([^{}]*\))?\}")
 _TAG = re.compile(r"^\s*<([^>]{1,60})>\s*", re.MULTILINE)
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One article: its headwords, the text below them on one line each paragraph, and its tags.
+    """One article: its headwords, the text below them on one line each paragraph, and more.
 
-    Tags are FOLDOC's subjects, "<language>" or "<networking, standard>", taken out of the text.
+    Tags are FOLDOC's subjects, "<language>" or "<networking, standard>", taken out of the text;
+    links are the headwords that it refers to, "{Pascal}" or "{Pascal (language)}".
     """
 
     heads: tuple[str, ...]
     text: str
     tags: tuple[str, ...] = ()
+    links: tuple[str, ...] = ()
 
 
 def load(name: str, folder: str | Path | None = None) -> list[Entry]:
@@ -89,7 +92,8 @@ def parse(article: str) -> Entry:
     if found is not None and not body[: found.start()].strip():
         tags = (tag.strip() for tag in found[1].split(","))
         body = body[found.end() :]
-    body = re.sub(r"\{([^{}()]*?)\s*(?:\([^{}]*\))?\}", r"\1", body)  # {cross-references}
+    links = dict.fromkeys(" ".join(link.split()) for link in _LINK.findall(body))
+    body = _LINK.sub(r"\1", body)
     paragraphs = (" ".join(part.split()) for part in re.split(r"\n\s*\n", body))
     kept = [part for part in paragraphs if part and not re.fullmatch(r"\(?[\d-]+\)?", part)]
-    return Entry(tuple(heads), "\n".join(kept), tuple(tags))
+    return Entry(tuple(heads), "\n".join(kept), tuple(tags), tuple(links))

@@ -36,7 +36,7 @@ def save(figure: Figure, path: Path) -> None:
         raise
 
 
-def _axes(width: float, height: float, title: str) -> tuple[Figure, Axes]:
+def panel(width: float, height: float, title: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot(title=title)
     axes.spines[["top", "right"]].set_visible(False)
@@ -56,7 +56,7 @@ def bars(
     """
     if not values:
         raise UserError(f"the plot {title!r} was given no values")
-    figure, axes = _axes(6.5, 1.2 + 0.4 * len(values), title)
+    figure, axes = panel(6.5, 1.2 + 0.4 * len(values), title)
     seeds = [np.atleast_1d(np.asarray(value, np.float64)) for value in values.values()]
     means = [value.mean() for value in seeds]
     spread = [value.std(ddof=1) if len(value) > 1 else 0.0 for value in seeds]
@@ -79,7 +79,7 @@ def retrieval_bars(path: Path, results: Mapping[str, Mapping[str, float]], title
     """R@k of every direction side by side, from `evaluation.retrieval.retrieval`."""
     if not results:
         raise UserError(f"the plot {title!r} was given no direction of retrieval")
-    figure, axes = _axes(2 + 1.3 * len(results), 3.6, title)
+    figure, axes = panel(2 + 1.3 * len(results), 3.6, title)
     ks = [name for name in next(iter(results.values())) if name.startswith("R@")]
     width = 0.8 / len(ks)
     for index, k in enumerate(ks):
@@ -97,7 +97,7 @@ def retrieval_bars(path: Path, results: Mapping[str, Mapping[str, float]], title
 
 def reliability_diagram(path: Path, reliability: Reliability, title: str) -> None:
     """Accuracy against confidence by bin, and how many rows each bin has."""
-    figure, axes = _axes(4.5, 4.5, f"{title}: calibration error {reliability.error:.3f}")
+    figure, axes = panel(4.5, 4.5, f"{title}: calibration error {reliability.error:.3f}")
     bins = len(reliability.count)
     centres = (np.arange(bins) + 0.5) / bins
     share = reliability.count / max(reliability.count.sum(), 1)
@@ -140,7 +140,7 @@ def embedding_map(
     parts = np.split(flat, np.cumsum([len(rows[name]) for name in names])[:-1])
     common = np.argsort(-np.bincount(labels[labels >= 0], minlength=len(classes)))
     common = common[: len(COLOURS) - 1]
-    figure, axes = _axes(7.5, 5, title)
+    figure, axes = panel(7.5, 5, title)
     for marker, name, points in zip(itertools.cycle(MARKERS), names, parts, strict=False):
         kinds = labels[rows[name]]
         for colour, kind in [("#CCCCCC", None), *zip(COLOURS, common, strict=False)]:

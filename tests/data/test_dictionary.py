@@ -42,6 +42,7 @@ def test_entries(folder):
     assert algol.heads == ("ALGOL", "Algol 60")
     assert algol.tags == ("language", "history")
     assert algol.text == "A language of 1960.\nSee Pascal."
+    assert algol.links == ("language", "Pascal")
     assert naive == dictionary.Entry(("naïve",), "Without <tags> in front.")
 
 

@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from experiments import adapt_with_knowledge, domain_language
+from experiments.domain_language_table import forgotten_at
 from fusion_jax.__main__ import main
 from fusion_jax.data import dictionary
 from fusion_jax.language.decoder import Decoder
 from fusion_jax.language.prompt import text_mask
+from fusion_jax.pretrained import load
 from fusion_jax.pretrained.load import Pretrained
 from fusion_jax.transformer import MLP, Attention, Block, Rope
 
@@ -47,7 +50,8 @@ def texts(tmp_path):
         start, lines, parts = 0, [], []
         for number in range(20):
             tag = ("<alpha> ", "<beta> ")[number % 2] if name == "terms" else ""
-            part = f"{name}{number}\n\n   {tag}What {name} number {number} means.\n\n"
+            see = " {terms4}." if name == "terms" else ""
+            part = f"{name}{number}\n\n   {tag}What {name} number {number} means.{see}\n\n"
             parts.append(part)
             lines.append(f"{name}{number}\t{digits(start)}\t{digits(len(part))}\n")
             start += len(part)
@@ -72,3 +76,25 @@ def test_three_phases(texts, tmp_path, hold, capsys):
     assert np.isfinite([numbers["gained"], numbers["forgotten"]]).all()
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert sum("forgotten" in row for row in rows) == 3
+
+
+def test_facts_of_the_graph_stand_before_an_article_and_are_of_others(texts):
+    s = domain_language.Settings(
+        texts=texts, domain="slang", task="terms", old="prose", length=64, facts=1
+    )
+    tokenizer = load.load("bytes").tokenizer
+    read = domain_language.read_texts(s, lambda text: tokenizer.encode(text).ids)
+    rows = [*read.train["tune"], *read.held["task"]]
+    told = ["".join(map(tokenizer.id_to_token, row["text"].tolist())) for row in rows]
+    known = [text for text in told if text.startswith("terms4:Ġalpha.")]
+    assert known and all("WhatĠtermsĠnumberĠ4" not in text for text in known)
+    assert all(text.endswith(("Subject:Ġa", "Subject:Ġb")) for text in told)
+    ablation = adapt_with_knowledge.rows(adapt_with_knowledge.Arguments(tune=1, adapt=2))
+    assert [(one.steps, one.facts) for one in ablation.values()] == [(1, 0), (3, 0), (1, 3), (3, 3)]
+
+
+def test_forgetting_is_compared_at_equal_gain():
+    curve = [(0.0, 0.0), (0.2, 0.1), (0.4, 0.5), (0.3, 0.9)]
+    assert forgotten_at(curve, 0.3) == pytest.approx(0.3)
+    assert forgotten_at(curve, 0.1) == pytest.approx(0.05)
+    assert np.isnan(forgotten_at(curve, 0.5))
