@@ -102,8 +102,7 @@ class Quantized:
     def product(self, inputs: jax.Array) -> jax.Array:
         """inputs [..., columns] with every row: [..., rows], float32 for int8 activations."""
         if not self.activations:
-            rows = self.rows(inputs.dtype)
-            return jnp.einsum("...k,nk->...n", inputs, rows)
+            return _full_product(self, inputs)
         kernel = self.values.reshape(self.values.shape[0], -1)
         flat = inputs.reshape(-1, inputs.shape[-1])
         count = flat.shape[0]
@@ -118,6 +117,11 @@ class Quantized:
         out = jnp.einsum("mk,nk->mn", rounded, kernel, preferred_element_type=jnp.int32)
         out = out.astype(jnp.float32) * size * self.scale.reshape(1, -1)
         return out[:count].reshape(*inputs.shape[:-1], -1)
+
+
+@jax.checkpoint  # training on top of few bits would else keep every kernel in full
+def _full_product(kernel: Quantized, inputs: jax.Array) -> jax.Array:
+    return jnp.einsum("...k,nk->...n", inputs, kernel.rows(inputs.dtype))
 
 
 def round_rows(rows: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -1,0 +1,156 @@
+"""What does a smaller language model cost, and what is it worth?
+
+    python -m experiments.benchmarks.compression           (needs the test extra)
+
+SmolLM2-135M-Instruct in one run: the size of its file, its perplexity on English text (the Python
+manual, rows of 256 tokens) and how fast it writes 64 tokens greedily after 32, the prompt's reading
+included, at each kind of number; the best of several runs, taken in turn. Then what memory XLA
+plans for a LoRA step (rank 8 on queries and values, 8 x 64 tokens) on a frozen base of each kind:
+QLoRA. The weights come as Q4_1 in a GGUF file and are dequantized to float32 first, so what is
+lost is lost beside that.
+"""
+
+import dataclasses
+import json
+import pydoc_data.topics
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+
+from experiments.benchmarks.language_model import (
+    LENGTH,
+    PROMPT,
+    ROWS,
+    WRITTEN,
+    best_times,
+    our_decode,
+    perplexity,
+)
+from fusion_jax.adaptation import lora
+from fusion_jax.adaptation.lora import LoRA
+from fusion_jax.compression import storage
+from fusion_jax.compression.quantization import on_kernels
+from fusion_jax.compression.recipes import Calibration, parse, rounding
+from fusion_jax.compression.running import Compressed
+from fusion_jax.language.fused import FusedLM
+from fusion_jax.objectives.generative import causal_lm
+from fusion_jax.pretrained.load import Pretrained, load
+from fusion_jax.tokens import Tokens
+
+NAME = "smollm2-135m-instruct"
+QUICK = ("int8", "int8-activations", "int4", "nf4")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """repeats: timed runs. pruning: also measure what pruning and low rank cost in perplexity."""
+
+    repeats: int = 3
+    pruning: bool = True
+
+
+def bfloat16(checkpoint: Pretrained) -> tuple[Any, Any]:
+    """The model that computes in bfloat16, and its params."""
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), checkpoint.params)
+    return checkpoint.module.clone(dtype=jnp.bfloat16), params
+
+
+def file_size(params: Any) -> int:
+    """Bytes of the params' file."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / storage.FILE
+        storage.write(path, params)
+        return path.stat().st_size
+
+
+def answered(ids: np.ndarray) -> dict[str, Tokens]:
+    """A batch whose every token is learned."""
+    mask = np.ones(ids.shape, bool)
+    return {"text": Tokens(ids, mask), "weight": Tokens(mask.astype(np.float32), mask)}
+
+
+def step_memory(decoder: Any, params: Any, ids: np.ndarray) -> tuple[int, Callable[[], Any]]:
+    """Bytes that XLA plans for a LoRA step on a frozen base, and the step."""
+    base = {"decoder": params}
+    adapters = lora.init(jax.random.key(0), base, {"attention/(query|value)": 8})
+    optimizer = optax.adamw(1e-4)
+    objective, batch = causal_lm(LoRA(FusedLM(decoder, {}))), answered(ids)
+
+    def step(adapters: Any, state: Any, base: Any) -> Any:
+        def loss(adapters: Any) -> jax.Array:
+            return objective({"base": base, "lora": adapters}, batch, jax.random.key(0))[0]
+
+        value, grads = jax.value_and_grad(loss)(adapters)
+        updates, state = optimizer.update(grads, state, adapters)
+        return optax.apply_updates(adapters, updates), state, value
+
+    arguments = (adapters, optimizer.init(adapters), base)
+    compiled = jax.jit(step).lower(*arguments).compile()
+    plan = compiled.memory_analysis()
+    size = plan.argument_size_in_bytes + plan.output_size_in_bytes + plan.temp_size_in_bytes
+    return size, lambda: float(compiled(*arguments)[2])
+
+
+def main(settings: Settings) -> None:
+    ours = load(NAME)
+    text = " ".join(pydoc_data.topics.topics[name] for name in ("class", "import", "try", "while"))
+    ids = np.array(ours.tokenizer.encode(text).ids, np.int32)
+    held_out = ids[: 8 * 256].reshape(8, 256)
+    other = " ".join(pydoc_data.topics.topics[name] for name in ("for", "function", "with"))
+    seen = np.array(ours.tokenizer.encode(other).ids, np.int32)[: 4 * 256].reshape(4, 256)
+
+    models: dict[str, tuple[Any, Any]] = {
+        "float32": (ours.module, ours.params),
+        "bfloat16": bfloat16(ours),
+    }
+    for name in QUICK:
+        kind, _, activations = name.partition("-")
+        small = on_kernels(ours.params, rounding(kind, activations=bool(activations)))
+        models[name] = (Compressed(ours.module), small)
+    found: dict[str, dict[str, float]] = {}
+    full = file_size(ours.params)
+    for name, (model, params) in models.items():
+        found[name] = {
+            "file MB": file_size(params) / 1e6,
+            "of float32": file_size(params) / full,
+            "perplexity": perplexity(model, params, held_out),
+        }
+        print(name, json.dumps(found[name]), flush=True)
+    for rows in (1, ROWS):
+        batch = ids[: rows * PROMPT].reshape(rows, PROMPT)
+        runs = {name: our_decode(*model, batch) for name, model in models.items()}
+        for name, seconds in best_times(runs, settings.repeats).items():
+            found[name][f"tokens/s, batch {rows}"] = rows * WRITTEN / seconds
+            print(name, f"batch {rows}: {rows * WRITTEN / seconds:.1f} tokens/s", flush=True)
+
+    batch = ids[: ROWS * LENGTH].reshape(ROWS, LENGTH)
+    steps = {}
+    for name in ("float32", "bfloat16", "int8", "nf4"):
+        model, params = models[name]
+        module = model.model if isinstance(model, Compressed) else model
+        size, steps[name] = step_memory(module, params, batch)
+        print(f"LoRA on {name}: {size / 1e6:.0f} MB planned", flush=True)
+    for name, seconds in best_times(steps, settings.repeats).items():
+        print(f"LoRA on {name}: {batch.size / seconds:.0f} tokens/s", flush=True)
+    if settings.pruning:
+        fused = causal_lm(FusedLM(ours.module, {}))
+
+        def objective(params: Any, batch: Any, rng: jax.Array) -> Any:
+            return fused({"decoder": params}, batch, rng)
+
+        calibration = Calibration(objective, [answered(seen)])
+        for name in ("prune-0.5", "wanda-0.5", "sparsegpt-0.5", "sparsegpt-2:4", "low-rank-0.8"):
+            small = parse(name)(ours.params, calibration)
+            worth = perplexity(Compressed(ours.module), small, held_out)
+            print(f"{name}: {file_size(small) / full:.3f} of float32, perplexity {worth:.2f}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings))
