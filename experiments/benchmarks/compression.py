@@ -6,8 +6,8 @@ SmolLM2-135M-Instruct in one run: the size of its file, its perplexity on Englis
 manual, rows of 256 tokens) and how fast it writes 64 tokens greedily after 32, the prompt's reading
 included, at each kind of number; the best of several runs, taken in turn. Then what memory XLA
 plans for a LoRA step (rank 8 on queries and values, 8 x 64 tokens) on a frozen base of each kind:
-QLoRA. The weights come as Q4_1 in a GGUF file and are dequantized to float32 first, so what is
-lost is lost beside that.
+QLoRA. The weights come in a GGUF file (Q4_1, the words as Q8_0), which are the last row; the others
+are made of their float32 values, so what is lost is lost beside that.
 """
 
 import dataclasses
@@ -41,6 +41,7 @@ from fusion_jax.compression.recipes import Calibration, parse, rounding
 from fusion_jax.compression.running import Compressed
 from fusion_jax.language.fused import FusedLM
 from fusion_jax.objectives.generative import causal_lm
+from fusion_jax.pretrained.gguf_stored import load_stored
 from fusion_jax.pretrained.load import Pretrained, load
 from fusion_jax.tokens import Tokens
 
@@ -114,6 +115,7 @@ def main(settings: Settings) -> None:
         kind, _, activations = name.partition("-")
         small = on_kernels(ours.params, rounding(kind, activations=bool(activations)))
         models[name] = (Compressed(ours.module), small)
+    models["as it came"] = (Compressed(ours.module), load_stored(NAME).params)
     found: dict[str, dict[str, float]] = {}
     full = file_size(ours.params)
     for name, (model, params) in models.items():
@@ -132,7 +134,7 @@ def main(settings: Settings) -> None:
 
     batch = ids[: ROWS * LENGTH].reshape(ROWS, LENGTH)
     steps = {}
-    for name in ("float32", "bfloat16", "int8", "nf4"):
+    for name in ("float32", "bfloat16", "int8", "nf4", "as it came"):
         model, params = models[name]
         module = model.model if isinstance(model, Compressed) else model
         size, steps[name] = step_memory(module, params, batch)

@@ -65,6 +65,12 @@ class GGUF:
                 f"{self.path}: tensor {name} is stored as {entry.kind.name}, which cannot be read"
             ) from error
 
+    def blocks(self, name: str) -> np.ndarray:
+        """A quantized tensor as it lies in the file: uint8 [rows, blocks, bytes of a block]."""
+        entry = self.entries[name]
+        _, size = GGML_QUANT_SIZES[entry.kind]
+        return self.bytes[entry.start : entry.stop].reshape(math.prod(entry.shape[:-1]), -1, size)
+
     def _read_header(self) -> tuple[dict[str, Any], dict[str, Entry]]:
         reader = _Reader(self.bytes)
         if reader.take(4) != b"GGUF":

@@ -191,19 +191,26 @@ class Published(Mapping[str, np.ndarray]):
 
     def __getitem__(self, published: str) -> np.ndarray:
         name, row = self.names[published]
-        tensor = self.file.tensor(name, row)
-        if self.architecture == "llama" and ".attn_q." in name:
-            return _unpermute(tensor, self.file.metadata["llama.attention.head_count"])
-        if self.architecture == "llama" and ".attn_k." in name:
-            heads = self.file.metadata["llama.attention.head_count"]
-            return _unpermute(
-                tensor, self.file.metadata.get("llama.attention.head_count_kv", heads)
-            )
+        tensor = self._rows(name, self.file.tensor(name, row))
         if self.architecture.startswith("gemma") and "norm." in name:
             return tensor - np.float32(1)
         if self.architecture == "gpt2" and name.startswith("blk.") and tensor.ndim == 2:
             return tensor.T
         return tensor
+
+    def blocks(self, published: str) -> np.ndarray:
+        """A quantized matrix as it lies in the file, its rows as published: see `GGUF.blocks`."""
+        name, _ = self.names[published]
+        return self._rows(name, self.file.blocks(name))
+
+    def _rows(self, name: str, tensor: np.ndarray) -> np.ndarray:
+        """A tensor, or its blocks, with rows in the published order."""
+        if self.architecture != "llama" or not (".attn_q." in name or ".attn_k." in name):
+            return tensor
+        heads = self.file.metadata["llama.attention.head_count"]
+        if ".attn_k." in name:
+            heads = self.file.metadata.get("llama.attention.head_count_kv", heads)
+        return _unpermute(tensor, heads)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)

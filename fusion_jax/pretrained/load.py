@@ -97,25 +97,25 @@ def load(
         UserError: cannot be fetched; of an unknown family; damaged, or not as its config says.
     """
     folder = fetch(str(name))
-    file = _gguf_file(folder)
+    file = gguf_file(folder)
     if file is not None:
         stored = gguf.GGUF(file)
         config = gguf_model.read_config(stored)
         tokenizer = gguf_tokenizer.read_tokenizer(stored.metadata)
         chat_template = stored.metadata.get("tokenizer.chat_template")
-        module, shapes, family = _describe(config, part, file)
+        module, shapes, family = describe(config, part, file)
         tensors: Mapping[str, np.ndarray] = gguf_model.Published(stored)
     else:
         config = read_config(folder)
         tokenizer, chat_template = read_tokenizer(folder), read_chat_template(folder)
-        module, shapes, family = _describe(config, part, folder / "config.json")
+        module, shapes, family = describe(config, part, folder / "config.json")
         tensors = Shards(folder, family.prefix, family.older)
     slots = family.slots(config)
     params = to_params(tensors, slots, shapes, ignore=family.ignore, place=place)
     return Pretrained(module, params, config, tokenizer, chat_template, checksum(folder))
 
 
-def _gguf_file(folder: Path) -> Path | None:
+def gguf_file(folder: Path) -> Path | None:
     """The GGUF file that a name stands for: itself, or the only one of a folder without weights."""
     if folder.suffix == ".gguf":
         return folder
@@ -128,7 +128,7 @@ def _gguf_file(folder: Path) -> Path | None:
     return found[0]
 
 
-def _describe(
+def describe(
     config: Mapping[str, Any], part: str | None, source: Path
 ) -> tuple[nn.Module, dict[str, jax.ShapeDtypeStruct], Family]:
     """The module that a config describes, its params' shapes and its family."""

@@ -1,0 +1,30 @@
+"""Params in the bits of a GGUF file stand for the very arrays that `load` reads."""
+
+import importlib.util
+from pathlib import Path
+
+import gguf
+import jax
+import numpy as np
+import pytest
+
+from fusion_jax.compression.quantization import Quantized, dense_params, kernels
+from fusion_jax.errors import UserError
+from fusion_jax.pretrained.gguf_stored import load_stored
+from fusion_jax.pretrained.load import load
+
+spec = importlib.util.spec_from_file_location("written", Path(__file__).with_name("test_gguf.py"))
+written = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(written)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
+def test_they_are_what_load_reads(tmp_path, kind):
+    file = tmp_path / "model.gguf"
+    written.write(file, "llama", kind=gguf.GGMLQuantizationType[kind])
+    stored, read = load_stored(str(file)), load(file)
+    assert all(isinstance(leaf, Quantized) for leaf in kernels(stored.params).values())
+    jax.tree.map(np.testing.assert_array_equal, dense_params(stored.params), read.params)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="GGUF"):
+        load_stored(str(tmp_path / "empty"))
