@@ -40,17 +40,20 @@ class Writing:
     Attributes:
         sight: what is shown of pictures.
         chat, layout: how text and marks become ids.
+        config: of the language model.
     """
 
     sight: Sight
     chat: Chat
     layout: Layout
+    config: Mapping[str, Any]
 
     @classmethod
     def of(cls, checkpoint: Pretrained, model: FusedLM, sight: Sight) -> "Writing":
         """For a model fused around that checkpoint, in the PLAIN template."""
         chat = dataclasses.replace(Chat.of(checkpoint), template=PLAIN)
-        return cls(sight, chat, model.layout(jax.random.key(0), {"image": sight.blank(1)}))
+        layout = model.layout(jax.random.key(0), {"image": sight.blank(1)})
+        return cls(sight, chat, layout, checkpoint.config)
 
     def content(self, text: str, row: int | None, view: int = 0) -> str:
         """What the user says: the picture's mark and what is guessed of it, then the question."""
@@ -165,6 +168,7 @@ class Answerer:
             encoders={
                 "image": Encoder(sight.look, sight.params, sight.published.transform, labels, count)
             },
+            config=writing.config,
         )
 
     def scores(

@@ -52,6 +52,7 @@ class Assistant:
         readers: {name: file -> Tokens of one item, values [1, 1, ...] and mask [1, 1, ...]}.
         words: {name: file -> text that follows the item in the prompt}, where there is any.
         encoders: {name: what readers and words do, as a function of arrays}; for export.
+        config: of the decoder, as config.json says it; for export to other formats.
         data: what it was trained on, in words.
     """
 
@@ -62,6 +63,7 @@ class Assistant:
     readers: Mapping[str, Callable[[Path], Tokens]] = dataclasses.field(default_factory=dict)
     words: Mapping[str, Callable[[Path], str]] = dataclasses.field(default_factory=dict)
     encoders: Mapping[str, Encoder] = dataclasses.field(default_factory=dict)
+    config: Mapping[str, Any] | None = None
     data: str = ""
 
     def answer(
@@ -180,7 +182,8 @@ def from_checkpoint(name: str) -> Assistant:
     checkpoint = load(name)
     if not isinstance(checkpoint.module, Decoder):
         raise UserError(f"{name} is no language model: it is a {type(checkpoint.module).__name__}")
-    return Assistant(checkpoint.module, checkpoint.params, Chat.of(checkpoint))
+    chat = Chat.of(checkpoint)
+    return Assistant(checkpoint.module, checkpoint.params, chat, config=checkpoint.config)
 
 
 def from_workdir(workdir: Path) -> Assistant:

@@ -70,7 +70,7 @@ def save(
             with (draft / file).open("wb") as stream:
                 stream.write(_header(header, jnp.dtype(dtype)))
                 for name in names:
-                    stream.write(_tensor(slots[name], flat).astype(dtype).tobytes())
+                    stream.write(tensor_of(slots[name], flat).astype(dtype).tobytes())
             index |= dict.fromkeys(header, file)
         if len(shards) > 1:
             listing = {"metadata": {"total_size": sum(size.values())}, "weight_map": index}
@@ -87,7 +87,7 @@ def _parts(slot: Slot, flat: Mapping[str, Any]) -> list[Any]:
     return [flat[path] if slot.row is None else flat[path][slot.row] for path in slot.all_paths]
 
 
-def _tensor(slot: Slot, flat: Mapping[str, Any]) -> np.ndarray:
+def tensor_of(slot: Slot, flat: Mapping[str, Any]) -> np.ndarray:
     """A published tensor from our params."""
     parts = [slot.published(np.asarray(part)) for part in _parts(slot, flat)]
     return np.concatenate(parts, axis=slot.axis) if parts[1:] else parts[0]

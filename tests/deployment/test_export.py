@@ -26,7 +26,7 @@ from fusion_jax.tokens import Tokens
 @pytest.fixture(scope="module")
 def generator(talker):
     """One for all tests, since it compiles."""
-    return Generator(Artifact(talker), rows=3)
+    return Generator(Artifact(talker), rows=3, slots=64)
 
 
 LONE = """

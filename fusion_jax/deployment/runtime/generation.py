@@ -19,7 +19,7 @@ from .artifact import Artifact, BadInput, round_up
 from .conversation import MARK, Conversation
 
 Caches = dict[str, jax.Array]
-SHORTEST_PROMPT, FEWEST_SLOTS = 16, 64
+SHORTEST_PROMPT = 16
 STOP, LENGTH = "stop", "length"
 
 
@@ -53,11 +53,14 @@ class Generator:
     Args:
         rows: most prompts at a time.
         context: most tokens of a prompt and its answer; None: what the model was made for.
+        slots: of the cache at first; it grows by doubling.
     """
 
-    def __init__(self, artifact: Artifact, rows: int = 8, context: int | None = None):
+    def __init__(
+        self, artifact: Artifact, rows: int = 8, context: int | None = None, slots: int = 256
+    ):
         manifest = artifact.manifest
-        self.artifact, self.rows = artifact, rows
+        self.artifact, self.rows, self.fewest_slots = artifact, rows, slots
         limits = [limit for limit in (manifest["context_length"], context) if limit]
         self.context = min(limits, default=2048)
         self.stop_ids, self.width = set(manifest["stop_ids"]), manifest["width"]
@@ -128,7 +131,7 @@ class Generator:
         count = round_up(len(writing.vectors)) if len(writing.vectors) else 1
         vectors = np.zeros((1, count, self.width), np.float32)
         vectors[0, : len(writing.vectors)] = writing.vectors
-        slots = round_up(ids.shape[1] + 1, FEWEST_SLOTS)
+        slots = round_up(ids.shape[1] + 1, self.fewest_slots)
         where, how = np.array([len(writing.ids) - 1], np.int32), _how([writing])
         empty = self._empty(1, slots)
         token, caches = self._prefill(self._params, ids, mask, vectors, empty, where, how)

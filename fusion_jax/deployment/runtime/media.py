@@ -107,15 +107,12 @@ def sound(content: bytes, rate: int, longest: int) -> np.ndarray:
 
 
 def batch(spec: Mapping[str, Any], items: list[np.ndarray | None]) -> dict[str, np.ndarray]:
-    """{"values", "mask"} of items that may be absent, padded to one of few lengths."""
+    """{"values", "mask"} of items that may be absent, padded to the longest: one program."""
     if spec["kind"] == "image":
         values = np.zeros((len(items), spec["size"], spec["size"], 3), np.float32)
         mask = np.zeros(len(items), bool)
     else:
-        longest, shortest = spec["longest"], spec.get("shortest", 1)
-        step = max(-(-longest // 8), 1)
-        size = max((len(item) for item in items if item is not None), default=1)
-        size = min(max(-(-size // step) * step, shortest), longest)
+        size = spec["longest"]
         dtype = np.int32 if spec["kind"] == "text" else np.float32
         values, mask = np.zeros((len(items), size), dtype), np.zeros((len(items), size), bool)
     for row, item in enumerate(items):

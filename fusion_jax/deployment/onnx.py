@@ -1,0 +1,77 @@
+"""ONNX files of exported predictors, by jax2onnx, checked by ONNX Runtime as they are written."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fusion_jax.data.image import Pictures
+from fusion_jax.deployment.export import Predictor
+from fusion_jax.errors import UserError
+from fusion_jax.tokens import Tokens
+
+TOLERANCE = 1e-3
+"""Largest difference of an output from ours, relative to its largest number."""
+
+
+def write(target: Path, model: Any) -> float:
+    """Writes an ONNX file: any batch, sound and text padded to the longest, params inside.
+
+    Inputs are NAME and NAME_mask of each modality, outputs as in the StableHLO export.
+
+    Returns:
+        The largest difference between ONNX Runtime's outputs and ours on random inputs.
+
+    Raises:
+        UserError: no predictor; an operation that jax2onnx does not know; outputs that differ.
+    """
+    try:
+        import jax2onnx
+        import onnx
+        import onnxruntime
+    except ImportError as error:
+        raise UserError(f"ONNX needs jax2onnx, onnx and onnxruntime: {error}") from error
+    if not isinstance(model, Predictor):
+        raise UserError("ONNX holds predictors; export a language model as stablehlo or gguf")
+    names, specs = [], []
+    for name, transform in model.inputs.items():
+        shape = ("B", *transform.shape)
+        names += [name, f"{name}_mask"]
+        mask = shape[:1] if isinstance(transform, Pictures) else shape
+        specs += [jax.ShapeDtypeStruct(shape, transform.dtype), jax.ShapeDtypeStruct(mask, bool)]
+
+    def run(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+        found = model.apply(model.params, _batch(names, arrays, model))
+        return tuple(found[name] for name in sorted(found))
+
+    rng = np.random.default_rng(0)
+    samples = []
+    for spec in specs:
+        shape = (2, *spec.shape[1:])
+        sample = rng.random(shape) < 0.9 if spec.dtype == bool else 5 * rng.random(shape)
+        samples.append(sample.astype(spec.dtype))
+    ours = jax.jit(run)(*map(jnp.asarray, samples))
+    outputs = sorted(jax.eval_shape(model.apply, model.params, _batch(names, samples, model)))
+    try:
+        made = jax2onnx.to_onnx(run, specs, input_names=names, output_names=outputs)
+    except Exception as error:  # whatever its plugins raise
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"jax2onnx cannot write this model: {first}; export stablehlo") from error
+    session = onnxruntime.InferenceSession(made.SerializeToString())
+    found = session.run(outputs, dict(zip(names, samples, strict=True)))
+    scale = [max(float(np.abs(each).max()), 1e-6) for each in ours]
+    worst = max(float(np.abs(a - b).max()) / s for a, b, s in zip(ours, found, scale, strict=True))
+    if worst > TOLERANCE:
+        raise UserError(f"ONNX Runtime's outputs differ from ours by {worst:.1e}; nothing written")
+    draft = target.with_name(f".{target.name}.tmp")
+    onnx.save(made, draft)
+    draft.replace(target)
+    return worst
+
+
+def _batch(names: Sequence[str], samples: Sequence[Any], model: Predictor) -> dict[str, Tokens]:
+    given = dict(zip(names, samples, strict=True))
+    return {name: Tokens(given[name], given[f"{name}_mask"]) for name in model.inputs}

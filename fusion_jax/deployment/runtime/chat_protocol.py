@@ -1,0 +1,149 @@
+"""The OpenAI chat protocol: what is read of a request, and what is written of an answer."""
+
+import base64
+import binascii
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from .artifact import BadInput
+from .generation import Generator, Writing
+
+SSE_END = b"data: [DONE]\n\n"
+
+
+class Url(BaseModel):
+    url: str
+
+
+class Sound(BaseModel):
+    data: str
+    format: str = "wav"
+
+
+class TextPart(BaseModel):
+    type: Literal["text"]
+    text: str
+
+
+class ImagePart(BaseModel):
+    """A picture as a data: URI; pictures elsewhere are not fetched."""
+
+    type: Literal["image_url"]
+    image_url: Url
+
+
+class AudioPart(BaseModel):
+    """A recording in base64."""
+
+    type: Literal["input_audio"]
+    input_audio: Sound
+
+
+Part = Annotated[TextPart | ImagePart | AudioPart, Field(discriminator="type")]
+
+
+class Message(BaseModel):
+    role: Literal["system", "user", "assistant", "developer"]
+    content: str | list[Part]
+
+
+class StreamOptions(BaseModel):
+    include_usage: bool = False
+
+
+class ChatRequest(BaseModel):
+    """A request for an answer; what is not named here is ignored."""
+
+    model_config = ConfigDict(extra="ignore")
+    model: str
+    messages: list[Message] = Field(min_length=1, max_length=1000)
+    max_tokens: int | None = Field(None, ge=1, le=1_000_000)
+    max_completion_tokens: int | None = Field(None, ge=1, le=1_000_000)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: str | list[str] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Literal[1] | None = None
+
+    @property
+    def stops(self) -> list[str]:
+        """Strings that end the answer."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+
+def writing_of(request: ChatRequest, generator: Generator) -> Writing:
+    """What the generator is to continue.
+
+    Raises:
+        BadInput: media that cannot be read, or that this model does not read; too long.
+    """
+    messages = []
+    for message in request.messages:
+        role = "system" if message.role == "developer" else message.role
+        if isinstance(message.content, str):
+            messages.append({"role": role, "content": message.content})
+            continue
+        texts, media = [], []
+        for part in message.content:
+            if isinstance(part, TextPart):
+                texts.append(part.text)
+                continue
+            name = "image" if isinstance(part, ImagePart) else "audio"
+            if name not in generator.readers:
+                raise BadInput(f"this model reads no {name}; it reads {sorted(generator.readers)}")
+            media.append((name, generator.readers[name](_content(part))))
+        messages.append({"role": role, "content": "\n".join(texts), "media": media})
+    return generator.writing(
+        messages,
+        request.max_completion_tokens or request.max_tokens,
+        temperature=1.0 if request.temperature is None else request.temperature,
+        top_p=1.0 if request.top_p is None else request.top_p,
+        seed=(request.seed or 0) % 2**32,
+    )
+
+
+def _content(part: ImagePart | AudioPart) -> bytes:
+    encoded = part.input_audio.data if isinstance(part, AudioPart) else part.image_url.url
+    if isinstance(part, ImagePart):
+        head, comma, encoded = encoded.partition(",")
+        if not (head.startswith("data:") and head.endswith(";base64") and comma):
+            raise BadInput(
+                "image_url must be a data: URI in base64, like data:image/png;base64,..."
+            )
+    try:
+        return base64.b64decode(encoded, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise BadInput(f"the {part.type} is not base64: {error}") from error
+
+
+def usage(writing: Writing) -> dict[str, int]:
+    """Tokens read and written."""
+    read, written = len(writing.ids), len(writing.written)
+    return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+
+
+def completion(
+    about: Mapping[str, Any], text: str, finish: str, writing: Writing
+) -> dict[str, Any]:
+    """The whole answer."""
+    message = {"role": "assistant", "content": text, "refusal": None}
+    choice = {"index": 0, "message": message, "finish_reason": finish, "logprobs": None}
+    return {**about, "object": "chat.completion", "choices": [choice], "usage": usage(writing)}
+
+
+def chunk(
+    about: Mapping[str, Any], delta: Mapping[str, str], finish: str | None = None
+) -> dict[str, Any]:
+    """A piece of an answer that streams."""
+    choice = {"index": 0, "delta": dict(delta), "finish_reason": finish, "logprobs": None}
+    return {**about, "object": "chat.completion.chunk", "choices": [choice]}
+
+
+def event(content: Mapping[str, Any]) -> bytes:
+    """A server-sent event."""
+    return b"data: " + json.dumps(content).encode() + b"\n\n"

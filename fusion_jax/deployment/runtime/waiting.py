@@ -1,0 +1,129 @@
+"""Requests that wait for the model: a bounded line with deadlines, which refuses the hopeless."""
+
+import collections
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from .artifact import BadInput
+
+
+class Job:
+    """A request that waits, is worked on, and tells what comes of it.
+
+    Attributes:
+        work: what is to be done (rows to predict, or a `Writing`).
+        tell: called from the model's thread with (kind, value): "token" as it is written, "done"
+            with the result, "error" with a BadInput.
+        deadline: when the answer is of no use any more, by `time.monotonic`.
+        cancelled: set by whoever does not want it any more.
+        cost: seconds of the model's time that it took.
+    """
+
+    def __init__(
+        self, work: Any, tell: Callable[[str, Any], None], seconds: float, size: int = 1
+    ) -> None:
+        self.work, self.tell, self.size = work, tell, size
+        self.deadline = time.monotonic() + seconds
+        self.cancelled = False
+        self.cost = 0.0
+
+    @property
+    def late(self) -> bool:
+        return time.monotonic() > self.deadline
+
+
+class Line:
+    """The jobs that wait. `limit` is how many may."""
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self._costs: collections.deque[float] = collections.deque(maxlen=15)
+        self._jobs: collections.deque[Job] = collections.deque()
+        self._working = 0
+        self._changed = threading.Condition()
+        self._closed = False
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    @property
+    def pace(self) -> float:
+        """Seconds of the model's time for a job of size 1: the median, so that compiling once
+        does not count. 0 while nothing is known."""
+        return sorted(self._costs)[len(self._costs) // 2] if self._costs else 0.0
+
+    def put(self, job: Job) -> None:
+        """Takes a job, or refuses it at once.
+
+        Raises:
+            BadInput: 429 where the line is full, or would not come to it before its deadline; 503
+                where it is closed.
+        """
+        with self._changed:
+            if self._closed:
+                raise BadInput("this server is shutting down: ask another", 503)
+            if len(self._jobs) >= self.limit:
+                raise BadInput(f"{self.limit} requests wait already: try again later", 429)
+            ahead = self._working + sum(each.size for each in self._jobs) + job.size
+            idle = ahead == job.size
+            if not idle and time.monotonic() + ahead * self.pace > job.deadline:
+                raise BadInput(
+                    f"{ahead * self.pace:.1f} s would pass before an answer, after the deadline: "
+                    "try again later",
+                    429,
+                )
+            self._jobs.append(job)
+            self._changed.notify()
+
+    def take(self, size: int, wait: float | None) -> list[Job] | None:
+        """Jobs of at most `size` together (one of them at least), in order of arrival.
+
+        Args:
+            wait: seconds to wait for the first; None waits for it, 0 does not.
+
+        Returns:
+            Perhaps none; None when the line is closed and empty.
+        """
+        taken: list[Job] = []
+        with self._changed:
+            if not self._jobs and wait != 0 and not self._closed:
+                self._changed.wait(wait)
+            while self._jobs and (not taken or self._jobs[0].size <= size):
+                job = self._jobs.popleft()
+                if job.cancelled:
+                    continue
+                if job.late:
+                    job.tell("error", BadInput("the deadline passed while the request waited", 504))
+                    continue
+                taken.append(job)
+                size -= job.size
+            self._working += sum(job.size for job in taken)
+            return None if self._closed and not taken and not self._jobs else taken
+
+    def done(self, job: Job) -> None:
+        """A job that was taken is finished, `job.cost` tells what it took."""
+        with self._changed:
+            self._working -= job.size
+            self._costs.append(job.cost / job.size)
+
+    def close(self) -> None:
+        """Refuses new jobs; those that wait are still done."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+
+class Worker:
+    """A thread that works through a line. `run(line)` returns when the line is closed and empty."""
+
+    def __init__(self, limit: int, run: Callable[[Line], None]):
+        self.line = Line(limit)
+        self._thread = threading.Thread(target=run, args=(self.line,), daemon=True)
+        self._thread.start()
+
+    def close(self, seconds: float | None = None) -> None:
+        """Finishes what waits, at most so long."""
+        self.line.close()
+        self._thread.join(seconds)

@@ -1,0 +1,118 @@
+"""What the model's thread does: predicts what waits together, or writes many answers at once."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from .artifact import BadInput
+from .generation import Generator, Writing
+from .prediction import Predictor
+from .waiting import Job, Line
+
+Count = Callable[[str, float], None]
+"""Notes a number under a name: "batch" rows that ran together, "tokens" that were written."""
+
+
+def predict(predictor: Predictor, rows: int, patience: float, count: Count) -> Any:
+    """Predicts up to `rows` rows together; a request waits at most `patience` s for company."""
+
+    def run(line: Line) -> None:
+        while (jobs := line.take(rows, None)) is not None:
+            missing = rows - sum(job.size for job in jobs)
+            if jobs and missing > 0 and patience > 0:
+                time.sleep(patience)
+                jobs += line.take(missing, 0) or []
+            if not jobs:
+                continue
+            started = time.perf_counter()
+            together = [row for job in jobs for row in job.work]
+            try:
+                found = predictor(together)
+            except Exception as error:
+                _fail(jobs, error, line)
+                continue
+            spent, start = time.perf_counter() - started, 0
+            count("batch", len(together))
+            for job in jobs:
+                part = {n: values[start : start + job.size] for n, values in found.items()}
+                start += job.size
+                job.cost = spent * job.size / len(together)
+                line.done(job)
+                job.tell("done", part)
+
+    return run
+
+
+def write(generator: Generator, count: Count) -> Any:
+    """Writes up to `generator.rows` answers at once; one joins as soon as there is room."""
+
+    def run(line: Line) -> None:
+        jobs: dict[Writing, Job] = {}
+
+        def end(job: Job, kind: str, value: Any) -> None:
+            generator.leave(job.work)
+            del jobs[job.work]
+            line.done(job)
+            job.tell(kind, value)
+
+        while True:
+            room = generator.rows - len(jobs)
+            arrived = line.take(room, None if not jobs else 0) if room else []
+            if arrived is None and not jobs:
+                return
+            for job in arrived or ():
+                jobs[job.work] = job
+                try:
+                    started = time.perf_counter()
+                    generator.join(job.work)
+                    job.cost += time.perf_counter() - started
+                except Exception as error:
+                    end(job, "error", _told(error))
+                    continue
+                _tell(job, 0)
+                if job.work.finish is not None:
+                    end(job, "done", job.work)
+            for job in list(jobs.values()):
+                if job.cancelled:
+                    end(job, "done", job.work)
+                elif job.late:
+                    end(job, "error", BadInput("the deadline passed while it was answered", 504))
+            if not jobs:
+                continue
+            started = time.perf_counter()
+            before = {writing: len(writing.written) for writing in jobs}
+            try:
+                generator.step()
+            except Exception as error:
+                for job in list(jobs.values()):
+                    end(job, "error", _told(error))
+                continue
+            spent = (time.perf_counter() - started) / len(jobs)
+            count("batch", len(jobs))
+            for writing, job in list(jobs.items()):
+                job.cost += spent
+                count("tokens", len(writing.written) - before[writing])
+                _tell(job, before[writing])
+                if writing.finish is not None:
+                    end(job, "done", writing)
+
+    return run
+
+
+def _tell(job: Job, start: int) -> None:
+    if tokens := job.work.written[start:]:
+        job.tell("tokens", tokens)
+
+
+def _fail(jobs: list[Job], error: Exception, line: Line) -> None:
+    for job in jobs:
+        line.done(job)
+        job.tell("error", _told(error))
+
+
+def _told(error: Exception) -> BadInput:
+    if isinstance(error, BadInput):
+        return error
+    return BadInput(
+        f"the model failed: {str(error).splitlines()[0] if str(error) else error!r}", 500
+    )

@@ -1,0 +1,370 @@
+"""The server: real clients, bad input, overload, and what it finishes before it ends."""
+
+import asyncio
+import base64
+import io
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import httpx
+import numpy as np
+import pytest
+import uvicorn
+from PIL import Image
+
+from fusion_jax.deployment import export
+from fusion_jax.deployment.runtime.host import Host, Limits
+from fusion_jax.deployment.runtime.server import Metrics, Server
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # those of clients and of uvicorn
+
+WITHOUT = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("fusion_jax", "flax", "optax"):
+            raise ImportError(name)
+sys.meta_path.insert(0, Refuse())
+import runpy
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def png(seed=0):
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 255, (9, 7, 3), np.uint8)
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def ask(text="w5", **how):
+    return {"model": "talker", "messages": [{"role": "user", "content": text}], **how}
+
+
+@pytest.fixture(scope="module")
+def place(talker, tmp_path_factory):
+    """A copy of the artifact that tests may exchange."""
+    folder = tmp_path_factory.mktemp("serve") / "artifact"
+    shutil.copytree(talker, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def process(place):
+    """`python artifact/serve.py` where fusion_jax cannot be imported."""
+    port = free_port()
+    flags = ["--port", str(port), "--queue", "4", "--body-megabytes", "0.2", "--rows", "2"]
+    flags += [
+        "--look-seconds",
+        "0.2",
+        "--read-seconds",
+        "2",
+        "--warm",
+        "16",
+        "--answer-seconds",
+        "300",
+    ]
+    command = [sys.executable, "-c", WITHOUT, str(place / "serve.py"), *flags]
+    environment = dict(os.environ, SERVE_KEY="secret", XLA_FLAGS="", JAX_PLATFORMS="cpu")
+    running = subprocess.Popen(command, cwd=place.parent, env=environment)
+    address = f"http://127.0.0.1:{port}"
+    for _ in range(600):
+        try:
+            if httpx.get(f"{address}/v2/health/ready").status_code == 200:
+                break
+        except httpx.TransportError:
+            assert running.poll() is None
+            time.sleep(0.2)
+    yield running, address
+    running.kill()
+    running.wait()
+
+
+@pytest.fixture(scope="module")
+def client(process):
+    with httpx.Client(base_url=process[1], timeout=300, headers={"x-api-key": "secret"}) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def address(predicts):
+    """The classifier's server, in a thread of this process."""
+    metrics = Metrics()
+    host = Host(predicts, Limits(rows=4, queue=64), metrics.count, every=60)
+    config = uvicorn.Config(Server(host, metrics).app(), port=free_port(), log_level="warning")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.05)
+    yield f"127.0.0.1:{config.port}"
+    server.should_exit = True
+    thread.join(20)
+
+
+def test_openai_client_with_a_picture_streams_what_ask_answers(
+    process, client, assistant, tmp_path
+):
+    openai = pytest.importorskip("openai")
+    (tmp_path / "a.png").write_bytes(png())
+    expected = "".join(assistant.answer("w9", {"image": [tmp_path / "a.png"]}, max_tokens=20))
+    theirs = openai.OpenAI(base_url=f"{process[1]}/v1", api_key="secret", max_retries=0)
+    uri = "data:image/png;base64," + base64.b64encode(png()).decode()
+    parts = [{"type": "text", "text": "w9"}, {"type": "image_url", "image_url": {"url": uri}}]
+    how = {"model": "talker", "messages": [{"role": "user", "content": parts}]}
+    how |= {"max_tokens": 20, "temperature": 0}
+    whole = theirs.chat.completions.create(**how)
+    assert whole.choices[0].message.content == expected
+    assert whole.choices[0].finish_reason == "length" and whole.usage.completion_tokens == 20
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    pieces = list(theirs.chat.completions.create(**how, **options))
+    said = [p.choices[0].delta.content or "" for p in pieces if p.choices]
+    assert "".join(said) == expected and len([piece for piece in said if piece]) > 5
+    assert pieces[-1].usage.completion_tokens == 20
+    assert [model.id for model in theirs.models.list()] == ["talker"]
+    stopped = theirs.chat.completions.create(**how, stop=[expected[4:9]])
+    assert stopped.choices[0].message.content == expected[:4]
+    with pytest.raises(openai.NotFoundError):
+        theirs.chat.completions.create(**how | {"model": "other"})
+
+
+def picture(url):
+    return ask([{"type": "image_url", "image_url": {"url": url}}])
+
+
+BAD = {
+    "no JSON": (b"{", 400),
+    "deep JSON": (b"[" * 100_000, 400),
+    "no messages": (ask() | {"messages": []}, 400),
+    "no words": (ask(max_tokens=-1), 400),
+    "gigantic answer": (ask(max_tokens=10**6), 400),
+    "gigantic prompt": (ask("w5 " * 5000), 400),
+    "too large": (ask("w" * 300_000), 413),
+    "bad base64": (picture("data:image/png;base64,@@@"), 400),
+    "no picture": (picture("data:image/png;base64,AAAA"), 400),
+    "a picture elsewhere": (picture("http://127.0.0.1/a.png"), 400),
+    "sound": (ask([{"type": "input_audio", "input_audio": {"data": "AA=="}}]), 400),
+    "an unknown part": (ask([{"type": "video"}]), 400),
+    "two answers": (ask(n=2), 400),
+    "a hot answer": (ask(temperature=1e30), 400),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_requests_get_their_status(client, case):
+    content, status = BAD[case]
+    content = content if isinstance(content, bytes) else json.dumps(content).encode()
+    answer = client.post("/v1/chat/completions", content=content)
+    assert answer.status_code == status and answer.json()["error"]["message"]
+
+
+def test_the_key_and_a_body_that_never_comes(client, process):
+    route = "/v1/chat/completions"
+    assert httpx.post(f"{process[1]}{route}", json=ask()).status_code == 401
+    assert client.get("/v2/models/talker").json()["inputs"][0]["name"] == "prompt"
+    with socket.create_connection(("127.0.0.1", client.base_url.port)) as slow:
+        head = f"POST {route} HTTP/1.1\r\nhost: a\r\nx-api-key: secret\r\ncontent-length: 9\r\n\r\n"
+        slow.sendall(head.encode())
+        assert b"408" in slow.recv(100)
+
+
+def metric(client, name):
+    lines = client.get("/metrics").text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(name + " "))
+
+
+def test_a_full_line_refuses_and_a_cancelled_stream_stops(client):
+    """Two are answered and four wait: of twelve at once, no more than six are taken."""
+
+    async def burst():
+        async with httpx.AsyncClient(base_url=client.base_url, headers=client.headers) as many:
+            how = ask(max_tokens=80, temperature=1.0, stop=["nothing"])
+            posts = [
+                many.post("/v1/chat/completions", json=how | {"seed": seed}, timeout=300)
+                for seed in range(12)
+            ]
+            return [answer.status_code for answer in await asyncio.gather(*posts)]
+
+    statuses = asyncio.run(burst())
+    assert set(statuses) == {200, 429} and 4 <= statuses.count(200) <= 8
+    how = ask(max_tokens=85, temperature=1.0, seed=3, stream=True)
+    with client.stream("POST", "/v1/chat/completions", json=how) as stream:
+        next(stream.iter_lines())
+    answer = client.post("/v1/chat/completions", json=ask(max_tokens=3))
+    assert answer.status_code == 200
+    late = client.post(
+        "/v1/chat/completions", json=ask(max_tokens=90), headers={"x-timeout-seconds": "1e-6"}
+    )
+    assert late.status_code in (429, 504)
+
+
+def test_an_exchanged_artifact_is_picked_up_without_a_failed_request(
+    client, place, assistant, tmp_path
+):
+    """The folder is replaced by renaming, while clients ask."""
+    params = assistant.params | {"decoder": dict(assistant.params["decoder"])}
+    final = params["decoder"]["transformer"]["final_norm"]["scale"] * -1.0
+    transformer = params["decoder"]["transformer"] | {"final_norm": {"scale": final}}
+    params["decoder"] |= {"transformer": transformer}
+    other = type(assistant)(**{**vars(assistant), "params": params})
+    export.write(tmp_path / "new", "talker", other, {})
+    statuses, texts, enough = [], [], threading.Event()
+
+    def keep_asking():
+        while not enough.is_set():
+            answer = client.post("/v1/chat/completions", json=ask(max_tokens=8, temperature=0))
+            statuses.append(answer.status_code)
+            texts.append(answer.json().get("choices", [{}])[0].get("message", {}).get("content"))
+
+    thread = threading.Thread(target=keep_asking)
+    thread.start()
+    place.rename(tmp_path / "old")
+    (tmp_path / "new").rename(place)
+    end = time.monotonic() + 300
+    while len(set(texts)) < 2 and time.monotonic() < end:
+        time.sleep(0.1)
+    enough.set()
+    thread.join()
+    assert set(statuses) == {200} and len(set(texts)) == 2
+    expected = ["".join(each.answer("w5", max_tokens=8)) for each in (assistant, other)]
+    assert [texts[0], texts[-1]] == expected
+
+
+def test_triton_client(address, classifier):
+    triton = pytest.importorskip("tritonclient.http")
+    client = triton.InferenceServerClient(address)
+    assert client.is_server_live() and client.is_server_ready()
+    assert client.is_model_ready("predicts")
+    described = client.get_model_metadata("predicts")
+    assert {"name": "image", "datatype": "FP32", "shape": [-1, 8, 8, 3]} in described["inputs"]
+    rng = np.random.default_rng(0)
+    image = rng.random((3, 8, 8, 3), np.float32)
+    text = rng.integers(3, 200, (3, 5)).astype(np.int32)
+    mask = np.arange(5)[None] < np.array([[5], [2], [0]])
+
+    def inputs(binary):
+        made = []
+        for name, values in (("image", image), ("text", text), ("text_mask", mask)):
+            kind = {"float32": "FP32", "int32": "INT32", "bool": "BOOL"}[values.dtype.name]
+            made.append(triton.InferInput(name, list(values.shape), kind))
+            made[-1].set_data_from_numpy(values, binary_data=binary)
+        return made
+
+    from fusion_jax.tokens import Tokens
+
+    raw = {
+        "image": Tokens(image, np.ones(3, bool)),
+        "text": Tokens(text, mask),
+        "audio": Tokens(np.zeros((3, 1024), np.float32), np.zeros((3, 1024), bool)),
+    }
+    expected = classifier.apply(classifier.params, raw)["logits"]
+    for binary in (True, False):
+        found = client.infer("predicts", inputs(binary), request_id="7")
+        np.testing.assert_allclose(found.as_numpy("logits"), expected, atol=1e-5)
+        best = [classifier.classes[i].encode() for i in np.argmax(expected, axis=1)]
+        assert found.as_numpy("label").tolist() == best
+        assert found.get_response()["id"] == "7"
+    only = [triton.InferRequestedOutput("logits", binary_data=False)]
+    found = client.infer("predicts", inputs(True), outputs=only)
+    assert [each["name"] for each in found.get_response()["outputs"]] == ["logits"]
+
+
+def tensor(name="text", shape=(1, 3), datatype="INT32", data=(3, 4, 5), **more):
+    return {"name": name, "shape": list(shape), "datatype": datatype, "data": list(data), **more}
+
+
+TENSORS = {
+    "another shape": [tensor(shape=(1, 4))],
+    "a gigantic shape": [tensor(shape=(10**9, 10**9))],
+    "a negative shape": [tensor(shape=(-1, -3))],
+    "too long": [tensor(shape=(1, 30), data=range(30))],
+    "another dtype": [tensor(datatype="FP32")],
+    "an unknown dtype": [tensor(datatype="FP8")],
+    "floats for ints": [tensor(data=(0.5, 1, 2))],
+    "strings for ints": [tensor(data=("a", "b", "c"))],
+    "ragged": [tensor(data=([1, 2], [3]))],
+    "no rows": [tensor(shape=(0, 3), data=())],
+    "unknown": [tensor(name="video")],
+    "twice": [tensor(), tensor()],
+    "rows differ": [tensor(), tensor("text_mask", (2, 3), "BOOL", [True] * 6)],
+    "gaps": [tensor(), tensor("text_mask", (1, 3), "BOOL", [False, True, True])],
+    "no picture": [tensor("image", (1,), "BYTES", ["AAAA"])],
+    "bytes that are not there": [tensor(parameters={"binary_data_size": 10**9})],
+}
+
+
+@pytest.mark.parametrize("case", TENSORS)
+def test_bad_tensors_get_one_clear_error(address, case):
+    url = f"http://{address}/v2/models/predicts/infer"
+    answer = httpx.post(url, json={"inputs": TENSORS[case]})
+    assert answer.status_code == 400 and answer.json()["error"]
+
+
+def test_encoded_files_and_the_batches_of_many_clients(address, classifier):
+    url = f"http://{address}/v2/models/predicts/infer"
+
+    async def many():
+        async with httpx.AsyncClient(timeout=300) as client:
+            posts = []
+            for seed in range(12):
+                data = [base64.b64encode(png(seed)).decode()]
+                body = {"inputs": [tensor("image", (1,), "BYTES", data)]}
+                posts.append(client.post(url, json=body))
+            return await asyncio.gather(*posts)
+
+    answers = asyncio.run(many())
+    from fusion_jax.deployment.runtime.media import picture as read
+    from fusion_jax.tokens import Tokens
+
+    for seed, answer in enumerate(answers):
+        raw = {"image": Tokens(read(png(seed), 8)[None], np.ones(1, bool))}
+        raw["text"] = Tokens(np.zeros((1, 1), np.int32), np.zeros((1, 1), bool))
+        raw["audio"] = Tokens(np.zeros((1, 1024), np.float32), np.zeros((1, 1024), bool))
+        outputs = {each["name"]: each["data"] for each in answer.json()["outputs"]}
+        expected = classifier.apply(classifier.params, raw)["logits"][0]
+        np.testing.assert_allclose(outputs["logits"], expected, atol=1e-5)
+    rows, batches = (
+        metric(httpx.Client(base_url=f"http://{address}"), f"serve_batch_rows_{each}")
+        for each in ("sum", "count")
+    )
+    assert rows > batches  # some ran together
+
+
+def test_schemathesis_finds_no_crash(address, tmp_path):
+    pytest.importorskip("schemathesis")
+    command = [sys.executable, "-m", "schemathesis.cli", "run", f"http://{address}/openapi.json"]
+    command += ["--max-examples", "5", "--phases", "examples,fuzzing", "--seed", "1"]
+    command += [
+        "--checks",
+        "not_a_server_error,status_code_conformance,response_schema_conformance",
+    ]
+    command += ["--exclude-path", "/metrics", "--no-color"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]
+
+
+def test_being_told_to_stop_finishes_a_stream(process, client):
+    """Last of all: it ends the process."""
+    running, _ = process
+    how = ask("w6", max_tokens=85, temperature=1.0, seed=5, stream=True)
+    with client.stream("POST", "/v1/chat/completions", json=how) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        running.send_signal(signal.SIGTERM)
+        rest = [line for line in lines if line]
+    assert rest[-1] == "data: [DONE]" and '"finish_reason": "' in rest[-2]
+    assert running.wait(100) == 0
