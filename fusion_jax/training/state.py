@@ -65,19 +65,24 @@ def _materialise(experiment: Experiment, wanted: Params, seed: int, *, may_alias
     """The wanted params: pretrained leaves put in their place, the others drawn there."""
     given = paths(experiment.pretrained)
     flat = paths(wanted)
-    drawn = {path: leaf.sharding for path, leaf in flat.items() if path not in given}
+    drawn = {  # a leaf of few bits is itself a small tree
+        path: jax.tree.map(lambda part: part.sharding, leaf)
+        for path, leaf in flat.items()
+        if path not in given
+    }
 
-    def init(key: jax.Array) -> dict[str, jax.Array]:
+    def init(key: jax.Array) -> dict[str, Any]:
         everything = paths(experiment.init(key))
         return {path: everything[path] for path in drawn}
+
+    def put(value: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
+        own = jnp.array(value, like.dtype, copy=not may_alias)
+        return jax.device_put(own, like.sharding)
 
     made = jax.jit(init, out_shardings=drawn)(jax.random.key(seed)) if drawn else {}
     # device_put keeps a jax.Array's buffer as its own device's part, also with may_alias=False.
     made |= {
-        path: jax.device_put(
-            jnp.array(given[path], flat[path].dtype, copy=not may_alias), flat[path].sharding
-        )
-        for path in flat.keys() & given.keys()
+        path: jax.tree.map(put, given[path], flat[path]) for path in flat.keys() & given.keys()
     }
     return traverse_util.unflatten_dict(made, sep="/")
 
