@@ -73,7 +73,8 @@ def plans(a: Arguments) -> list[Settings]:
         others = len(a.domain) - 1
         base = change(a.settings, method=method, unseen=True, batch_size=64 // others * others)
         runs = [(tuple(d for d in a.domain if d != t), t) for t in a.domain]
-    return [change(base, source=s, target=t, seed=seed) for seed in range(a.seeds) for s, t in runs]
+    seeds = range(base.seed, base.seed + a.seeds)
+    return [change(base, source=s, target=t, seed=seed) for seed in seeds for s, t in runs]
 
 
 def best_methods(a: Arguments) -> tuple[str, ...]:

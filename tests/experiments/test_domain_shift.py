@@ -1,5 +1,6 @@
 """Adapting to another domain from the command, on folders of one's own, from reading to plots."""
 
+import dataclasses
 import json
 
 import flax.linen as nn
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from experiments import domain_shift_pairs
 from experiments.domain_shift import (
     ADAPTING,
     CEILING,
@@ -23,6 +25,7 @@ from experiments.domain_shift import (
 from fusion_jax.__main__ import main
 from fusion_jax.data import domain_batches
 from fusion_jax.data.image import Pictures
+from fusion_jax.errors import UserError
 from fusion_jax.pretrained.tower import Tower
 from fusion_jax.tokens import Tokens, fill
 
@@ -125,6 +128,23 @@ def test_every_method_has_a_gradient_and_the_params_it_reads():
         grads, metrics = jax.eval_shape(objective, params, batch, jax.random.key(2))
         assert jax.tree.map(jnp.shape, grads) == jax.tree.map(jnp.shape, params), method
         assert all(leaf.shape == () for leaf in jax.tree.leaves(metrics)), method
+
+
+def test_tables_of_pairs_are_continued(drawn, tmp_path, capsys, monkeypatch):
+    small = Settings(width=4, batch_size=16, steps=2, evaluate_every=1, bounds=False)
+    hands = tuple(str(drawn / hand) for hand in ("pencil", "brush"))
+    a = domain_shift_pairs.Arguments(
+        "pairs", method=("infomax",), domain=hands, seeds=1, workdir=tmp_path, settings=small
+    )
+    domain_shift_pairs.main(a)
+    said = capsys.readouterr().out
+    assert "Gain over source-only on the same split" in said and "2 runs" in said
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2 * 3
+    monkeypatch.setattr(domain_shift_pairs, "Trainer", None)  # nothing is run again
+    domain_shift_pairs.main(a)
+    assert capsys.readouterr().out == said
+    with pytest.raises(UserError, match="lacks runs of the stage `methods`"):
+        domain_shift_pairs.main(dataclasses.replace(a, method=()))
 
 
 def test_what_does_not_fit_is_told(drawn, tmp_path, capsys):
