@@ -51,6 +51,7 @@ def assistant():
     words = {f"w{i}": i for i in range(tiny.VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["w2"])
     decoder = tiny.decoder()
     model = FusedLM(decoder, {"image": Projection(tiny.WIDTH)})
     media = {"image": Tokens(np.zeros((1, 1, 4, 5), np.float32), np.ones((1, 1, 4), bool))}

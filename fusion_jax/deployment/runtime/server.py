@@ -15,6 +15,7 @@ import hmac
 import json
 import logging
 import os
+import signal
 import sys
 import time
 import uuid
@@ -518,5 +519,8 @@ def main(arguments: list[str], program: str = "serve.py") -> int:
         access_log=False,
         timeout_graceful_shutdown=int(chosen.answer_seconds) + 1,
     )
+    # uvicorn raises the signal again when all is finished; that is no failure.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
     uvicorn.Server(config).run()
     return 0
