@@ -35,7 +35,7 @@ from fusion_jax.evaluation import ranking
 from fusion_jax.evaluation.table import print_table
 from fusion_jax.knowledge import inspect, read, scorers, wordnet
 from fusion_jax.knowledge.batches import Facts
-from fusion_jax.knowledge.entities import Computed, from_text, text_features
+from fusion_jax.knowledge.entities import Computed, described, from_text, text_features
 from fusion_jax.knowledge.graph import Graph
 from fusion_jax.objectives.combine import Objective, weighted_sum
 from fusion_jax.objectives.knowledge import (
@@ -166,7 +166,7 @@ def scorer_of(s: Settings, graph: Graph) -> scorers.Scorer | Computed:
     if not s.text:
         return scorer
     seen = np.isin(np.arange(len(graph.entities)), graph.part("train")[:, [0, 2]])
-    return from_text(scorer, text_features(graph), seen)
+    return from_text(scorer, text_features(described(graph)), seen)
 
 
 def objective_of(s: Settings, scorer: scorers.Scorer | Computed) -> Objective:

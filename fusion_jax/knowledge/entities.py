@@ -1,7 +1,7 @@
 """Scorers whose entity vectors are computed: from text, so that new entities can be scored, or by
 a graph encoder.
 
-    features = text_features(graph)                          # MiniLM on names and descriptions
+    features = text_features(described(graph))               # MiniLM on names and descriptions
     scorer = from_text(ComplEx(...), features, seen)
     scorer = from_graph(DistMult(...), CompGCN(...), graph)
 
@@ -10,7 +10,7 @@ Both are used like any scorer: in objectives, in ranking, in `train`.
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -143,34 +143,44 @@ def from_graph(scorer: Scorer, encoder: Any, graph: Graph) -> Computed:
     return Computed(scorer, init, params_of)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class Texts:
-    """What is said of each entity as a source of examples: its name, then its description."""
+    """Texts as a source of examples."""
 
-    graph: Graph
-    language: str = "en"
+    texts: Sequence[str]
 
     def __len__(self) -> int:
-        return len(self.graph.entities)
+        return len(self.texts)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        said = self.graph.descriptions[row] if len(self.graph.descriptions) else ""
-        label = self.graph.label(row, self.language)
-        return {"id": row, "text": f"{label}: {said}" if said else label}
+        return {"id": row, "text": self.texts[row]}
 
     @cached_property
     def checksum(self) -> str:
-        """Changes with any entity's text."""
+        """Changes with any text."""
         digest = hashlib.sha256()
-        for row in range(len(self)):
-            digest.update(self[row]["text"].encode() + b"\n")
+        for text in self.texts:
+            digest.update(text.encode() + b"\n")
         return digest.hexdigest()
 
 
+def described(graph: Graph, language: str = "en") -> list[str]:
+    """What is said of each entity: its name, then its description."""
+    labels = [graph.label(row, language) for row in range(len(graph.entities))]
+    if not len(graph.descriptions):
+        return labels
+    pairs = zip(labels, graph.descriptions, strict=True)
+    return [f"{label}: {said}" if said else label for label, said in pairs]
+
+
 def text_features(
-    graph: Graph, tower: str = "all-minilm-l6-v2", *, length: int = 24, batch_size: int = 64
+    texts: Sequence[str],
+    tower: str = "all-minilm-l6-v2",
+    *,
+    length: int = 24,
+    batch_size: int = 64,
 ) -> np.ndarray:
-    """Mean-pooled embeddings of each entity's text, of unit length, float32 [entities, k].
+    """Mean-pooled embeddings of texts, of unit length, float32 [n, k].
 
     Computed once and kept in the cache. `length`: tokens of a text that are read.
     """
@@ -178,7 +188,7 @@ def text_features(
     from fusion_jax.pretrained.tower import open_tower
 
     frozen = features.freeze(
-        Texts(graph),
+        Texts(texts),
         {"text": open_tower(tower, "text", length=length).frozen(mean)},
         batch_size=batch_size,
     )

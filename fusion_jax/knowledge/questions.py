@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fusion_jax.data.concepts import normalize
 from fusion_jax.errors import UserError
 from fusion_jax.knowledge import kinds, rules
 from fusion_jax.knowledge.chaining import Closure, chain
@@ -105,18 +106,19 @@ class World:
         triples = closure.graph.triples.tolist()
         return [tail for head, relation, tail in triples if (head, relation) == (task.thing, is_a)]
 
-    def text(self, task: Task, facts: Facts, injection: str) -> str:
-        """The prompt up to the answer."""
+    def question(self, task: Task) -> str:
+        """In words."""
         label = self.graph.label
-        question = f"Is {label(task.thing)} a kind of {label(task.kind)}?"
-        if injection == "chained":
-            said = ", ".join(map(label, self.conclusions(task, facts)))
-            lines = [f"{label(task.thing)} {KIND_OF} {said}."] if said else []
-        elif injection == "prompt":
-            lines = [f"{label(head)} {KIND_OF} {label(tail)}." for head, _, tail in facts]
-        else:
-            lines = []
-        return "\n".join([" ".join(lines), question]) if lines else question
+        return f"Is {label(task.thing)} a kind of {label(task.kind)}?"
+
+    def looked_up(self, task: Task, facts: Facts) -> bool:
+        """Whether the kind's name stands anywhere in the facts: an answer without a step."""
+        name = normalize(self.graph.label(task.kind))
+        return any(name == normalize(self.graph.label(e)) for h, _, t in facts for e in (h, t))
+
+    def follows(self, task: Task, facts: Facts) -> bool:
+        """Whether the rules conclude it from the facts."""
+        return task.kind in self.conclusions(task, facts)
 
 
 def tasks_of(found: Mapping[str, Sequence[kinds.Quartet]]) -> dict[str, list[Task]]:
@@ -174,6 +176,27 @@ def read_tasks(
         if not found:
             raise UserError(f"{path} has no question of the split {split}: give some to each")
     return tasks
+
+
+def retrieve(world: World, tasks: Sequence[Task]) -> dict[str, list[Facts]]:
+    """{what was retrieved: facts for each question}. More wrong facts include the fewer."""
+
+    def draw(condition: str) -> list[Facts]:
+        rngs = [np.random.default_rng([7, i]) for i in range(len(tasks))]
+        return [world.facts(t, condition, rng) for t, rng in zip(tasks, rngs, strict=True)]
+
+    true, wrong = draw("true"), draw("wrong")
+    found = {"no facts": draw("none"), "true facts": true, "cut below Y": draw("cut")}
+    luck = np.random.default_rng(11).random(len(tasks))
+    for share in (0.1, 0.3, 0.5):
+        mixed = [w if u < share else t for u, t, w in zip(luck, true, wrong, strict=True)]
+        found[f"{share:.0%} wrong"] = mixed
+    return found
+
+
+def hits(said: Sequence[bool] | np.ndarray, tasks: Sequence[Task]) -> float:
+    """The share of right answers."""
+    return float((np.asarray(said) == np.array([task.answer for task in tasks])).mean())
 
 
 def meaning(world: World, things: Sequence[int], possible: Sequence[int]) -> tuple[int, int]:

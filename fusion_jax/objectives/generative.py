@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from fusion_jax.objectives.combine import Batch, Loss, Metrics, Objective, Params
+from fusion_jax.objectives.rows import row_mean
 from fusion_jax.tokens import fill
 
 
@@ -54,6 +55,28 @@ def causal_lm(
         return loss, metrics
 
     return causal_lm
+
+
+def stay_close(model: Any, old: Callable[[Params], Params]) -> Objective:
+    """KL(old || new) of each next token, the mean over the tokens of the batch that count.
+
+    Learning without forgetting (Li & Hoiem 2016, arXiv 1606.09282) for a language model: on any
+    text it goes on to expect what it expected. For few rows: it holds logits of all their tokens.
+
+    Args:
+        old: params -> those of the model as it was; with LoRA the same without adapters.
+    """
+
+    def stay_close(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Metrics]:
+        def log_probs(params: Params) -> jax.Array:
+            hidden = model.apply({"params": params}, batch).hidden
+            logits = model.apply({"params": params}, hidden, method="logits")
+            return jax.nn.log_softmax(logits.astype(jnp.float32))
+
+        was, now = jax.lax.stop_gradient(log_probs(old(params))), log_probs(params)
+        return row_mean((jnp.exp(was) * (was - now)).sum(axis=-1), fill(batch["weight"])), {}
+
+    return stay_close
 
 
 def sources(mask: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:

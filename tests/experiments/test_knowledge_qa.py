@@ -8,6 +8,7 @@ from flax.traverse_util import unflatten_dict
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 
+from experiments.knowledge_qa_table import tabulate
 from fusion_jax.__main__ import main
 from fusion_jax.pretrained.checkpoint import shapes_of
 from fusion_jax.pretrained.load import family_of
@@ -59,17 +60,18 @@ def world(tmp_path_factory):
 def flags(world, run, injection):
     mine = ["--graph", world / "facts.tsv", "--asked", world / "asked.jsonl"]
     mine += ["--rules", world / "mine.rules", "--model", world / "model"]
-    settings = ["--injection", injection, "--steps", 3, "--batch-size", 8, "--no-tensorboard"]
+    settings = ["--injection", injection, "--steps", 3, "--batch-size", 16, "--no-tensorboard"]
     return [*map(str, [*mine, *settings, "--workdir", run])]
 
 
-@pytest.mark.parametrize("injection", ["chained", "cross"])
-def test_trains_reports_and_answers_with_facts_and_steps(world, tmp_path, capsys, injection):
+def test_trains_reports_and_answers_with_facts_and_steps(world, tmp_path, capsys):
     run = tmp_path / "run"
-    command = ["train", "experiments/knowledge_qa.py", *flags(world, run, injection)]
-    assert main(command) == 0
+    command = ["train", "experiments/knowledge_qa.py", *flags(world, run, "kbert")]
+    assert main([*command, "--rule-weight", "1"]) == 0
     said = capsys.readouterr().out
     assert "bag of words" in said and "follows from the facts" in said
+    rows = (run / "metrics.jsonl").read_text()
+    assert "rules_broken" in rows and "plain/stay_close" in rows
     numbers = json.loads((run / "report" / "metrics.json").read_text())
     assert numbers["true facts/follows from the facts"] == 1
     assert numbers["cut below Y/follows from the facts"] == 0.5
@@ -81,12 +83,13 @@ def test_trains_reports_and_answers_with_facts_and_steps(world, tmp_path, capsys
     assert "name a thing and a kind that the graph knows; found: carp" in capsys.readouterr().err
 
 
-def test_rule_losses_train_without_facts(world, tmp_path, capsys):
-    command = [*flags(world, tmp_path / "run", "none"), "--rule-weight", "1", "--questions", "0"]
-    command[command.index("--batch-size") + 1] = "32"  # a quarter of it are chains
+@pytest.mark.parametrize("injection", ["cross", "ernie"])
+def test_what_is_not_text_is_trained(world, tmp_path, injection):
+    run = tmp_path / "run"
+    command = [*flags(world, run, injection), "--questions", "0", "--keep-weight", "0"]
     assert main(["train", "experiments/knowledge_qa.py", *command]) == 0
-    rows = (tmp_path / "run" / "metrics.jsonl").read_text()
-    assert "rules_broken" in rows
+    expected = {"cross": "connectors_facts", "ernie": "base/entity"}[injection]
+    assert expected in (run / "params.json").read_text()
 
 
 def test_malformed_questions_name_file_and_line(world, tmp_path, capsys):
@@ -104,6 +107,33 @@ def test_malformed_questions_name_file_and_line(world, tmp_path, capsys):
         path.write_text(good + bad + "\n")
         assert main(["train", "experiments/knowledge_qa.py", *command]) == 2
         assert message in capsys.readouterr().err.splitlines()[-1]
+    facts, mine = tmp_path / "facts.tsv", tmp_path / "mine.rules"
+    for flag, file, content, message in (
+        ("--graph", facts, "robin\tis_a\n", "line 1: expected"),
+        ("--rules", mine, "is_a(?x, ?y) <= is_a(?x, ?z)\n", "?y"),
+        ("--rules", mine, "is_a(?x ?y)\n", "line 1"),
+    ):
+        file.write_text(content)
+        other = [*command, "--overwrite"]
+        other[other.index(flag) + 1] = str(file)
+        path.write_text(good)
+        assert main(["train", "experiments/knowledge_qa.py", *other]) == 2
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert message in said and file.name in said
     path.write_text(good.replace('"test"', '"train"'))
-    assert main(["train", "experiments/knowledge_qa.py", *command]) == 2
+    assert main(["train", "experiments/knowledge_qa.py", *command, "--overwrite"]) == 2
     assert "no question of the split test" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_table_has_a_column_for_each_variant_that_all_seeds_have(capsys):
+    def row(variant, seed, injection, value):
+        found = {f"no facts/{injection}": value, "no facts/bag of words": 0.5}
+        return {"variant": variant, "seed": seed, "found": found}
+
+    done = [row("none", 0, "none", 0.5), row("chained", 0, "chained", 0.6)]
+    done += [row("none", 1, "none", 0.7), row("chained", 1, "chained", 0.8)]
+    done += [row("rule loss", 0, "none", 0.9)]
+    tabulate(done)
+    said = capsys.readouterr().out
+    assert "0.600 ± 0.141" in said and "0.700 ± 0.141" in said and "0.500 ± 0.000" in said
+    assert "none" in said and "bag of words" in said and "rule loss" not in said

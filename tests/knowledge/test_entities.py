@@ -10,7 +10,7 @@ from fusion_jax.encoders.graph import RGCN, CompGCN
 from fusion_jax.errors import UserError
 from fusion_jax.evaluation.ranking import link_prediction
 from fusion_jax.knowledge.batches import Facts
-from fusion_jax.knowledge.entities import Texts, from_graph, from_text
+from fusion_jax.knowledge.entities import Texts, described, from_graph, from_text
 from fusion_jax.knowledge.graph import make
 from fusion_jax.knowledge.scorers import ComplEx, DistMult
 from fusion_jax.objectives.knowledge import one_vs_all
@@ -83,8 +83,8 @@ def test_graph_encoders_train_a_scorer(kind):
 
 def test_texts_of_entities():
     graph = make([[0, 0, 1]], ["big_whale", "sea"], ["in"])
-    texts = Texts(graph)
-    assert texts[0]["text"] == "big whale"
-    described = Texts(make([[0, 0, 1]], ["a", "b"], ["in"], descriptions=("it sings", "")))
-    assert described[0]["text"] == "a: it sings" and described[1]["text"] == "b"
-    assert texts.checksum != described.checksum
+    plain = described(graph)
+    assert plain == ["big whale", "sea"]
+    told = described(make([[0, 0, 1]], ["a", "b"], ["in"], descriptions=("it sings", "")))
+    assert told == ["a: it sings", "b"]
+    assert Texts(plain).checksum != Texts(told).checksum

@@ -43,18 +43,29 @@ def test_wrong_facts_lead_the_thing_to_a_false_parent():
     assert parents == {"salmonid", "screw"}
 
 
-def test_what_is_said_is_about_the_questions_subject_only():
+def test_what_follows_is_about_the_questions_subject_and_takes_a_step():
     facts = found(RIGHT, "true")[1]
-    question = "Is robin a kind of bird?"
-    assert WORLD.text(RIGHT, facts, "chained") == f"robin is a kind of thrush, bird.\n{question}"
-    cut = WORLD.text(RIGHT, found(RIGHT, "cut")[1], "chained")
-    assert cut == f"robin is a kind of thrush.\n{question}"
+    assert WORLD.question(RIGHT) == "Is robin a kind of bird?"
+    assert [NAMES[e] for e in WORLD.conclusions(RIGHT, facts)] == ["thrush", "bird"]
+    assert [WORLD.follows(task, facts) for task in WORLD.tasks["test"]] == [True, False] * 2
+    assert all(WORLD.looked_up(task, facts) for task in WORLD.tasks["test"])
+    cut = found(RIGHT, "cut")[1]
+    assert [NAMES[e] for e in WORLD.conclusions(RIGHT, cut)] == ["thrush"]
+    assert not WORLD.looked_up(RIGHT, cut)
     others = tuple(fact for fact in facts if fact[0] >= 3)
-    for injection in ("none", "prompt", "chained"):
-        assert WORLD.text(RIGHT, (), injection) == question
-    assert WORLD.text(RIGHT, others, "chained") == question
-    told = WORLD.text(RIGHT, others, "prompt")
-    assert "salmonid is a kind of fish." in told and told.endswith(f"\n{question}")
+    assert WORLD.conclusions(RIGHT, others) == []
+
+
+def test_more_wrong_facts_include_the_fewer():
+    tasks = WORLD.tasks["test"] * 8
+    retrieved = questions.retrieve(WORLD, tasks)
+    assert set(retrieved["no facts"]) == {()}
+    wrong = [
+        {i for i, pair in enumerate(zip(facts, retrieved["true facts"], strict=True))
+         if set(pair[0]) != set(pair[1])}
+        for name, facts in retrieved.items() if "wrong" in name
+    ]  # fmt: skip
+    assert wrong[0] < wrong[1] < wrong[2] and 10 < len(wrong[2]) < 22
 
 
 def test_meanings_are_those_nearest_to_each_other():

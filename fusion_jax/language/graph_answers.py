@@ -1,0 +1,188 @@
+"""A trained model's answers to questions about a graph: many at once, and for whoever asks one.
+
+judge = Judge.of(model, writer, params)
+judge([(task, facts), ...])                       # log odds of yes
+Recalling(judge, weight=0.5)([(task, facts), ...])     # kNN-LM: remembers what the facts say
+Answerer(judge, linker).answer("Is a whale a mammal?")
+"""
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fusion_jax.errors import UserError
+from fusion_jax.knowledge import kinds, retrieval
+from fusion_jax.knowledge.chaining import sentence
+from fusion_jax.knowledge.linking import Linker, Mention
+from fusion_jax.knowledge.questions import Facts, Task, World, hits, meaning, retrieve
+from fusion_jax.language.injection import Params, Writer, states
+from fusion_jax.language.nearest import Memory
+
+Asked = Sequence[tuple[Task, Facts]]
+_FORM = re.compile("is|are|be|was|were|an?|the|any|some|all|do|does|kinds?|sort|type|of|this")
+
+
+def content(question: str, linker: Linker) -> list[Mention]:
+    """What a question is about: its names without words of its form.
+
+    WordNet knows things of these names too (the vitamin a).
+    """
+    found = linker(question)
+    return [each for each in found if not _FORM.fullmatch(question[each.start : each.end].lower())]
+
+
+@dataclasses.dataclass(eq=False)
+class Judge:
+    """Log odds of yes on questions with facts; the same prompt is read once.
+
+    Attributes:
+        states: jitted, (params, collated batch) -> (hidden [b, d], log odds [b]).
+    """
+
+    states: Callable[..., Any]
+    params: Params
+    writer: Writer
+    batch_size: int = 16
+    known: dict[tuple[bytes, ...], tuple[np.ndarray, float]] = dataclasses.field(
+        default_factory=dict
+    )
+
+    @classmethod
+    def of(cls, model: Any, writer: Writer, params: Params, batch_size: int = 16) -> "Judge":
+        """Of a model by `injection.fuse`, perhaps within `LoRA`."""
+        return cls(jax.jit(partial(states, model, writer)), params, writer, batch_size)
+
+    def read(self, asked: Asked) -> tuple[np.ndarray, np.ndarray]:
+        """Hidden states [n, d] after the questions, and log odds [n]."""
+        examples = [self.writer(task, facts) for task, facts in asked]
+        keys = [tuple(each[name].tobytes() for name in sorted(each)) for each in examples]
+        new = {k: e for k, e in zip(keys, examples, strict=True) if k not in self.known}
+        waiting = sorted(new.items(), key=lambda item: len(item[1]["text"]))  # little padding
+        for start in range(0, len(waiting), self.batch_size):
+            part = waiting[start : start + self.batch_size]
+            batch = self.writer.collate([example for _, example in part], self.batch_size)
+            found = jax.device_get(self.states(self.params, batch))
+            for (key, _), hidden, odds in zip(part, *found, strict=False):
+                self.known[key] = (hidden, float(odds))
+        hidden, odds = zip(*(self.known[key] for key in keys), strict=True)
+        return np.stack(hidden), np.array(odds)
+
+    def __call__(self, asked: Asked) -> np.ndarray:
+        """[n]"""
+        return self.read(asked)[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recalling:
+    """kNN-LM: a model that reads no facts, but remembers answers that follow from them.
+
+    Remembered are the model's states after "Is A a kind of B?" with yes where the rules conclude
+    it from what was retrieved for any of the questions, and with no where they do not although
+    both are spoken of.
+
+    Attributes:
+        weight, temperature: as in `Memory.mix`; states have unit length.
+    """
+
+    judge: Judge
+    weight: float = 0.5
+    temperature: float = 0.03
+
+    @classmethod
+    def chosen(cls, judge: Judge, tasks: Sequence[Task]) -> "Recalling":
+        """With the settings that are best on validation questions, whatever is retrieved."""
+        retrieved = retrieve(judge.writer.world, tasks).values()
+        asked = [list(zip(tasks, facts, strict=True)) for facts in retrieved]
+        choices = [cls(judge, w, t) for w in (0.3, 0.6, 0.9) for t in (0.003, 0.03, 0.3)]
+        return max(choices, key=lambda each: np.mean([hits(each(a) > 0, tasks) for a in asked]))
+
+    def __call__(self, asked: Asked) -> np.ndarray:
+        """Log odds [n]."""
+        hidden, odds = self._unit(asked)
+        said = remember(self.judge.writer.world, [facts for _, facts in asked])
+        if not said:
+            return odds
+        keys, _ = self._unit([(task, ()) for task in said])
+        memory = Memory.of(keys, np.array([int(task.answer) for task in said]))
+        log_probs = jnp.stack([jax.nn.log_sigmoid(-odds), jax.nn.log_sigmoid(odds)], axis=1)
+        settings = {"weight": self.weight, "temperature": self.temperature}
+        mixed = np.asarray(memory.mix(log_probs, jnp.asarray(hidden), **settings))
+        return mixed[:, 1] - mixed[:, 0]
+
+    def _unit(self, asked: Asked) -> tuple[np.ndarray, np.ndarray]:
+        hidden, odds = self.judge.read(asked)
+        hidden = hidden.astype(np.float32)
+        return hidden / np.linalg.norm(hidden, axis=1, keepdims=True), odds.astype(np.float32)
+
+
+def remember(world: World, retrieved: Sequence[Facts]) -> list[Task]:
+    """What the rules say of the things that each set of facts speaks of, as questions with answers.
+
+    Where the sets disagree, yes is kept.
+    """
+    said: dict[tuple[int, int], bool] = {}
+    for facts in {tuple(sorted(each)) for each in retrieved if each}:
+        closure = world.closure(facts)
+        tails = dict.fromkeys(tail for _, _, tail in facts)
+        for head, tail in itertools.product(dict.fromkeys(head for head, _, _ in facts), tails):
+            if head != tail:
+                holds = closure.holds(head, "is_a", tail)
+                said[head, tail] = said.get((head, tail), False) or holds
+    return [Task(head, tail, holds, ((head,), (head,))) for (head, tail), holds in said.items()]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Answerer:
+    """Answers "Is X a kind of Y?" and shows the facts and the rule steps that it used."""
+
+    judge: Judge | Recalling
+    writer: Writer
+    linker: Linker
+
+    def answer(self, question: str, media: Any = None, **_: Any) -> Iterator[str]:
+        """The answer in pieces.
+
+        Raises:
+            UserError: files; a question in which no thing and kind are named.
+        """
+        if any((media or {}).values()):
+            raise UserError("this model answers questions about names, without files")
+        world = self.writer.world
+        mentions = content(question, self.linker)
+        if len(mentions) < 2:
+            found = ", ".join(question[m.start : m.end] for m in mentions) or "none"
+            raise UserError(f"name a thing and a kind that the graph knows; found: {found}")
+        thing, kind = meaning(world, mentions[0].entities, mentions[-1].entities)
+        chain_to = kinds.ancestors(world.up, thing)
+        shortest = chain_to.get(kind) or max(
+            (c for c in chain_to.values() if len(c) <= 3), key=len, default=(thing,)
+        )
+        rows = retrieval.expand(world.graph, shortest[:-1], 1, world.relations)
+        used = set(pairwise(shortest))
+        facts = tuple(
+            tuple(fact) for fact in world.graph.triples[rows].tolist() if (fact[0], fact[2]) in used
+        )
+        task = Task(thing, kind, True, ((thing, kind), (thing, kind)))
+        odds = float(self.judge([(task, facts)])[0])
+        sure = 1 / (1 + np.exp(-abs(odds)))
+        yield f"{'Yes' if odds > 0 else 'No'} ({sure:.2f}).\n"
+        if self.writer.injection == "none":
+            return
+        yield from explain(world, facts, thing, kind)
+
+
+def explain(world: World, facts: Facts, thing: int, kind: int) -> Iterator[str]:
+    """The facts, and the rule steps by which the thing is of that kind, if it follows."""
+    yield "Facts:\n" + "".join(f"  {sentence(world.graph, fact)}\n" for fact in facts)
+    closure = world.closure(facts) if facts else None
+    if closure is not None and closure.holds(thing, "is_a", kind):
+        steps = closure.proof(thing, "is_a", kind).lines(closure.graph)
+        yield "Steps:\n" + "".join(f"  {line}\n" for line in steps)

@@ -1,0 +1,242 @@
+"""How retrieved facts enter a language model that is asked "Is X a kind of Y?".
+
+    none      not at all
+    prompt    as sentences before the question
+    chained   as a sentence of what the rules conclude on the question's own subject
+    cross     these conclusions as vectors, read by gated cross-attention (Flamingo)
+    kbert     these conclusions as branches that hang from the subject (`knowledge_tree`)
+    ernie     their mean vector added to the subject's words (`entity_vectors`)
+    knn       not in the model: as remembered answers (`graph_answers.remember`)
+
+    writer = Writer.of(checkpoint, world, "kbert")
+    batch = writer.collate([writer(task, facts), ...])
+    odds = log_odds(LoRA(fuse(checkpoint.module, "kbert")), writer, params, batch)
+
+Without facts each of them reads the question alone, and computes what the decoder does.
+"""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from fusion_jax.data.pipeline import Padded, collate
+from fusion_jax.errors import UserError
+from fusion_jax.knowledge.questions import KIND_OF, Facts, Task, World
+from fusion_jax.language.chat import Chat
+from fusion_jax.language.connectors import Projection, with_cross_attention
+from fusion_jax.language.decoder import Decoder
+from fusion_jax.language.entity_vectors import EntityLM
+from fusion_jax.language.fused import FusedLM
+from fusion_jax.language.knowledge_tree import Mention, Tree, TreeLM
+from fusion_jax.language.prompt import bucket
+from fusion_jax.objectives.combine import Batch, Params
+from fusion_jax.tokens import Tokens
+
+Injection = Literal["none", "prompt", "chained", "cross", "kbert", "ernie", "knn"]
+INJECTIONS = get_args(Injection)
+LENGTHS = {"prompt": 64, "chained": 32, "kbert": 32}
+"""Tokens of a training row; 16 where facts take none."""
+TRAINED = "^lora/|/media/|/connectors_|/entity/"
+"""Params that a fused model trains; the decoder stays as published."""
+MOST = 4
+"""Conclusions on one subject that are used, the nearest first."""
+BRANCHES = ("positions", "branch", "mention", "anchor")
+Example = dict[str, Any]
+
+
+def fuse(decoder: Decoder, injection: str) -> nn.Module:
+    """The decoder, under "decoder", as a model that reads what the `Writer` writes."""
+    if injection == "cross":
+        connectors = {"facts": Projection(decoder.width, layers=1, norm=True)}
+        return FusedLM(with_cross_attention(decoder, every=6), connectors, cross="facts")
+    if injection == "kbert":
+        return TreeLM(decoder)
+    return EntityLM(decoder) if injection == "ernie" else FusedLM(decoder, {})
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Writer:
+    """Writes questions and facts as the model reads them.
+
+    Attributes:
+        world: the graph and the rules.
+        chat: the model's tokenizer.
+        injection: one of INJECTIONS.
+        table: the model's token embeddings [v, width], of which names' vectors are made.
+    """
+
+    world: World
+    chat: Chat
+    injection: str
+    table: np.ndarray
+
+    @classmethod
+    def of(cls, checkpoint: Any, world: World, injection: str) -> "Writer":
+        """For a published decoder, as `pretrained.load` gave it."""
+        table = np.asarray(checkpoint.params["embedding"]["embedding"], np.float32)
+        return cls(world, Chat.of(checkpoint), injection, table)
+
+    @property
+    def length(self) -> int:
+        """Tokens of a training row."""
+        return LENGTHS.get(self.injection, 16)
+
+    @property
+    def answers(self) -> dict[bool, int]:
+        """The one token that says yes, and no."""
+        return {said: self.chat.encode(word)[0] for said, word in ((True, " Yes"), (False, " No"))}
+
+    def transforms(self, length: int) -> dict[str, Padded]:
+        """The fields of an example, as `Batches` collates them."""
+        width, fields = self.table.shape[1], {"text": np.int32, "weight": np.float32}
+        if self.injection == "kbert":
+            fields |= dict.fromkeys(BRANCHES, np.int32)
+        found = {name: Padded(name, (length,), dtype) for name, dtype in fields.items()}
+        if self.injection == "ernie":
+            found["entities"] = Padded("entities", (length, width))
+        if self.injection == "cross":
+            found["facts"] = Padded("facts", (MOST, 2 * width))
+        return found
+
+    def __call__(
+        self, task: Task, facts: Facts, answer: bool | None = None, most: int | None = None
+    ) -> Example:
+        """A question and its facts, and perhaps the answer with weight 1.
+
+        Args:
+            most: tokens in all; the last of the facts are left out until they fit.
+
+        Raises:
+            UserError: the question alone is longer.
+        """
+        used: Sequence[Any] = facts
+        if self.injection != "prompt":
+            silent = self.injection in ("none", "knn")
+            used = () if silent else self.world.conclusions(task, facts)[:MOST]
+        while True:
+            example = self._written(task, used, answer)
+            if most is None or len(example["text"]) <= most:
+                return example
+            if not used:
+                raise UserError(f"{self.world.question(task)!r} takes more than {most} tokens")
+            used = used[:-1]
+
+    def plain(self, ids: Sequence[int]) -> Example:
+        """Any text without facts; each token counts."""
+        return self._example(ids, np.ones(len(ids), np.float32))
+
+    def collate(
+        self, examples: Sequence[Example], rows: int | None = None, length: int | None = None
+    ) -> dict[str, Tokens]:
+        """A batch, filled up to `rows`, of this length or of one that few batches differ in."""
+        longest = max(len(each["text"]) for each in examples)
+        transforms = self.transforms(bucket(longest) if length is None else length)
+        rows = len(examples) if rows is None else rows
+        filled = [*examples, *examples[:1] * (rows - len(examples))]
+        return collate(filled, rows, transforms)
+
+    def read(self, batch: Batch) -> dict[str, Any]:
+        """A collated batch as the model reads it."""
+        batch = dict(batch)
+        if self.injection == "cross":  # all facts are one item
+            facts = batch["facts"]
+            batch["facts"] = Tokens(facts.values[:, None], facts.mask[:, None])
+        if self.injection == "ernie":
+            values, mask = batch["entities"].values, batch["entities"].mask
+            batch["entities"] = Tokens(values, mask & (values != 0).any(axis=-1))
+        if self.injection == "kbert":
+            fields = {name: batch.pop(name).values for name in BRANCHES}
+            batch["tree"] = Tree(batch["text"].values, **fields)
+        return batch
+
+    # ------------------------------------------------------------------------------- examples
+
+    def _written(self, task: Task, used: Sequence[Any], answer: bool | None) -> Example:
+        label = self.world.graph.label
+        before = ""
+        if self.injection == "chained" and used:
+            said = ", ".join(label(kind) for kind in used)
+            before = f"{label(task.thing)} {KIND_OF} {said}.\n"
+        if self.injection == "prompt" and used:
+            lines = (f"{label(head)} {KIND_OF} {label(tail)}." for head, _, tail in used)
+            before = " ".join(lines) + "\n"
+        text = before + self.world.question(task)
+        written = self.chat.tokenizer.encode(text, add_special_tokens=False)
+        ids = [*written.ids] + ([] if answer is None else [self.answers[answer]])
+        weight = np.zeros(len(ids), np.float32)
+        weight[len(written.ids) :] = 1.0
+        start = len(before) + len("Is ")
+        inside = [
+            place
+            for place, (first, last) in enumerate(written.offsets)
+            if first < start + len(label(task.thing)) and last > start
+        ]
+        return self._example(ids, weight, task.thing, used, inside)
+
+    def _example(
+        self,
+        ids: Sequence[int],
+        weight: np.ndarray,
+        thing: int = -1,
+        said: Sequence[int] = (),
+        inside: Sequence[int] = (),
+    ) -> Example:
+        """`inside`: the tokens that name the thing."""
+        example = {"text": np.array(ids, np.int32), "weight": weight}
+        width = self.table.shape[1]
+        if self.injection == "kbert":
+            label = self.world.graph.label
+            facts = [self.chat.encode(f" {KIND_OF} {label(kind)}") for kind in said]
+            mentions = [Mention(inside[0], inside[-1] + 1, facts)] if facts else []
+            tree = Tree.of(ids, mentions)
+            example = {"text": tree.ids, "weight": np.pad(weight, (0, len(tree.ids) - len(ids)))}
+            example |= {name: getattr(tree, name) for name in BRANCHES}
+        if self.injection == "ernie":
+            example["entities"] = np.zeros((len(ids), width), np.float32)
+            if said:
+                example["entities"][list(inside)] = np.mean([self.vector(k) for k in said], axis=0)
+        if self.injection == "cross":
+            vectors = [np.concatenate([self.vector(thing), self.vector(kind)]) for kind in said]
+            example["facts"] = np.array(vectors, np.float32).reshape(len(said), 2 * width)
+            # Everything after the mark looks at the facts.
+            example["text"] = np.append(np.int32(-1), example["text"])
+            example["weight"] = np.append(np.float32(0), weight)
+        return example
+
+    def vector(self, entity: int) -> np.ndarray:
+        """The mean of its name's token embeddings, of unit length: [width]."""
+        mean = self.table[self.chat.encode(" " + self.world.graph.label(entity))].mean(axis=0)
+        return mean / (np.linalg.norm(mean) + 1e-6)
+
+
+def states(model: Any, writer: Writer, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """After each question: hidden states [b, width], and log odds of yes against no [b]."""
+    read = writer.read(batch)
+    outputs = model.apply({"params": params}, read)
+    asked = read["text"].mask
+    if "tree" in read:
+        asked = asked & (read["tree"].branch == 0)
+    last = (asked.sum(axis=1, dtype=jnp.int32) - 1)[:, None, None]
+    hidden = jnp.take_along_axis(outputs.hidden, last, axis=1)
+    logits = model.apply({"params": params}, hidden, method="logits")[:, 0]
+    yes, no = writer.answers[True], writer.answers[False]
+    return hidden[:, 0], logits[:, yes] - logits[:, no]
+
+
+def log_odds(model: Any, writer: Writer, params: Params, batch: Batch) -> jax.Array:
+    """log p(Yes) - log p(No) after each question, [b]."""
+    return states(model, writer, params, batch)[1]
+
+
+def untrained(params: Params) -> Params:
+    """With all that was added off: LoRA's matrices, Flamingo's gates and ERNIE's projection 0."""
+    flat = flatten_dict(params, sep="/")
+    off = {k: jnp.zeros_like(v) for k, v in flat.items() if re.search("^lora/|_gate$|/entity/", k)}
+    return unflatten_dict(flat | off, sep="/")
