@@ -1,0 +1,121 @@
+"""Pictures with knowledge from its command, on tiny checkpoints, a small table and graph."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from fusion_jax.__main__ import main
+from fusion_jax.data.questions import Thing
+from fusion_jax.knowledge import graph, rules
+from fusion_jax.knowledge.linking import Linker
+from fusion_jax.knowledge.pictured import Seen, _held_out, ask_about, facts_for, written
+from fusion_jax.knowledge.questions import World
+from fusion_jax.pretrained.load import family_of
+from fusion_jax.pretrained.save import save
+from tests.experiments.test_vqa import LANGUAGE_MODEL, TOWER
+
+WORDS = "Is this a kind of ? is Yes No . ,"
+KINDS = ["night", "day"]
+MIDDLE = {kind: [f"{kind}{i}" for i in range(8)] for kind in KINDS}
+"""Between a thing and its kind: some are asked about in training, some in the test."""
+MIDDLES = [name for names in MIDDLE.values() for name in names]
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory):
+    """Sixty things of two kinds in a table, what they are kinds of, a tiny model and tower."""
+    folder, rng = tmp_path_factory.mktemp("knowledge_vqa"), np.random.default_rng(0)
+    rows, facts = [], [f"{m}\tis_a\t{kind}\n" for kind, all_m in MIDDLE.items() for m in all_m]
+    for index in range(60):
+        kind = KINDS[index % 2]
+        pixels = rng.integers(0, 80, (14, 20, 3)) + 150 * (index % 2)
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{index}.png")
+        rows.append({"image": f"{index}.png", "text": f"A noun{index}"})
+        facts.append(f"noun{index}\tis_a\t{MIDDLE[kind][index % 8]}\n")
+    (folder / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "facts.tsv").write_text("".join(facts))
+    (folder / "mine.rules").write_text("is_a(?x, ?z) <= is_a(?x, ?y), is_a(?y, ?z)\n")
+    names = [*KINDS, *MIDDLES, *(f"noun{i}" for i in range(60))]
+    vocabulary = {w: i for i, w in enumerate(["[UNK]", "</s>", *WORDS.split(), *names])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["</s>"])
+    for name, config in (("lm", LANGUAGE_MODEL), ("tower", TOWER)):
+        family = family_of(config)
+        module = family.build(config)
+        params = jax.jit(module.init)(jax.random.key(0), *family.inputs(config))["params"]
+        save(folder / name, params, config, tokenizer=tokenizer if name == "lm" else None)
+    return [
+        *("--table", str(folder / "mine.jsonl"), "--tower", str(folder / "tower")),
+        *("--graph", str(folder / "facts.tsv"), "--rules", str(folder / "mine.rules")),
+        *("--language-model", str(folder / "lm"), "--guesses", "0", "--length", "48"),
+        *("--steps", "2", "--batch-size", "8", "--no-tensorboard"),
+    ]
+
+
+def test_trains_reports_and_answers(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FUSION_JAX_HOME", str(tmp_path / "home"))
+    run = tmp_path / "run"
+    assert main(["train", "experiments/knowledge_vqa.py", *flags, "--workdir", str(run)]) == 0
+    numbers = json.loads((run / "report" / "metrics.json").read_text())
+    assert numbers["true facts/looking Y up in the facts"] == 1
+    assert numbers["no facts/looking Y up in the facts"] == 0.5
+    assert numbers["no facts/no picture"] == 0.5  # each kind is asked with yes as often as with no
+    assert 0 <= numbers["linked facts/picture"] <= 1
+    question = ["ask", "--workdir", str(run), "--max-tokens", "2"]
+    picture = flags[1].replace("mine.jsonl", "3.png")
+    assert main([*question, "Is this a night?", "--image", picture]) == 0
+    for bad, message in (
+        (["Is this a night?"], "one picture"),
+        (["Is this a unicorn?", "--image", picture], "names no kind"),
+        (["Is this a night?", "--image", "nowhere.png"], "nowhere.png"),
+    ):
+        assert main([*question, *bad]) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+class Sight:
+    """Guesses the stamp's name."""
+
+    guesses = True
+
+    def describe(self, row):
+        return f"noun{row}, unheard of.\n"
+
+
+def test_questions_are_balanced_and_facts_are_those_of_what_was_guessed():
+    names = [*KINDS, *MIDDLES, *(f"noun{i}" for i in range(40))]
+    number = {name: i for i, name in enumerate(names)}
+    pairs = [(m, kind) for kind, all_m in MIDDLE.items() for m in all_m]
+    pairs += [(f"noun{i}", MIDDLE[KINDS[i % 2]][i % 8]) for i in range(40)]
+    known = graph.make(
+        np.array([(number[a], 0, number[b]) for a, b in pairs]),
+        names,
+        ["is_a"],
+        names={"en": tuple((name,) for name in names)},
+    )
+    program = rules.parse_all("is_a(?x, ?z) <= is_a(?x, ?y), is_a(?y, ?z)")
+    things = [Thing(i, f"A noun{i}", None, None) for i in range(40)]
+    world = World.of(known, program, lambda up: {})
+    seen = Seen(world, Linker.of(known), Sight(), things, 3)
+    train, test = (ask_about(seen, things, side, 0) for side in (False, True))
+    for cases, side in ((train, False), (test, True)):
+        assert len(cases) % 4 == 0 and cases
+        asked = [(thing.row, kind) for thing, kind, _ in cases]
+        for key in range(2):
+            yes = sorted(each[key] for each, case in zip(asked, cases, strict=True) if case[2])
+            no = sorted(each[key] for each, case in zip(asked, cases, strict=True) if not case[2])
+            assert yes == no
+        assert all(_held_out(names[kind]) == side for _, kind, _ in cases)
+        assert all((kind in seen.chains(number[t.caption[2:]])) == yes for t, kind, yes in cases)
+    facts = facts_for(seen, test, 0)
+    assert facts["linked facts"] == facts["true facts"]
+    thing, kind, _ = test[0]
+    above = ", ".join(names[k] for k in seen.chains(number[thing.noun]))
+    expected = f"{thing.noun} is a kind of {above}. Is this a kind of {names[kind]}?"
+    assert written(seen, test[:1], facts["true facts"][:1])[0].text == expected
+    assert written(seen, test[:1], [[]])[0].text == f"Is this a kind of {names[kind]}?"
