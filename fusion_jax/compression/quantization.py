@@ -99,6 +99,10 @@ class Quantized:
         rows = self.rows(dtype)
         return rows.swapaxes(-1, -2) if self.transposed else rows
 
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """For NumPy, which reports may read a table of words with."""
+        return np.asarray(self.dequantize(), dtype)
+
     def product(self, inputs: jax.Array) -> jax.Array:
         """inputs [..., columns] with every row: [..., rows], float32 for int8 activations."""
         if not self.activations:
