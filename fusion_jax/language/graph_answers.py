@@ -85,8 +85,8 @@ class Recalling:
     """kNN-LM: a model that reads no facts, but remembers answers that follow from them.
 
     Remembered are the model's states after "Is A a kind of B?" with yes where the rules conclude
-    it from what was retrieved for any of the questions, and with no where they do not although
-    both are spoken of.
+    it from what was retrieved for this question, and with no where they do not although both are
+    spoken of.
 
     Attributes:
         weight, temperature: as in `Memory.mix`; states have unit length.
@@ -106,16 +106,23 @@ class Recalling:
 
     def __call__(self, asked: Asked) -> np.ndarray:
         """Log odds [n]."""
-        hidden, odds = self._unit(asked)
-        said = remember(self.judge.writer.world, [facts for _, facts in asked])
-        if not said:
-            return odds
-        keys, _ = self._unit([(task, ()) for task in said])
-        memory = Memory.of(keys, np.array([int(task.answer) for task in said]))
-        log_probs = jnp.stack([jax.nn.log_sigmoid(-odds), jax.nn.log_sigmoid(odds)], axis=1)
+        world = self.judge.writer.world
+        said = {facts: remember(world, facts) for facts in dict.fromkeys(f for _, f in asked)}
+        contexts = [(task, ()) for tasks in said.values() for task in tasks]
+        keys = iter(self._unit(contexts)[0]) if contexts else iter(())
+        memories = {
+            facts: Memory.of(
+                np.array([next(keys) for _ in tasks]), np.array([int(t.answer) for t in tasks])
+            )
+            for facts, tasks in said.items()
+        }
         settings = {"weight": self.weight, "temperature": self.temperature}
-        mixed = np.asarray(memory.mix(log_probs, jnp.asarray(hidden), **settings))
-        return mixed[:, 1] - mixed[:, 0]
+        found = []
+        for hidden, odds, (_, facts) in zip(*self._unit(asked), asked, strict=True):
+            no_yes = jax.nn.log_sigmoid(jnp.stack([-odds, odds]))[None]
+            mixed = np.asarray(memories[facts].mix(no_yes, jnp.asarray(hidden)[None], **settings))
+            found.append(odds if not said[facts] else mixed[0, 1] - mixed[0, 0])
+        return np.array(found, np.float32)
 
     def _unit(self, asked: Asked) -> tuple[np.ndarray, np.ndarray]:
         hidden, odds = self.judge.read(asked)
@@ -123,20 +130,17 @@ class Recalling:
         return hidden / np.linalg.norm(hidden, axis=1, keepdims=True), odds.astype(np.float32)
 
 
-def remember(world: World, retrieved: Sequence[Facts]) -> list[Task]:
-    """What the rules say of the things that each set of facts speaks of, as questions with answers.
-
-    Where the sets disagree, yes is kept.
-    """
-    said: dict[tuple[int, int], bool] = {}
-    for facts in {tuple(sorted(each)) for each in retrieved if each}:
-        closure = world.closure(facts)
-        tails = dict.fromkeys(tail for _, _, tail in facts)
-        for head, tail in itertools.product(dict.fromkeys(head for head, _, _ in facts), tails):
-            if head != tail:
-                holds = closure.holds(head, "is_a", tail)
-                said[head, tail] = said.get((head, tail), False) or holds
-    return [Task(head, tail, holds, ((head,), (head,))) for (head, tail), holds in said.items()]
+def remember(world: World, facts: Facts) -> list[Task]:
+    """What the rules say of the things that the facts speak of, as questions with answers."""
+    if not facts:
+        return []
+    closure = world.closure(facts)
+    heads, tails = (dict.fromkeys(fact[end] for fact in facts) for end in (0, 2))
+    return [
+        Task(head, tail, closure.holds(head, "is_a", tail), ((head,), (head,)))
+        for head, tail in itertools.product(heads, tails)
+        if head != tail
+    ]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

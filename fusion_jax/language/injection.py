@@ -45,7 +45,7 @@ LENGTHS = {"prompt": 64, "chained": 32, "kbert": 32}
 """Tokens of a training row; 16 where facts take none."""
 TRAINED = "^lora/|/media/|/connectors_|/entity/"
 """Params that a fused model trains; the decoder stays as published."""
-MOST = 4
+MOST = 8
 """Conclusions on one subject that are used, the nearest first."""
 BRANCHES = ("positions", "branch", "mention", "anchor")
 Example = dict[str, Any]

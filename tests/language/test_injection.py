@@ -124,7 +124,7 @@ def test_staying_close_is_zero_at_the_start_and_kl_after(fused):
 
 
 def test_what_is_remembered_answers_and_nothing_remembered_is_the_model():
-    memory = {(NAMES[t.thing], NAMES[t.kind]): t.answer for t in remember(WORLD, [FACTS, ()])}
+    memory = {(NAMES[t.thing], NAMES[t.kind]): t.answer for t in remember(WORLD, FACTS)}
     assert memory["robin", "bird"] and memory["robin", "thrush"] and memory["trout", "fish"]
     assert memory["robin", "fish"] is False and ("robin", "robin") not in memory
     writer = writer_for("knn")
