@@ -69,8 +69,8 @@ def main(a: Arguments) -> None:
     s = a.settings
     about = (
         f"{'validation' if s.development else 'test'} articles of {s.task} among {s.subjects} "
-        f"subjects, {a.tune} steps on the task, {a.adapt} before it; gained and forgotten in nats "
-        f"a token on {s.task} and {s.old}"
+        f"subjects, {a.tune} steps on the task, {a.adapt} before it; gained in nats a subject, "
+        f"forgotten in nats a token of {s.old}"
     )
     print_table("Adapting, graph and fine-tuning", table, about, seeds)
     shown = {row: cells["accuracy"] for row, cells in table.items()}
