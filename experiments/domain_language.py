@@ -2,7 +2,7 @@
 
     python -m fusion_jax train experiments/domain_language.py
     python -m fusion_jax train experiments/domain_language.py --hold ewc --workdir runs/ewc
-    python -m experiments.domain_language_table        # all ways and seeds, the tables below
+    python -m experiments.domain_language_table        # all ways and seeds, side by side
 
 Three phases of one run, on batches of one shape: DAPT goes on pretraining on the domain's texts,
 TAPT on the task's own texts without labels (arXiv 2004.10964), then the task is fine-tuned: name
@@ -309,8 +309,9 @@ def report(
     labels = np.array([row["label"] for row in texts.held["task"]])
     about = (
         f"nats a token (task: a subject), {'validation' if s.development else 'test'} articles of "
-        f"{s.old} (old) and {s.task} (new); accuracy among {len(texts.subjects)} subjects, {len(labels)} articles, "
-        f"always the commonest {accuracy.majority_accuracy(labels):.3f}; hold {s.hold}"
+        f"{s.old} (old) and {s.task} (new); accuracy among {len(texts.subjects)} subjects, "
+        f"{len(labels)} articles, always the commonest {accuracy.majority_accuracy(labels):.3f}; "
+        f"hold {s.hold}"
     )
     print_table("Before and after", {"before": before, "after": after}, about, [s.seed])
     return changes(before, after)

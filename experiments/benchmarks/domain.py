@@ -4,7 +4,9 @@
 
 The same two batches, one of each domain: the baseline is the cross-entropy's value and gradient on
 the one and then on the other, the rest are the value and gradient of a method's objective on both.
-Median of alternating rounds on one machine.
+Median of alternating rounds on one machine. Against 40.8 ms for the baseline (2 CPU cores, 2 x 64
+pictures of 32 x 32, a small ResNet, 20 rounds): DANN 0.98, MMD 0.98, MCC 0.97, transport 0.98, JAN
+1.30, CDAN+E 1.36.
 """
 
 import argparse
