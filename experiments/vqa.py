@@ -67,7 +67,7 @@ from fusion_jax.training.settings import Settings as Base
 
 @dataclasses.dataclass(frozen=True)
 class Settings(Base):
-    steps: int = 260
+    steps: int = 600
     batch_size: int = 16
     checkpoint_every: int = 100
     learning_rate: float = 3e-3
@@ -91,7 +91,7 @@ class Settings(Base):
     """Of the space that it compares them in."""
     blind: float = 0.1
     """Share of training questions asked without the picture."""
-    shares: tuple[float, ...] = (0.25, 0.35, 0.15, 0.25)
+    shares: tuple[float, ...] = (0.3, 0.3, 0.2, 0.2)
     """Of category, caption, is-category and is-caption questions in training."""
     length: int = 32
     """Tokens of a training row, the picture's among them."""
