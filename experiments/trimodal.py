@@ -39,11 +39,11 @@ from fusion_jax.data.pipeline import Batches, Padded, Source, Subset, Transform
 from fusion_jax.data.records import read_table
 from fusion_jax.data.text import ByteTokenizer, Ids
 from fusion_jax.data.views import Views, standardized
+from fusion_jax.deployment.export import Predictor
 from fusion_jax.encoders.audio import AudioTransformer
 from fusion_jax.encoders.projection import Project, Projected
 from fusion_jax.encoders.text import TextTransformer
 from fusion_jax.encoders.vit import ViT
-from fusion_jax.deployment.export import Predictor
 from fusion_jax.evaluation import accuracy, calibration, plots, retrieval, shapley
 from fusion_jax.evaluation.ridge import ridge
 from fusion_jax.evaluation.table import print_table
