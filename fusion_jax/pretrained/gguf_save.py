@@ -58,17 +58,18 @@ def save_gguf(
     path.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(draft, ARCHITECTURES[kind])
     try:
-        _describe(writer, config)
-        _write_tokenizer(writer, config, tokenizer)
-        if chat_template is not None:
-            writer.add_chat_template(chat_template)
         flat = traverse_util.flatten_dict(params, sep="/")
-        names = {ours: name for name, ours in (OUTSIDE | LAYER).items()}
         slots = family_of(config).slots(config)
         needed = {path for slot in slots.values() for path in slot.all_paths}
         if needed != set(flat):
             differ = ", ".join(sorted(needed ^ set(flat))[:5])
             raise UserError(f"these are not the params of that config: {differ} do not match")
+        query = tensor_of(slots["layers.0.self_attn.q_proj.weight"], flat)
+        _describe(writer, config, len(query) // config["num_attention_heads"])
+        _write_tokenizer(writer, config, tokenizer)
+        if chat_template is not None:
+            writer.add_chat_template(chat_template)
+        names = {ours: name for name, ours in (OUTSIDE | LAYER).items()}
         for published, slot in slots.items():
             stem, _, part = published.rpartition(".")
             parts = stem.split(".")
@@ -108,14 +109,13 @@ def _add(
         writer.add_tensor(name, gguf.quants.quantize(tensor, kind), raw_dtype=kind)
 
 
-def _describe(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+def _describe(writer: gguf.GGUFWriter, config: Mapping[str, Any], head_dim: int) -> None:
     heads, width = config["num_attention_heads"], config["hidden_size"]
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if (rope.get("rope_type") or rope.get("type") or "default") != "default":
         raise UserError(f"rotary positions of kind {rope} are not written to GGUF")
     if config.get("mlp_bias") or (writer.arch == "llama" and config.get("attention_bias")):
         raise UserError("llama.cpp knows no such model with biases")
-    head_dim = config.get("head_dim") or width // heads
     writer.add_name(config.get("_name_or_path") or config["model_type"])
     writer.add_vocab_size(config["vocab_size"])
     writer.add_context_length(config["max_position_embeddings"])

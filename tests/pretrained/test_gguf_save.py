@@ -40,7 +40,7 @@ def byte_level():
 
 @pytest.mark.filterwarnings("ignore")  # torch's own
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
-@pytest.mark.parametrize(("numbers", "tolerance"), [("float32", 2e-5), ("q8_0", 0.1)])
+@pytest.mark.parametrize(("numbers", "tolerance"), [("float32", 2e-5), ("q8_0", 0.2)])
 def test_is_read_back(tmp_path, kind, numbers, tolerance):
     config = CONFIG | {"model_type": kind}
     module = family_of(config).build(config)
