@@ -148,8 +148,8 @@ def build(s: Settings) -> Experiment:
 
 def assistant(s: Settings, params: Params) -> Assistant:
     """What `python -m fusion_jax ask --workdir` talks to."""
-    _, model = assemble(s)
-    return model.answerer(params).assistant()
+    pictures, model = assemble(s)
+    return dataclasses.replace(model.answerer(params).assistant(), data=pictures.described)
 
 
 def write(answerer: Answerer, pictures: Pictures) -> dict[str, dict[str, float]]:
