@@ -149,7 +149,8 @@ def build(s: Settings) -> Experiment:
 def assistant(s: Settings, params: Params) -> Assistant:
     """What `python -m fusion_jax ask --workdir` talks to."""
     pictures, model = assemble(s)
-    return dataclasses.replace(model.answerer(params).assistant(), data=pictures.described)
+    data = f"trained on {len(pictures.train)} pictures; metrics: {pictures.described}"
+    return dataclasses.replace(model.answerer(params).assistant(), data=data)
 
 
 def write(answerer: Answerer, pictures: Pictures) -> dict[str, dict[str, float]]:
