@@ -181,17 +181,18 @@ class Server:
         except TimeoutError as error:
             raise BadInput(f"the body did not arrive in {self.read_seconds} s", 408) from error
 
-    def _seconds(self, request: Request) -> float:
+    def _deadline(self, request: Request) -> float:
+        """When the answer is of no use any more; counted from here, before the body is read."""
         asked = request.headers.get("x-timeout-seconds")
-        if asked is None:
-            return self.answer_seconds
-        try:
-            seconds = float(asked)
-        except ValueError:
-            seconds = -1.0
+        seconds = self.answer_seconds
+        if asked is not None:
+            try:
+                seconds = min(float(asked), self.answer_seconds)
+            except ValueError:
+                seconds = -1.0
         if not 0 < seconds < float("inf"):
             raise BadInput(f"x-timeout-seconds {asked!r} is no number of seconds")
-        return min(seconds, self.answer_seconds)
+        return time.monotonic() + seconds
 
     def _served(self, request: Request) -> Served:
         served = self.host.served
@@ -201,14 +202,14 @@ class Server:
             raise BadInput(f"no model {name} {version}; there is {served.artifact.name}", 404)
         return served
 
-    def _submit(self, served: Served, work: Any, seconds: float, size: int = 1) -> "Answer":
-        answer = Answer(work, seconds, size)
+    def _submit(self, served: Served, work: Any, deadline: float, size: int = 1) -> "Answer":
+        answer = Answer(work, deadline, size)
         try:
             served.worker.line.put(answer.job)
         except BadInput as error:
             # The model was exchanged in this very moment: the next one takes it.
             if error.status == 503 and served is not self.host.served and not self.stopping:
-                return self._submit(self.host.served, work, seconds, size)
+                return self._submit(self.host.served, work, deadline, size)
             raise
         return answer
 
@@ -235,17 +236,18 @@ class Server:
 
     async def infer(self, request: Request) -> Response:
         """Predictions, or answers to prompts."""
-        served, seconds = self._served(request), self._seconds(request)
+        served, deadline = self._served(request), self._deadline(request)
+        served.worker.line.check(deadline)
         body = await self._body(request)
         length = request.headers.get(inference_protocol.LENGTH_HEADER)
         head, binary = inference_protocol.split(body, length)
         asked = _parsed(inference_protocol.InferRequest, head)
         given = await run_in_threadpool(inference_protocol.arrays, asked, binary)
         if isinstance(served.model, Generator):
-            outputs = await self._write_all(served, given, asked.parameters, seconds)
+            outputs = await self._write_all(served, given, asked.parameters, deadline)
         else:
             rows = await run_in_threadpool(inference_protocol.rows_of, served.model.readers, given)
-            answer = self._submit(served, rows, seconds, len(rows))
+            answer = self._submit(served, rows, deadline, len(rows))
             outputs = await self._unless_gone(request, answer.result(), answer)
             if served.model.classes:
                 best = outputs["logits"].argmax(axis=-1)
@@ -258,7 +260,7 @@ class Server:
         return Response(content, media_type=kind, headers=headers)
 
     async def _write_all(
-        self, served: Served, given: dict[str, np.ndarray], how: dict[str, Any], seconds: float
+        self, served: Served, given: dict[str, np.ndarray], how: dict[str, Any], deadline: float
     ) -> dict[str, np.ndarray]:
         """Each prompt's answer; the parameters are those of the chat route."""
         generator = served.model
@@ -285,7 +287,7 @@ class Server:
                 top_p=1.0 if chat.top_p is None else chat.top_p,
                 seed=(chat.seed or 0) % 2**32,
             )
-            answers.append((self._submit(served, writing, seconds), chat.stops))
+            answers.append((self._submit(served, writing, deadline), chat.stops))
         texts = []
         for answer, stops in answers:
             reader = TextOf(generator.conversation.tokenizer, stops)
@@ -318,14 +320,15 @@ class Server:
 
     async def chat(self, request: Request) -> Response:
         """An answer, whole or as it is written."""
-        served, seconds = self.host.served, self._seconds(request)
+        served, deadline = self.host.served, self._deadline(request)
+        served.worker.line.check(deadline)
         asked = _parsed(chat_protocol.ChatRequest, await self._body(request))
         if not isinstance(served.model, Generator):
             raise BadInput(f"{served.artifact.name} does not chat: use its /infer", 404)
         if asked.model != served.artifact.name:
             raise BadInput(f"no model {asked.model!r}; there is {served.artifact.name}", 404)
         writing = await run_in_threadpool(chat_protocol.writing_of, asked, served.model)
-        answer = self._submit(served, writing, seconds)
+        answer = self._submit(served, writing, deadline)
         about = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -367,7 +370,7 @@ class Server:
 class Answer:
     """The awaited side of a job: what the model's thread tells arrives in the event loop."""
 
-    def __init__(self, work: Any, seconds: float, size: int = 1):
+    def __init__(self, work: Any, deadline: float, size: int = 1):
         loop, self._arrived = asyncio.get_running_loop(), asyncio.Queue[tuple[str, Any]]()
         self._early: list[tuple[str, Any]] = []
 
@@ -375,7 +378,7 @@ class Answer:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens
                 loop.call_soon_threadsafe(self._arrived.put_nowait, (kind, value))
 
-        self.job = Job(work, tell, seconds, size)
+        self.job = Job(work, tell, deadline, size)
 
     async def first(self) -> None:
         """Waits until something is there. Raises BadInput if it is an error."""

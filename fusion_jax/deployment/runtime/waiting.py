@@ -8,6 +8,9 @@ from typing import Any
 
 from .artifact import BadInput
 
+MARGIN = 2.0
+"""How many times as long as expected a job may take and still be in time: what else computes."""
+
 
 class Job:
     """A request that waits, is worked on, and tells what comes of it.
@@ -22,10 +25,9 @@ class Job:
     """
 
     def __init__(
-        self, work: Any, tell: Callable[[str, Any], None], seconds: float, size: int = 1
+        self, work: Any, tell: Callable[[str, Any], None], deadline: float, size: int = 1
     ) -> None:
-        self.work, self.tell, self.size = work, tell, size
-        self.deadline = time.monotonic() + seconds
+        self.work, self.tell, self.deadline, self.size = work, tell, deadline, size
         self.cancelled = False
         self.cost = 0.0
 
@@ -54,26 +56,33 @@ class Line:
         does not count. 0 while nothing is known."""
         return sorted(self._costs)[len(self._costs) // 2] if self._costs else 0.0
 
-    def put(self, job: Job) -> None:
-        """Takes a job, or refuses it at once.
+    def check(self, deadline: float, size: int = 1) -> None:
+        """Whether a job may come; asked before the body is read, so that refusing costs little.
 
         Raises:
             BadInput: 429 where the line is full, or would not come to it before its deadline; 503
                 where it is closed.
         """
         with self._changed:
-            if self._closed:
-                raise BadInput("this server is shutting down: ask another", 503)
-            if len(self._jobs) >= self.limit:
-                raise BadInput(f"{self.limit} requests wait already: try again later", 429)
-            ahead = self._working + sum(each.size for each in self._jobs) + job.size
-            idle = ahead == job.size
-            if not idle and time.monotonic() + ahead * self.pace > job.deadline:
-                raise BadInput(
-                    f"{ahead * self.pace:.1f} s would pass before an answer, after the deadline: "
-                    "try again later",
-                    429,
-                )
+            self._check(deadline, size)
+
+    def _check(self, deadline: float, size: int) -> None:
+        if self._closed:
+            raise BadInput("this server is shutting down: ask another", 503)
+        if len(self._jobs) >= self.limit:
+            raise BadInput(f"{self.limit} requests wait already: try again later", 429)
+        ahead = self._working + sum(each.size for each in self._jobs)
+        wait = MARGIN * (ahead + size) * self.pace
+        if ahead and time.monotonic() + wait > deadline:
+            raise BadInput(
+                f"{wait:.1f} s would pass before an answer, after the deadline: try again later",
+                429,
+            )
+
+    def put(self, job: Job) -> None:
+        """Takes a job, or refuses it at once; raises as `check`."""
+        with self._changed:
+            self._check(job.deadline, job.size)
             self._jobs.append(job)
             self._changed.notify()
 

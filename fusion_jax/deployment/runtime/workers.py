@@ -38,7 +38,10 @@ def predict(predictor: Predictor, rows: int, patience: float, count: Count) -> A
                 start += job.size
                 job.cost = spent * job.size / len(together)
                 line.done(job)
-                job.tell("done", part)
+                if job.late:
+                    job.tell("error", BadInput("the deadline passed while it was answered", 504))
+                else:
+                    job.tell("done", part)
 
     return run
 
