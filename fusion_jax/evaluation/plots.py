@@ -75,6 +75,35 @@ def bars(
     save(figure, path)
 
 
+def intervals(
+    path: Path,
+    values: Mapping[str, Mapping[str, tuple[float, float, float]]],
+    title: str,
+    measure: str,
+) -> None:
+    """{row: {series: (value, low, high)}}: a line a row, and a point with its interval a series.
+
+    Raises UserError if there is nothing to draw.
+    """
+    series = list(dict.fromkeys(name for row in values.values() for name in row))
+    if not series:
+        raise UserError(f"the plot {title!r} was given no values")
+    figure, axes = panel(6.5, 1.2 + 0.18 * len(values) * (1 + len(series)), title)
+    looks = zip(itertools.cycle(COLOURS), itertools.cycle(MARKERS), series, strict=False)
+    for index, (colour, marker, name) in enumerate(looks):
+        rows = [place for place, row in enumerate(values.values()) if name in row]
+        bounds = np.asarray([row[name] for row in values.values() if name in row], np.float64)
+        middle, low, high = bounds.T
+        heights = np.asarray(rows) + (index - (len(series) - 1) / 2) * 0.6 / len(series)
+        error = np.stack([middle - low, high - middle]).clip(0)
+        axes.errorbar(middle, heights, xerr=error, fmt=marker, color=colour, label=name, ms=4, lw=1)
+    axes.set_yticks(range(len(values)), list(values))
+    axes.invert_yaxis()
+    axes.set_xlabel(measure)
+    figure.legend(loc="outside lower right", fontsize=8, frameon=False, ncols=len(series))
+    save(figure, path)
+
+
 def retrieval_bars(path: Path, results: Mapping[str, Mapping[str, float]], title: str) -> None:
     """R@k of every direction side by side, from `evaluation.retrieval.retrieval`."""
     if not results:

@@ -41,6 +41,11 @@ def format_table(
 ) -> str:
     """`results` {row: {column: value, or one value a seed}} as Markdown, columns aligned."""
     header, rows = _cells(title, results, seeds, digits)
+    return "\n".join([markdown(header, rows), "", footer(data, seeds)])
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Cells as a Markdown table, the first column to the left and the others to the right."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
@@ -51,7 +56,7 @@ def format_table(
         return "| " + " | ".join([first, *rest]) + " |"
 
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    return "\n".join([line(header), line(rule), *map(line, rows), "", footer(data, seeds)])
+    return "\n".join([line(header), line(rule), *map(line, rows)])
 
 
 def print_table(
