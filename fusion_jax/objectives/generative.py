@@ -14,7 +14,12 @@ from fusion_jax.tokens import fill
 
 
 def causal_lm(
-    model: Any, *, chunk: int = 16, also: Loss | None = None, train: bool = True
+    model: Any,
+    *,
+    chunk: int = 16,
+    also: Loss | None = None,
+    label_smoothing: float = 0.0,
+    train: bool = True,
 ) -> Objective:
     """Cross-entropy of each answer token given what comes before, the mean over answer tokens.
 
@@ -30,6 +35,8 @@ def causal_lm(
         chunk: answer tokens of each row that are projected to the vocabulary at a time.
         also: a further loss on the same outputs, such as a weighted `info_nce()` which pulls
             question, answer and picture into one space.
+        label_smoothing: share of each target that is spread evenly over the vocabulary (Szegedy et
+            al. 2016); `perplexity` is without it.
         train: whether dropout is on.
     """
 
@@ -41,13 +48,13 @@ def causal_lm(
             return model.apply({"params": params}, hidden, method="logits")
 
         before, weights = sources(outputs.mask, batch)
-        loss, correct = answer_cross_entropy(
-            logits, outputs.hidden, before, batch["text"].values, weights, chunk
+        sums = answer_cross_entropy(
+            logits, outputs.hidden, before, batch["text"].values, weights, chunk, label_smoothing
         )
         total = weights.sum()
         safe = jnp.where(total == 0, jnp.float32(1), total)
-        loss, correct = loss / safe, correct / safe
-        metrics = {"perplexity": jnp.exp(loss), "accuracy": correct, "answer_tokens": total}
+        loss, nll, correct = (each / safe for each in sums)
+        metrics = {"perplexity": jnp.exp(nll), "accuracy": correct, "answer_tokens": total}
         if also is not None:
             extra, more = also(outputs, batch)
             metrics |= more | {"causal_lm": loss}
@@ -103,13 +110,15 @@ def answer_cross_entropy(
     targets: jax.Array,
     weights: jax.Array,
     chunk: int,
-) -> tuple[jax.Array, jax.Array]:
-    """Weighted sums of cross-entropy and of hits over tokens with a weight.
+    label_smoothing: float = 0.0,
+) -> "Sums":
+    """Weighted sums of smoothed and plain cross-entropy and of hits over tokens with a weight.
 
     The tokens of each row that count are moved to its front, and the hidden states before them
     are projected `chunk` at a time, for as many chunks as any row needs. The gradient is computed
     along with the loss, while a chunk's logits are there, so that they are made once and never
-    kept (after the Liger kernels, arXiv 2410.10989). It can be differentiated once.
+    kept (after the Liger kernels, arXiv 2410.10989). The smoothed sum can be differentiated once,
+    the others are only reported.
 
     Args:
         logits: hidden [b, c, d] -> [b, c, v].
@@ -128,16 +137,18 @@ def answer_cross_entropy(
 
     hidden = front(hidden, jnp.take_along_axis(before, order, axis=1))
     project, closed_over = jax.closure_convert(logits, hidden[:, :chunk])
-    return _sums(project, chunk, hidden, front(targets, order), front(weights, order), closed_over)
+    targets, weights = front(targets, order), front(weights, order)
+    return _sums(project, chunk, label_smoothing, hidden, targets, weights, closed_over)
 
 
-Sums = tuple[jax.Array, jax.Array]
+Sums = tuple[jax.Array, jax.Array, jax.Array]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _sums(
     project: Callable[..., jax.Array],
     chunk: int,
+    smoothing: float,
     hidden: jax.Array,
     targets: jax.Array,
     weights: jax.Array,
@@ -145,15 +156,17 @@ def _sums(
 ) -> Sums:
     def add(index: jax.Array, total: Sums) -> Sums:
         part = _part((hidden, targets, weights), index, chunk)
-        return jax.tree.map(jnp.add, total, _chunk_sums(project(part[0], *closed_over), *part[1:]))
+        sums = _chunk_sums(project(part[0], *closed_over), *part[1:], smoothing)
+        return jax.tree.map(jnp.add, total, sums)
 
     zero = jnp.zeros((), jnp.float32)
-    return jax.lax.fori_loop(0, _chunks_needed(weights, chunk), add, (zero, zero))
+    return jax.lax.fori_loop(0, _chunks_needed(weights, chunk), add, (zero, zero, zero))
 
 
 def _sums_and_gradients(
     project: Callable[..., jax.Array],
     chunk: int,
+    smoothing: float,
     hidden: Any,
     targets: Any,
     weights: Any,
@@ -163,31 +176,37 @@ def _sums_and_gradients(
     hidden, targets, weights = hidden.value, targets.value, weights.value
     trained = [leaf.value for leaf in closed_over if leaf.perturbed]
 
-    def sums(hidden: jax.Array, trained: list[jax.Array], rest: tuple) -> Sums:
+    def sums(
+        hidden: jax.Array, trained: list[jax.Array], rest: tuple
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         rows = iter(trained)
         arrays = [next(rows) if leaf.perturbed else leaf.value for leaf in closed_over]
-        return _chunk_sums(project(hidden, *arrays), *rest)
+        loss, *reported = _chunk_sums(project(hidden, *arrays), *rest, smoothing)
+        return loss, tuple(reported)
 
     def add(index: jax.Array, carry: tuple) -> tuple:
-        loss, hits, d_hidden, d_trained = carry
+        total, d_hidden, d_trained = carry
         part, *rest = _part((hidden, targets, weights), index, chunk)
-        more, pull, hit = jax.vjp(lambda h, t: sums(h, t, rest), part, trained, has_aux=True)
-        d_part, d_more = pull(jnp.ones_like(more))
+        loss, pull, reported = jax.vjp(lambda h, t: sums(h, t, rest), part, trained, has_aux=True)
+        d_part, d_more = pull(jnp.ones_like(loss))
         d_hidden = jax.lax.dynamic_update_slice_in_dim(d_hidden, d_part, index * chunk, axis=1)
-        return loss + more, hits + hit, d_hidden, jax.tree.map(jnp.add, d_trained, d_more)
+        total = jax.tree.map(jnp.add, total, (loss, *reported))
+        return total, d_hidden, jax.tree.map(jnp.add, d_trained, d_more)
 
     zero = jnp.zeros((), jnp.float32)
-    start = (zero, zero, jnp.zeros_like(hidden), jax.tree.map(jnp.zeros_like, trained))
-    loss, hits, d_hidden, d_trained = jax.lax.fori_loop(
-        0, _chunks_needed(weights, chunk), add, start
-    )
+    start = ((zero, zero, zero), jnp.zeros_like(hidden), jax.tree.map(jnp.zeros_like, trained))
+    total, d_hidden, d_trained = jax.lax.fori_loop(0, _chunks_needed(weights, chunk), add, start)
     rows = iter(d_trained)
     d_closed_over = [next(rows) if leaf.perturbed else None for leaf in closed_over]
-    return (loss, hits), (d_hidden, d_closed_over)
+    return total, (d_hidden, d_closed_over)
 
 
 def _scaled(
-    project: Callable[..., jax.Array], chunk: int, gradients: tuple, cotangents: tuple
+    project: Callable[..., jax.Array],
+    chunk: int,
+    smoothing: float,
+    gradients: tuple,
+    cotangents: tuple,
 ) -> tuple:
     d_hidden, d_closed_over = gradients
     d_loss = cotangents[0]
@@ -203,13 +222,19 @@ def _scaled(
 _sums.defvjp(_sums_and_gradients, _scaled, symbolic_zeros=True)
 
 
-def _chunk_sums(scores: jax.Array, targets: jax.Array, weights: jax.Array) -> Sums:
+def _chunk_sums(
+    scores: jax.Array, targets: jax.Array, weights: jax.Array, smoothing: float
+) -> Sums:
     """Of one chunk's logits [b, c, v]."""
     targets = jnp.where(weights > 0, targets, 0)
     at_target = jnp.take_along_axis(scores, targets[:, :, None], axis=-1)[..., 0]
-    losses = jax.nn.logsumexp(scores, axis=-1) - at_target
-    hits = (scores.argmax(axis=-1) == targets).astype(jnp.float32)
-    return (weights * losses).sum(), (weights * hits).sum()
+    everything = jax.nn.logsumexp(scores, axis=-1)
+    nll = (weights * (everything - at_target)).sum()
+    hits = (weights * (scores.argmax(axis=-1) == targets).astype(jnp.float32)).sum()
+    if not smoothing:
+        return nll, nll, hits
+    spread = (weights * (everything - scores.mean(axis=-1))).sum()
+    return (1 - smoothing) * nll + smoothing * spread, nll, hits
 
 
 def _part(arrays: tuple, index: jax.Array, chunk: int) -> list[jax.Array]:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 from fusion_jax.adaptation import lora
 from fusion_jax.adaptation.lora import LoRA
@@ -16,7 +17,7 @@ from fusion_jax.language.fused import FusedLM, init_around
 from fusion_jax.language.prompt import pad
 from fusion_jax.objectives.combine import weighted_sum
 from fusion_jax.objectives.contrastive import info_nce
-from fusion_jax.objectives.generative import causal_lm
+from fusion_jax.objectives.generative import answer_cross_entropy, causal_lm
 from fusion_jax.tokens import Tokens
 
 path = Path(__file__).parents[1] / "language" / "tiny.py"
@@ -56,23 +57,55 @@ def run(objective, params, batch):
     return loss, metrics, grads
 
 
-@pytest.mark.parametrize("chunk", [2, 100])
-def test_it_is_the_cross_entropy_of_the_answers(params, chunk):
+@pytest.mark.parametrize(("chunk", "smoothing"), [(2, 0.2), (100, 0.0)])
+def test_it_is_the_cross_entropy_of_the_answers(params, chunk, smoothing):
     batch = unpacked()
-    loss, metrics, _ = run(causal_lm(model(), chunk=chunk), params, batch)
+    objective = causal_lm(model(), chunk=chunk, label_smoothing=smoothing)
+    loss, metrics, _ = run(objective, params, batch)
     hidden = model().apply({"params": params}, batch).hidden
     logits = model().apply({"params": params}, hidden, method="logits")
     log_probs = np.asarray(jax.nn.log_softmax(logits), np.float64)
-    total = hits = 0.0
+    total = hits = spread = 0.0
     for row, sequence in enumerate(SEQUENCES):
         for step in range(1, len(sequence)):  # the first token of a row has nothing before it
             weight = WEIGHTS[row][step]
             total -= weight * log_probs[row, step - 1, sequence[step]]
             hits += weight * (log_probs[row, step - 1].argmax() == sequence[step])
+            spread -= weight * log_probs[row, step - 1].mean()
     count = sum(sum(weights[1:]) for weights in WEIGHTS)
-    np.testing.assert_allclose(loss, total / count, rtol=1e-5)
+    smoothed = (1 - smoothing) * total + smoothing * spread
+    np.testing.assert_allclose(loss, smoothed / count, rtol=1e-5)
+    np.testing.assert_allclose(metrics["perplexity"], np.exp(total / count), rtol=1e-5)
     np.testing.assert_allclose(metrics["accuracy"], hits / count, rtol=1e-5)
     assert metrics["answer_tokens"] == count
+
+
+def test_smoothed_labels_and_their_gradient_are_torchs():
+    rng = np.random.default_rng(0)
+    hidden, table = (rng.normal(size=s).astype(np.float32) for s in ((2, 5, 4), (4, 9)))
+    targets = rng.integers(9, size=(2, 5)).astype(np.int32)
+    weights = np.array([[0, 1, 2, 1, 0], [1, 0, 0, 0, 1]], np.float32)
+    before = np.broadcast_to(np.arange(5, dtype=np.int32)[None], (2, 5))
+
+    def ours(hidden, table):
+        sums = answer_cross_entropy(lambda h: h @ table, hidden, before, targets, weights, 2, 0.2)
+        return sums[0], sums[1]
+
+    run = jax.jit(jax.value_and_grad(ours, argnums=(0, 1), has_aux=True))
+    (loss, nll), grads = run(hidden, table)
+    leaves = [torch.tensor(each, requires_grad=True) for each in (hidden, table)]
+    logits = (leaves[0] @ leaves[1]).reshape(-1, 9)
+    smoothed, plain = (
+        torch.nn.functional.cross_entropy(
+            logits, torch.tensor(targets.ravel()).long(), reduction="none", label_smoothing=share
+        )
+        @ torch.tensor(weights.ravel())
+        for share in (0.2, 0.0)
+    )
+    np.testing.assert_allclose([loss, nll], [smoothed.item(), plain.item()], rtol=1e-6)
+    smoothed.backward()
+    for grad, leaf in zip(grads, leaves, strict=True):
+        np.testing.assert_allclose(grad, leaf.grad.numpy(), atol=1e-6)
 
 
 @pytest.mark.parametrize("prefix", [False, True])

@@ -1,0 +1,80 @@
+"""Learning to write down what is said: connectionist temporal classification (CTC).
+
+Joint CTC and attention (Watanabe et al. 2017) is a sum like any other. Where both read the same
+outputs, an encoder's head and a decoder, CTC goes along with the decoder's loss:
+
+    objective = causal_lm(model, label_smoothing=0.1, also=weighted_sum({ctc(head, "spoken"): 0.3}))
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fusion_jax.objectives.combine import Batch, Loss, Metrics
+from fusion_jax.objectives.rows import row_mean
+from fusion_jax.tokens import Tokens, fill
+
+
+def ctc_nll(logits: Tokens, labels: Tokens, blank: int = 0) -> tuple[jax.Array, jax.Array]:
+    """-log p(labels | frames) summed over all alignments, float32 [b], and which rows have one.
+
+    https://dl.acm.org/doi/10.1145/1143844.1143891. A row has no alignment if its real frames are
+    fewer than its labels and the blanks between equal neighbours; it is 0 and sends no gradient,
+    as is a row without labels. Padding may hold anything.
+
+    Args:
+      logits: [b, frames, classes], real frames first.
+      labels: int [b, t], real ones first, without `blank`.
+    """
+    frames, wanted = logits.mask, labels.mask
+    ids = jnp.where(wanted, labels.values, blank)
+    repeats = (ids[:, 1:] == ids[:, :-1]) & wanted[:, 1:]
+    least = wanted.sum(axis=1) + repeats.sum(axis=1)
+    possible = (least <= frames.sum(axis=1)) & wanted.any(axis=1)
+    # A row that cannot be aligned is given frames in plenty: optax would return 1e5 for it.
+    counted = frames & possible[:, None]
+    scores = fill(Tokens(logits.values.astype(jnp.float32), counted))
+    nll = optax.ctc_loss(
+        scores,
+        (~counted).astype(jnp.float32),
+        ids,
+        (~wanted).astype(jnp.float32),
+        blank_id=blank,
+        log_epsilon=-1e30,
+    )
+    return jnp.where(possible, nll, 0.0), possible
+
+
+def ctc(logits: Callable[[Any], Tokens], labels: str, blank: int = 0) -> Loss:
+    """CTC of an encoder's frames, per label: rows' losses over rows' lengths, the mean of rows.
+
+    Reports `ctc_rows`, the share of labelled rows that have an alignment and count.
+
+    Args:
+      logits: model's outputs -> Tokens [b, frames, classes].
+      labels: the batch's entry, Tokens of int [b, t].
+    """
+
+    def ctc(outputs: Any, batch: Batch) -> tuple[jax.Array, Metrics]:
+        wanted = batch[labels]
+        nll, possible = ctc_nll(logits(outputs), wanted, blank)
+        lengths = wanted.mask.sum(axis=1).clip(1).astype(jnp.float32)
+        share = row_mean(possible, wanted.present)
+        return row_mean(nll / lengths, possible), {"ctc_rows": share}
+
+    return ctc
+
+
+def best_path(logits: Tokens, blank: int = 0) -> list[list[int]]:
+    """What the likeliest class of each frame spells: repeats merged, then blanks removed."""
+    best, mask = np.asarray(logits.values.argmax(axis=-1)), np.asarray(logits.mask)
+    written = []
+    for row, real in zip(best, mask, strict=True):
+        said = row[real]
+        kept = np.flatnonzero(np.diff(said, prepend=-1))
+        written.append([int(each) for each in said[kept] if each != blank])
+    return written
