@@ -17,7 +17,7 @@ USAGE = """usage: python -m fusion_jax COMMAND ...
   fetch NAME                                  bring a pretrained checkpoint or data set
   ask --model NAME | --workdir DIR QUESTION   ask a language model
   export --workdir DIR | --model NAME FOLDER  write a model that runs without this codebase
-  serve FOLDER                                serve such a folder over HTTP
+  serve FOLDER | --workdir DIR [--page]       serve such a folder, or a run, over HTTP
 """
 
 
@@ -121,10 +121,25 @@ def export(arguments: list[str]) -> None:
 
 
 def serve(arguments: list[str]) -> None:
-    """Serves an exported model over HTTP."""
-    from fusion_jax.deployment.runtime import server
+    """Serves an exported model or a trained run over HTTP."""
+    from fusion_jax.deployment.runtime import command
 
-    if status := server.main(arguments, "python -m fusion_jax serve"):
+    stand = None
+    if "--workdir" in arguments[:-1]:
+        from fusion_jax.compression.running import running
+        from fusion_jax.deployment.kept import servable
+        from fusion_jax.training import runtime
+
+        runtime.start()
+        at = arguments.index("--workdir")
+        with running():
+            found = servable(Path(arguments[at + 1]))
+        arguments = [*arguments[:at], *arguments[at + 2 :]]
+        if isinstance(found, Path):
+            arguments = [str(found), *arguments]
+        else:
+            stand = found
+    if status := command.main(arguments, "python -m fusion_jax serve", stand):
         raise SystemExit(status)
 
 

@@ -38,6 +38,7 @@ from fusion_jax.data.image import Pictures
 from fusion_jax.data.pipeline import Transform
 from fusion_jax.data.text import FileTokenizer, Ids
 from fusion_jax.errors import UserError
+from fusion_jax.language.answers import PLAIN
 from fusion_jax.language.ask import Assistant, from_checkpoint
 from fusion_jax.language.fused import FusedLM
 from fusion_jax.language.prompt import text_mask
@@ -57,7 +58,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from runtime.server import main
+from runtime.command import main
 
 sys.exit(main([str(Path(__file__).parent), *sys.argv[1:]]))
 '''
@@ -239,6 +240,7 @@ def language_model(draft: Draft, assistant: Assistant) -> None:
         (draft.folder / "chat_template.jinja").write_text(chat.template)
     draft.manifest |= {
         "kind": "generate",
+        "turns": chat.template not in (None, PLAIN),
         "inputs": described,
         "width": decoder.width,
         "vocabulary": decoder.vocabulary,
@@ -250,7 +252,7 @@ def language_model(draft: Draft, assistant: Assistant) -> None:
 
 
 def _medium(draft: Draft, assistant: Assistant, name: str) -> dict[str, Any]:
-    """Adds the function `name` from a raw item [b, ...] to {"vectors" [b, n, width], "scores"}."""
+    """Adds the function `name`: raw items [b, ...] -> vectors [b, n, width], real, scores."""
     encoder, model = assistant.encoders[name], assistant.model
     described, bounds = _preprocessing(draft, name, encoder.transform)
     scope = jax_export.SymbolicScope(["b >= 1", *bounds])
@@ -264,7 +266,7 @@ def _medium(draft: Draft, assistant: Assistant, name: str) -> dict[str, Any]:
         tokens, scores = encoder.apply(trees[name], Tokens(**raw))
         media = {name: jax.tree.map(lambda leaf: leaf[:, None], tokens)}
         connected = model.apply({"params": trees["connector"]}, media, method="connect")[name]
-        found = {"vectors": connected.values}
+        found = {"vectors": connected.values, "real": connected.mask}
         return found if scores is None else found | {"scores": scores}
 
     if described["kind"] == "image":

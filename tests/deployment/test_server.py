@@ -21,7 +21,8 @@ from PIL import Image
 
 from fusion_jax.deployment import export
 from fusion_jax.deployment.runtime.host import Host, Limits
-from fusion_jax.deployment.runtime.server import Metrics, Server
+from fusion_jax.deployment.runtime.metrics import Metrics
+from fusion_jax.deployment.runtime.server import Server
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of clients and of uvicorn
 

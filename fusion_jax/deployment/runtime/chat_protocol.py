@@ -3,14 +3,15 @@
 import base64
 import binascii
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from .artifact import BadInput
-from .generation import Generator, Writing
+from .generation import Generator, TooLong, Writing
 
+Turn = dict[str, Any]
 SSE_END = b"data: [DONE]\n\n"
 
 
@@ -69,6 +70,8 @@ class ChatRequest(BaseModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Literal[1] | None = None
+    drop_oldest: bool = False
+    """Not OpenAI's: leave out the oldest turns where all of them are too long together."""
 
     @property
     def stops(self) -> list[str]:
@@ -82,8 +85,37 @@ def writing_of(request: ChatRequest, generator: Generator) -> Writing:
     Raises:
         BadInput: media that cannot be read, or that this model does not read; too long.
     """
+    wanted = request.max_completion_tokens or request.max_tokens
+    read = turns(request.messages, generator)
+    if request.drop_oldest:
+        read = fitted(read, generator, wanted or generator.context // 4)
+    return generator.writing(
+        read,
+        wanted,
+        temperature=1.0 if request.temperature is None else request.temperature,
+        top_p=1.0 if request.top_p is None else request.top_p,
+        seed=(request.seed or 0) % 2**32,
+    )
+
+
+def fitted(read: Sequence[Turn], generator: Generator, room: int) -> list[Turn]:
+    """The latest turns that leave room for an answer, after what the system says."""
+    while True:
+        asked = [at for at, message in enumerate(read) if message["role"] == "user"]
+        if len(asked) < 2:
+            return list(read)
+        try:
+            generator.writing(read, room)
+            return list(read)
+        except TooLong:
+            system = [message for message in read[: asked[0]] if message["role"] == "system"]
+            read = system + list(read[asked[1] :])
+
+
+def turns(given: Sequence[Message], generator: Generator) -> list[Turn]:
+    """Messages as `Generator.writing` takes them, their media read."""
     messages = []
-    for message in request.messages:
+    for message in given:
         role = "system" if message.role == "developer" else message.role
         if isinstance(message.content, str):
             messages.append({"role": role, "content": message.content})
@@ -98,13 +130,7 @@ def writing_of(request: ChatRequest, generator: Generator) -> Writing:
                 raise BadInput(f"this model reads no {name}; it reads {sorted(generator.readers)}")
             media.append((name, generator.readers[name](_content(part))))
         messages.append({"role": role, "content": "\n".join(texts), "media": media})
-    return generator.writing(
-        messages,
-        request.max_completion_tokens or request.max_tokens,
-        temperature=1.0 if request.temperature is None else request.temperature,
-        top_p=1.0 if request.top_p is None else request.top_p,
-        seed=(request.seed or 0) % 2**32,
-    )
+    return messages
 
 
 def _content(part: ImagePart | AudioPart) -> bytes:

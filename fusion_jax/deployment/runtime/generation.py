@@ -6,6 +6,7 @@ row's own are moved together.
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from typing import Any
@@ -16,11 +17,19 @@ import numpy as np
 
 from . import media
 from .artifact import Artifact, BadInput, round_up
-from .conversation import MARK, Conversation
+from .conversation import MARK, Conversation, TextOf
+from .picking import pick, ways
 
 Caches = dict[str, jax.Array]
+Picked = tuple[jax.Array, jax.Array]
 SHORTEST_PROMPT = 16
+REMEMBERED = 16
+"""Items of media whose vectors are kept."""
 STOP, LENGTH = "stop", "length"
+
+
+class TooLong(BadInput):
+    """A prompt that leaves no room for its answer."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -31,8 +40,10 @@ class Writing:
         ids: the prompt; -1 - i stands for vector i.
         vectors: [m, width] of all its media.
         temperature, top_p, seed: temperature 0 takes the likeliest token.
+        given: ids that it is to write, so that `log_likelihood` says how likely they are; or None.
         row: its place in the batch.
         written: ids so far.
+        log_likelihood: of what is written, in nats.
         finish: STOP or LENGTH when it has ended.
     """
 
@@ -42,9 +53,16 @@ class Writing:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    given: Sequence[int] | None = None
     row: int = -1
     written: list[int] = dataclasses.field(default_factory=list)
+    log_likelihood: float = 0.0
     finish: str | None = None
+
+    @property
+    def next_given(self) -> int:
+        """The id that it is to write next; -1 where it is free."""
+        return -1 if self.given is None else self.given[len(self.written)]
 
 
 class Generator:
@@ -56,6 +74,9 @@ class Generator:
         slots: of the cache at first; it grows by doubling.
     """
 
+    scores = True
+    """Whether it can tell how likely a given answer is."""
+
     def __init__(
         self, artifact: Artifact, rows: int = 8, context: int | None = None, slots: int = 256
     ):
@@ -66,8 +87,12 @@ class Generator:
         self.stop_ids, self.width = set(manifest["stop_ids"]), manifest["width"]
         self.conversation = Conversation(artifact)
         self.inputs: dict[str, Any] = manifest["inputs"]
-        self.readers = {n: media.Reader(spec, artifact.folder) for n, spec in self.inputs.items()}
+        self.readers = {
+            name: media.Reader(spec, artifact.folder, whole=True)
+            for name, spec in self.inputs.items()
+        }
         self.active: list[Writing] = []
+        self._seen: dict[tuple[str, bytes], tuple[np.ndarray, str]] = {}
         self._caches: Caches | None = None
         self._index = 0
         shapes = manifest["caches"]
@@ -88,7 +113,7 @@ class Generator:
                 stand before its text, as they did in training.
 
         Raises:
-            BadInput: too long; media that the model does not read.
+            BadInput: media that the model does not read; TooLong.
         """
         turns, lengths, vectors = [], [], [np.zeros((0, self.width), np.float32)]
         for message in messages:
@@ -105,21 +130,32 @@ class Generator:
             raise BadInput("the prompt is empty")
         room = self.context - len(ids)
         if room < (max_tokens or 1):
-            raise BadInput(
+            raise TooLong(
                 f"the prompt has {len(ids)} tokens, media among them, and the answer up to "
                 f"{max_tokens or 1}; together they may have {self.context}"
             )
         return Writing(ids, np.concatenate(vectors), max_tokens or min(room, 256), **how)
 
     def see(self, name: str, item: np.ndarray) -> tuple[np.ndarray, str]:
-        """An item of media -> vectors [n, width], and the words that follow it in a prompt."""
+        """An item of media -> vectors [n, width], and the words that follow it in a prompt.
+
+        Those seen last are remembered: each turn of a conversation sends all its media again.
+        """
+        key = name, hashlib.sha256(item.tobytes()).digest()
+        found = self._seen.get(key) or self._look(name, item)
+        self._seen[key] = found
+        for old in list(self._seen)[:-REMEMBERED]:
+            self._seen.pop(old, None)
+        return found
+
+    def _look(self, name: str, item: np.ndarray) -> tuple[np.ndarray, str]:
         spec = self.inputs[name]
         found = self._media[name](self.artifact.params(name), media.batch(spec, [item]))
         words = ""
         if "words" in spec:
             order = np.argsort(-np.asarray(found["scores"][0]))[: spec["words"]["count"]]
             words = ", ".join(spec["words"]["labels"][index] for index in order) + ".\n"
-        return np.asarray(found["vectors"][0]), words
+        return np.asarray(found["vectors"][0][np.asarray(found["real"][0])]), words
 
     # ------------------------------------------------------------------------------- writing
 
@@ -132,10 +168,10 @@ class Generator:
         vectors = np.zeros((1, count, self.width), np.float32)
         vectors[0, : len(writing.vectors)] = writing.vectors
         slots = round_up(ids.shape[1] + 1, self.fewest_slots)
-        where, how = np.array([len(writing.ids) - 1], np.int32), _how([writing])
+        where, how = np.array([len(writing.ids) - 1], np.int32), ways([writing])
         empty = self._empty(1, slots)
-        token, caches = self._prefill(self._params, ids, mask, vectors, empty, where, how)
-        self._note(writing, int(token[0]))
+        (token, likely), caches = self._prefill(self._params, ids, mask, vectors, empty, where, how)
+        self._note(writing, int(token[0]), float(likely[0]))
         if writing.finish is not None:
             return
         if self._caches is None:
@@ -166,12 +202,12 @@ class Generator:
             token[row.row] = row.written[-1]
             position[row.row] = len(row.ids) + len(row.written) - 1
         found, self._caches = self._decode(
-            self._params_decode, token, position, self._caches, _how(placed)
+            self._params_decode, token, position, self._caches, ways(placed)
         )
         self._index += 1
-        found = np.asarray(found)
+        tokens, likely = map(np.asarray, found)
         for row in rows:
-            self._note(row, int(found[row.row]))
+            self._note(row, int(tokens[row.row]), float(likely[row.row]))
         for row in rows:
             if row.finish is not None:
                 self.leave(row)
@@ -184,6 +220,10 @@ class Generator:
         if not self.active:
             self._caches = None
 
+    def text_of(self, writing: Writing, stops: Sequence[str] = ()) -> TextOf:
+        """The reader of what that row writes."""
+        return TextOf(self.conversation.tokenizer, stops)
+
     def stream(self, writing: Writing) -> Any:
         """Yields the ids of one prompt as they come; for use without a server."""
         self.join(writing)
@@ -195,11 +235,12 @@ class Generator:
                 return
             self.step()
 
-    def _note(self, writing: Writing, token: int) -> None:
-        if token in self.stop_ids:
+    def _note(self, writing: Writing, token: int, log_likelihood: float) -> None:
+        if token in self.stop_ids and writing.given is None:
             writing.finish = STOP
             return
         writing.written.append(token)
+        writing.log_likelihood += log_likelihood
         if len(writing.written) >= writing.max_tokens:
             writing.finish = LENGTH
 
@@ -218,7 +259,7 @@ class Generator:
         return {name: jax.jit(self.artifact.functions[name]) for name in self.inputs}
 
     @cached_property
-    def _prefill(self) -> Callable[..., tuple[jax.Array, Caches]]:
+    def _prefill(self) -> Callable[..., tuple[Picked, Caches]]:
         prefill = self.artifact.functions["prefill"]
 
         @partial(jax.jit, donate_argnums=4)
@@ -229,7 +270,7 @@ class Generator:
         return run
 
     @cached_property
-    def _decode(self) -> Callable[..., tuple[jax.Array, Caches]]:
+    def _decode(self) -> Callable[..., tuple[Picked, Caches]]:
         decode = self.artifact.functions["decode"]
 
         @partial(jax.jit, donate_argnums=3)
@@ -307,53 +348,3 @@ def _lay(smaller: Caches, larger: Caches) -> Caches:
     return jax.tree.map(
         lambda old, new: jax.lax.dynamic_update_slice(new, old, (0,) * new.ndim), smaller, larger
     )
-
-
-def _how(rows: Sequence[Writing | None]) -> dict[str, np.ndarray]:
-    """Each row's way of picking tokens, as arrays [rows]."""
-
-    def column(name: str, default: float, dtype: Any) -> np.ndarray:
-        return np.array([getattr(row, name) if row else default for row in rows], dtype)
-
-    return {
-        "temperature": column("temperature", 0, np.float32),
-        "top_p": column("top_p", 1, np.float32),
-        "seed": column("seed", 0, np.uint32),
-    }
-
-
-def pick(
-    logits: jax.Array,
-    position: jax.Array,
-    *,
-    temperature: jax.Array,
-    top_p: jax.Array,
-    seed: jax.Array,
-) -> jax.Array:
-    """The next tokens, int32 [b]: a row's do not depend on the others'.
-
-    Args:
-        logits: [b, vocabulary].
-        position: of the token before, [b]: with the seed, it determines what is drawn.
-        temperature: 0 takes the likeliest.
-        top_p: draws among the fewest that hold this probability together (arXiv 1904.09751).
-    """
-    scaled = logits / jnp.maximum(temperature, 1e-4)[:, None]
-
-    def cut(scaled: jax.Array) -> jax.Array:
-        best = -jnp.sort(-scaled, axis=-1)
-        probability = jax.nn.softmax(best, axis=-1)
-        before = jnp.cumsum(probability, axis=-1) - probability
-        least = jnp.where(before < top_p[:, None], best, jnp.inf).min(axis=-1, keepdims=True)
-        return jnp.where(scaled >= least, scaled, -jnp.inf)
-
-    def draw(_: None) -> jax.Array:
-        kept = jax.lax.cond((top_p < 1).any(), cut, lambda scaled: scaled, scaled)
-        keys = jax.vmap(lambda s, p: jax.random.fold_in(jax.random.key(s), p))(seed, position)
-        drawn = jax.vmap(jax.random.categorical)(keys, kept)
-        return jnp.where(temperature > 0, drawn, logits.argmax(axis=-1)).astype(jnp.int32)
-
-    def likeliest(_: None) -> jax.Array:
-        return logits.argmax(axis=-1).astype(jnp.int32)
-
-    return jax.lax.cond((temperature > 0).any(), draw, likeliest, None)

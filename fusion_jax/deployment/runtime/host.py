@@ -4,7 +4,9 @@ import contextlib
 import dataclasses
 import logging
 import threading
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -67,8 +69,8 @@ class Served:
             while model.active:
                 model.step()
             for name, spec in model.inputs.items():
-                blank = np.zeros((spec["size"],) * 2 + (3,) if "size" in spec else (1,), np.float32)
-                model.see(name, blank)
+                for blank in _blanks(spec):
+                    model.see(name, blank)
         return cls(artifact, model, Worker(limits.queue, run))
 
 
@@ -121,3 +123,14 @@ def _identity(folder: Path) -> tuple[int, ...] | None:
         stat = (folder / "model.json").stat()
         return stat.st_dev, stat.st_ino, stat.st_mtime_ns
     return None
+
+
+def _blanks(spec: Mapping[str, Any]) -> list[np.ndarray]:
+    """An item of each shape that is compiled before the first request; recordings up to 8 s."""
+    if spec["kind"] == "image":
+        return [np.zeros((spec["size"], spec["size"], 3), np.float32)]
+    if spec["kind"] == "text":
+        return [np.zeros(1, np.int32)]
+    seconds = (1, 2, 4, 8)
+    lengths = {min(each * spec["rate"], spec["longest"]) for each in seconds}
+    return [np.zeros(length, np.float32) for length in sorted(lengths)]

@@ -7,16 +7,23 @@ from typing import Any
 
 import numpy as np
 
-from .artifact import BadInput
+from .artifact import BadInput, round_up
 
 LARGEST_PICTURE = 50_000_000  # pixels
+SHORTEST_SOUND = 0.1  # seconds
+SILENT = 1e-4  # of full scale, 80 dB below it
 
 
 class Reader:
-    """Reads items of one input, as an entry of the manifest's "inputs" describes it."""
+    """Reads items of one input, as an entry of the manifest's "inputs" describes it.
 
-    def __init__(self, spec: Mapping[str, Any], folder: Path):
-        self.spec = spec
+    Args:
+        whole: refuse recordings that are longer than the model hears, instead of cutting them as
+            training did.
+    """
+
+    def __init__(self, spec: Mapping[str, Any], folder: Path, *, whole: bool = False):
+        self.spec, self.whole = spec, whole
         self.tokenizer = None
         if spec.get("tokenizer"):
             from tokenizers import Tokenizer
@@ -35,7 +42,7 @@ class Reader:
         content = content.encode() if isinstance(content, str) else content
         if self.spec["kind"] == "image":
             return picture(content, self.spec["size"])
-        return sound(content, self.spec["rate"], self.spec["longest"])
+        return sound(content, self.spec["rate"], self.spec["longest"], whole=self.whole)
 
     def _ids(self, text: bytes | str) -> np.ndarray:
         """Text -> int32 ids with the special tokens, [at most longest]."""
@@ -88,13 +95,22 @@ def picture(content: bytes, size: int) -> np.ndarray:
     return np.asarray(square, np.float32) / np.float32(255)
 
 
-def sound(content: bytes, rate: int, longest: int) -> np.ndarray:
-    """WAV, FLAC, Ogg, MP3 ... -> mono float32 at `rate`, [at most longest samples]."""
+def sound(content: bytes, rate: int, longest: int, *, whole: bool = False) -> np.ndarray:
+    """WAV, FLAC, Ogg, MP3 ... -> mono float32 at `rate`, [at most longest samples].
+
+    Never more than that is decoded, however long the recording is; with `whole`, one that is longer
+    is refused.
+    """
     import soundfile
     import soxr
 
     try:
         with soundfile.SoundFile(io.BytesIO(content)) as file:
+            if whole and file.frames / file.samplerate > longest / rate + 0.05:
+                raise BadInput(
+                    f"the recording lasts {file.frames / file.samplerate:.0f} s, and at most"
+                    f" {longest / rate:g} s are heard at once: cut it"
+                )
             frames = int((longest / rate + 0.1) * file.samplerate)
             samples = file.read(frames, dtype="float32", always_2d=True).mean(axis=1)
             if file.samplerate != rate:
@@ -103,16 +119,30 @@ def sound(content: bytes, rate: int, longest: int) -> np.ndarray:
         raise BadInput(f"not a readable recording: {error}; send WAV, FLAC, Ogg or MP3") from error
     if not samples.size or not np.isfinite(samples).all():
         raise BadInput("the recording holds no sample, or samples that are not finite")
+    if len(samples) < SHORTEST_SOUND * rate:
+        raise BadInput(
+            f"the recording lasts {1000 * len(samples) / rate:.1f} ms, too short to hold a word;"
+            f" send at least {1000 * SHORTEST_SOUND:.0f} ms"
+        )
+    if np.abs(samples).max() < SILENT:
+        raise BadInput("the recording is silent: check the microphone, or send another")
     return samples[:longest].astype(np.float32)
 
 
 def batch(spec: Mapping[str, Any], items: list[np.ndarray | None]) -> dict[str, np.ndarray]:
-    """{"values", "mask"} of items that may be absent, padded to the longest: one program."""
+    """{"values", "mask"} of items that may be absent, padded alike.
+
+    Text to the longest that the model reads, one program for all; sound to a power of two of
+    seconds, since half a minute costs far more than what most people say.
+    """
     if spec["kind"] == "image":
         values = np.zeros((len(items), spec["size"], spec["size"], 3), np.float32)
         mask = np.zeros(len(items), bool)
     else:
         size = spec["longest"]
+        if spec["kind"] == "audio":
+            most = max((len(item) for item in items if item is not None), default=0)
+            size = min(round_up(most, max(spec["rate"], spec["shortest"])), size)
         dtype = np.int32 if spec["kind"] == "text" else np.float32
         values, mask = np.zeros((len(items), size), dtype), np.zeros((len(items), size), bool)
     for row, item in enumerate(items):

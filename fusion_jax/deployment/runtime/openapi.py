@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from . import chat_protocol, inference_protocol
+from . import chat_protocol, inference_protocol, occlusion
 
 ERRORS = {
     "400": "Not a request that this model can take",
@@ -55,6 +55,10 @@ def document(model: str) -> dict[str, Any]:
         "/v1/chat/completions": {
             "post": operation("An answer, whole or streaming", body=chat_protocol.ChatRequest)
         },
+        "/v1/occlusion": {
+            "post": operation("Which input an answer rests on", body=occlusion.OcclusionRequest)
+        },
+        "/v1/page": {"get": operation("What the page must know of the model")},
         "/openapi.json": {"get": operation("This document")},
     }
     for prefix, names in (

@@ -1,0 +1,48 @@
+"""A trained run as it is served: as an artifact, exported once, or as what answers by itself."""
+
+import functools
+import hashlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fusion_jax.deployment import export
+from fusion_jax.errors import UserError
+from fusion_jax.language.ask import Assistant
+
+KEPT = "served-"
+
+
+def servable(workdir: Path) -> Path | Callable[..., Any]:
+    """The artifact of a trained run, kept in its folder, or what makes a host of its model.
+
+    An artifact is written anew when a checkpoint or the code that exports and serves has changed.
+    What has an `answer` and is no `Assistant`, such as a model that shows the facts it used, cannot
+    be exported: it is served in this process.
+
+    Raises:
+        UserError: no run, or one that offers nothing to serve.
+    """
+    if not workdir.is_dir():
+        raise UserError(f"{workdir}: no such folder; expected what --workdir was in training")
+    digest = hashlib.sha256()
+    for path in sorted((workdir / "checkpoints").rglob("*")):
+        digest.update(f"{path.relative_to(workdir)} {path.stat().st_mtime_ns}\n".encode())
+    for path in sorted([Path(export.__file__), *export.RUNTIME.glob("*.*")]):
+        digest.update(path.read_bytes())
+    folder = workdir / f"{KEPT}{digest.hexdigest()[:12]}"
+    if folder.exists():
+        return folder
+    print(f"opening {workdir} ...", flush=True)
+    model, card = export.opened(workdir)
+    name = workdir.resolve().name
+    if not isinstance(model, Assistant | export.Predictor):
+        from fusion_jax.deployment.speaking import Described, Standing
+
+        return functools.partial(Standing, Described(name, card["about"]), model)
+    export.write(folder, name, model, card)
+    for old in workdir.glob(f"{KEPT}*"):
+        if old != folder:
+            shutil.rmtree(old)
+    return folder

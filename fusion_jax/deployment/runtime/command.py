@@ -1,0 +1,94 @@
+"""Serving an exported model from the command line, until it is told to stop.
+
+python -m fusion_jax serve artifact/ --port 8000          or     python artifact/serve.py
+"""
+
+import argparse
+import functools
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import uvicorn
+
+from .artifact import BadInput
+from .host import Host, Limits
+from .metrics import Metrics
+from .server import Server
+from .workers import Count
+
+
+def main(
+    arguments: list[str],
+    program: str = "serve.py",
+    stand: Callable[[Limits, Count], Any] | None = None,
+) -> int:
+    """Serves until it is told to stop; returns the exit status.
+
+    Args:
+        arguments: of the command line.
+        stand: makes a host of something else than a folder, which is then not asked for.
+    """
+    parser = argparse.ArgumentParser(
+        program, description="Serves an exported model over HTTP.", allow_abbrev=False
+    )
+    number = functools.partial(parser.add_argument, type=float)
+    if stand is None:
+        parser.add_argument("artifact", type=Path, help="a folder that export wrote")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at")
+    parser.add_argument("--port", type=int, default=8000, help="0: any free one")
+    parser.add_argument("--rows", type=int, default=8, help="computed together; 1: no batching")
+    number("--patience", default=0.002, help="seconds that a prediction waits for company")
+    parser.add_argument("--queue", type=int, default=64, help="requests that may wait")
+    parser.add_argument("--context", type=int, default=2048, help="tokens of prompt and answer")
+    parser.add_argument(
+        "--warm", type=int, default=128, help="longest prompt compiled at the start"
+    )
+    number("--answer-seconds", default=60, help="deadline of each request")
+    number("--read-seconds", default=30, help="in which a request must have arrived")
+    number("--body-megabytes", default=32, help="largest request")
+    parser.add_argument("--key", help="that clients must show; or $SERVE_KEY, which ps hides")
+    parser.add_argument("--page", action="store_true", help="a page to talk to the model at /")
+    number("--look-seconds", default=1, help="between two looks for a new artifact")
+    chosen = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s:     %(message)s")
+    metrics = Metrics()
+    logging.getLogger("jax").setLevel(logging.WARNING)
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache/fusion_jax/xla"))
+    limits = Limits(chosen.rows, chosen.patience, chosen.queue, chosen.context, chosen.warm)
+    try:
+        if stand is None:
+            host = Host(chosen.artifact, limits, metrics.count, chosen.look_seconds)
+        else:
+            host = stand(limits, metrics.count)
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    server = Server(
+        host,
+        metrics,
+        key=chosen.key or os.environ.get("SERVE_KEY"),
+        body_bytes=int(chosen.body_megabytes * 2**20),
+        read_seconds=chosen.read_seconds,
+        answer_seconds=chosen.answer_seconds,
+        page=chosen.page,
+    )
+    config = uvicorn.Config(
+        server.app(),
+        host=chosen.host,
+        port=chosen.port,
+        log_level="info",
+        access_log=False,
+        timeout_graceful_shutdown=int(chosen.answer_seconds) + 1,
+    )
+    # uvicorn raises the signal again when all is finished; that is no failure.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    uvicorn.Server(config).run()
+    return 0

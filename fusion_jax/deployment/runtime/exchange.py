@@ -1,0 +1,82 @@
+"""What is read of requests, within limits, and how errors are told."""
+
+import asyncio
+import json
+import time
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from .artifact import BadInput
+
+
+async def body(request: Request, most: int, seconds: float) -> bytes:
+    """All of it. Raises BadInput: longer than `most` bytes, or not here in time."""
+    declared = request.headers.get("content-length", "0")
+    if declared.isdigit() and int(declared) > most:
+        raise BadInput(f"a body of {declared} bytes; at most {most} are read", 413)
+
+    async def read() -> bytes:
+        parts, size = [], 0
+        async for part in request.stream():
+            size += len(part)
+            if size > most:
+                raise BadInput(f"the body is longer than {most} bytes", 413)
+            parts.append(part)
+        return b"".join(parts)
+
+    try:
+        return await asyncio.wait_for(read(), seconds)
+    except TimeoutError as error:
+        raise BadInput(f"the body did not arrive in {seconds} s", 408) from error
+
+
+def deadline(request: Request, most: float) -> float:
+    """When the answer is of no use any more; counted from here, before the body is read."""
+    asked = request.headers.get("x-timeout-seconds")
+    seconds = most
+    if asked is not None:
+        try:
+            seconds = min(float(asked), most)
+        except ValueError:
+            seconds = -1.0
+    if not 0 < seconds < float("inf"):
+        raise BadInput(f"x-timeout-seconds {asked!r} is no number of seconds")
+    return time.monotonic() + seconds
+
+
+async def disconnected(request: Request) -> None:
+    """Returns when the client has gone away."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def parsed(kind: type[BaseModel], content: bytes) -> Any:
+    """JSON as that kind of request. Raises BadInput."""
+    try:
+        return valid(kind, json.loads(content))
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"the body is not JSON: {error}") from error
+
+
+def valid(kind: type[BaseModel], content: Any) -> Any:
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "the body"
+        raise BadInput(f"{where}: {first['msg']}") from error
+
+
+def failure(path: str, message: str, status: int) -> Response:
+    """An error as clients of that route expect it."""
+    content: Any = {"error": message}
+    if path.startswith("/v1/"):
+        kind = "server_error" if status >= 500 else "invalid_request_error"
+        content = {"error": {"message": message, "type": kind, "param": None, "code": str(status)}}
+    headers = {"retry-after": "1"} if status in (429, 503) else {}
+    if status == 401:
+        headers["www-authenticate"] = "Bearer"
+    return JSONResponse(content, status, headers)

@@ -1,0 +1,142 @@
+"""Serves what answers in text by itself, such as a model that shows the facts it used.
+
+It answers one question at a time, each for itself, through the same routes and page as an exported
+model; it cannot tell how likely another answer was.
+"""
+
+import dataclasses
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from fusion_jax.compression.running import running
+from fusion_jax.deployment.runtime.artifact import BadInput
+from fusion_jax.deployment.runtime.conversation import TextOf
+from fusion_jax.deployment.runtime.generation import STOP, Generator, Writing
+from fusion_jax.deployment.runtime.host import Limits, Served
+from fusion_jax.deployment.runtime.waiting import Line, Worker
+from fusion_jax.deployment.runtime.workers import Count
+from fusion_jax.errors import UserError
+
+
+class Answers(Protocol):
+    """For instance `graph_answers.Answerer`; may have an `assistant` whose readers it uses."""
+
+    def answer(self, question: str, media: Any = None, **how: Any) -> Iterator[str]: ...
+
+
+@dataclasses.dataclass(eq=False)
+class Spoken(Writing):
+    """A question, and the pieces of text that answer it; `written` numbers them."""
+
+    question: str = ""
+    media: Sequence[tuple[str, bytes]] = ()
+    pieces: list[str] = dataclasses.field(default_factory=list)
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of some pieces, as a tokenizer would give it."""
+        return "".join(self.pieces[index] for index in ids)
+
+
+class Speaker(Generator):
+    """In the place of a generator: its words come from `answers`."""
+
+    scores = False
+
+    def __init__(self, answers: Answers):
+        readers = getattr(getattr(answers, "assistant", answers), "readers", {})
+        self.answers, self.rows, self.context = answers, 1, 2048
+        self.inputs = {name: {"kind": name} for name in readers}
+        self.readers = dict.fromkeys(readers, bytes)  # files are read by what answers
+
+    def writing(
+        self, messages: Sequence[dict[str, Any]], max_tokens: int | None = None, **how: Any
+    ) -> Spoken:
+        """The last question alone."""
+        last = messages[-1]
+        nothing, media = np.zeros((0, 0), np.float32), last.get("media", ())
+        return Spoken([], nothing, max_tokens or 256, question=last["content"], media=media)
+
+    def text_of(self, writing: Spoken, stops: Sequence[str] = ()) -> TextOf:
+        return TextOf(writing, stops)
+
+    def pieces(self, spoken: Spoken) -> Iterator[str]:
+        """The answer as it comes. Raises BadInput where the question cannot be answered."""
+        with tempfile.TemporaryDirectory() as folder:
+            media: dict[str, list[Path]] = {}
+            for number, (name, content) in enumerate(spoken.media):
+                place = Path(folder) / f"{name}-{number}"
+                place.write_bytes(content)
+                media.setdefault(name, []).append(place)
+            try:
+                yield from self.answers.answer(spoken.question, media)
+            except UserError as error:
+                raise BadInput(str(error)) from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Described:
+    """What the routes tell of it, as of an artifact."""
+
+    name: str
+    about: str
+    version: str = "1"
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        about = {"name": self.name, "version": self.version, "inputs": {}}
+        return about | {"kind": "generate", "turns": False}
+
+    @property
+    def card(self) -> dict[str, Any]:
+        return {"about": self.about}
+
+
+class Standing:
+    """A host of one model that stays."""
+
+    swaps = 0
+
+    def __init__(self, described: Described, answers: Answers, limits: Limits, count: Count):
+        speaker = Speaker(answers)
+
+        def run(line: Line) -> None:
+            with running():  # of this thread; as in `ask`, the model may be a compressed one
+                _speak(speaker, line, count)
+
+        worker = Worker(limits.queue, run)
+        self.served = Served(described, speaker, worker)
+
+    def close(self, seconds: float | None = None) -> None:
+        """Finishes what waits."""
+        self.served.worker.close(seconds)
+
+
+def _speak(speaker: Speaker, line: Line, count: Count) -> None:
+    while (jobs := line.take(1, None)) is not None:
+        for job in jobs:
+            started, spoken = time.perf_counter(), job.work
+            try:
+                for piece in speaker.pieces(spoken):
+                    if job.cancelled or job.late:
+                        break
+                    spoken.pieces.append(piece)
+                    spoken.written.append(len(spoken.pieces) - 1)
+                    job.tell("tokens", spoken.written[-1:])
+                    count("tokens", 1)
+                spoken.finish = STOP
+                outcome = ("done", spoken)
+                if job.late:
+                    late = BadInput("the deadline passed while it was answered", 504)
+                    outcome = ("error", late)
+            except BadInput as error:
+                outcome = ("error", error)
+            except Exception as error:
+                outcome = ("error", BadInput(f"the model failed: {error}", 500))
+            job.cost = time.perf_counter() - started
+            line.done(job)
+            job.tell(*outcome)

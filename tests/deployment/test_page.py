@@ -1,0 +1,250 @@
+"""The page in headless Chromium: five turns with two media, by keyboard, in a phone's window."""
+
+import base64
+import dataclasses
+import subprocess
+import threading
+import time
+
+import httpx
+import jax
+import numpy as np
+import pytest
+import soundfile
+import uvicorn
+from PIL import Image
+
+from fusion_jax.data.audio import Waveforms
+from fusion_jax.deployment import export
+from fusion_jax.deployment.runtime.host import Host, Limits
+from fusion_jax.deployment.runtime.metrics import Metrics
+from fusion_jax.deployment.runtime.server import Server
+from fusion_jax.language.ask import Encoder
+from fusion_jax.language.connectors import Projection
+from fusion_jax.language.fused import FusedLM, init_around
+from fusion_jax.language.generate import choose
+from fusion_jax.language.prompt import pad
+from fusion_jax.tokens import Tokens
+
+from . import browser
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # those of uvicorn
+FRAME, SECONDS = 800, 0.5
+
+
+def hear(_, sound):
+    """A token of five loudnesses for each 50 ms."""
+    count = sound.values.shape[1] // FRAME
+    frames = sound.values[:, : count * FRAME].reshape(sound.values.shape[0], count, 5, -1)
+    return Tokens(abs(frames).mean(axis=-1), sound.mask[:, FRAME - 1 :: FRAME]), None
+
+
+@pytest.fixture(scope="module")
+def listening(assistant):
+    """The assistant that sees, and hears as well."""
+    decoder = assistant.model.decoder
+    width = assistant.model.connectors["image"].width
+    model = FusedLM(decoder, {"image": Projection(width), "audio": Projection(width)})
+    media = {
+        "image": Tokens(np.zeros((1, 1, 4, 5), np.float32), np.ones((1, 1, 4), bool)),
+        "audio": Tokens(np.zeros((1, 1, 10, 5), np.float32), np.ones((1, 1, 10), bool)),
+    }
+    base = {"decoder": assistant.params["decoder"]}
+    params = init_around(model, jax.random.key(1), {"text": pad([[1, 2]])} | media, base)
+    encoders = {**assistant.encoders, "audio": Encoder(hear, {}, Waveforms(SECONDS))}
+
+    def read(file):
+        sound = Waveforms(SECONDS)({"audio": file.read_bytes()}, None)
+        padded = np.pad(sound, (0, int(SECONDS * 16000) - len(sound)))[None]
+        tokens, _ = hear(None, Tokens(padded, np.arange(padded.shape[1])[None] < len(sound)))
+        return jax.tree.map(lambda leaf: np.asarray(leaf)[:, None], tokens)
+
+    layout = model.layout(jax.random.key(0), media)
+    readers = {**assistant.readers, "audio": read}
+    return dataclasses.replace(
+        assistant, model=model, params=params, layout=layout, readers=readers, encoders=encoders
+    )
+
+
+@pytest.fixture(scope="module")
+def address(listening, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("page") / "listening"
+    export.write(folder, "listening", listening, {"about": "Random numbers."})
+    metrics = Metrics()
+    host = Host(folder, Limits(rows=1, warm=16), metrics.count, every=60)
+    server = Server(host, metrics, page=True, body_bytes=10**6, answer_seconds=300)
+    running = uvicorn.Server(uvicorn.Config(server.app(), port=0, log_level="warning"))
+    thread = threading.Thread(target=running.run, daemon=True)
+    thread.start()
+    while not running.started:
+        time.sleep(0.05)
+    port = running.servers[0].sockets[0].getsockname()[1]
+    yield f"http://127.0.0.1:{port}"
+    running.should_exit = True
+    thread.join(20)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+
+    def recording(name, samples, rate=16000):
+        soundfile.write(folder / name, samples, rate)
+
+    rng = np.random.default_rng(0)
+    recording("telephone.wav", rng.normal(size=3000) * 0.1, 8000)
+    recording("stereo.ogg", rng.normal(size=(17640, 2)) * 0.1, 44100)
+    recording("silence.wav", np.zeros(6000))
+    recording("three.wav", np.full(3, 0.5))
+    recording("long.flac", rng.normal(size=16000 * 3) * 0.001)
+    recording("huge.wav", rng.normal(size=16000 * 60) * 0.1)
+    picture = Image.fromarray(rng.integers(0, 255, (30, 40, 3), np.uint8))
+    picture.save(folder / "picture.png")
+    picture.save(folder / "renamed.wav", "JPEG")
+    (folder / "video.mp4").write_bytes(b"\0\0\0\x18ftypmp42" + bytes(500))
+    return folder
+
+
+def parts(files, *names, text="w5 w6"):
+    found = []
+    for name in names:
+        data = base64.b64encode((files / name).read_bytes()).decode()
+        if name.endswith("png"):
+            found.append(
+                {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
+            )
+        else:
+            found.append({"type": "input_audio", "input_audio": {"data": data, "format": "wav"}})
+    return [{"role": "user", "content": [*found, {"type": "text", "text": text}]}]
+
+
+def post(address, route, **body):
+    return httpx.post(f"{address}/v1/{route}", json={"model": "listening", **body}, timeout=300)
+
+
+def test_evidence_is_the_change_of_the_answers_likelihood(address, files, listening):
+    seen, heard = files / "picture.png", files / "telephone.wav"
+    answer = "w7 w9 w2 w5"  # w2 ends an answer, and is scored like any other word
+
+    def scored(*names):
+        return post(address, "occlusion", messages=parts(files, *names), answer=answer).json()
+
+    found = scored(seen.name, heard.name)
+    question = f"<image>{listening.words['image'](seen)}<audio>w5 w6"
+    prompt, decoder, params = listening._prompt(question, {"image": [seen], "audio": [heard]})
+    whole = float(choose(decoder, params, prompt, [[7, 9, 2, 5]])[0, 0])
+    assert found["tokens"] == 4 and set(found["evidence"]) == {"audio", "image", "text"}
+    assert found["log_likelihood"] == pytest.approx(whole, abs=1e-3)
+    unseen = scored(heard.name)
+    assert set(unseen["evidence"]) == {"audio", "text"}
+    change = whole - unseen["log_likelihood"]
+    assert found["evidence"]["image"] == pytest.approx(change, abs=1e-3) and abs(change) > 0.01
+
+
+def test_what_cannot_be_heard_gets_one_clear_error(address, files):
+    for name, message in {
+        "silence.wav": "silent",
+        "three.wav": "0.2 ms, too short",
+        "long.flac": "lasts 3 s, and at most 0.5 s",
+        "renamed.wav": "not a readable recording",
+        "video.mp4": "not a readable recording",
+        "huge.wav": "at most 1000000 are read",
+    }.items():
+        answer = post(address, "chat/completions", messages=parts(files, name), max_tokens=2)
+        assert answer.status_code in (400, 413), name
+        assert message in answer.json()["error"]["message"], name
+    for name in ("telephone.wav", "stereo.ogg"):
+        answer = post(address, "chat/completions", messages=parts(files, name), max_tokens=2)
+        assert answer.status_code == 200, answer.text
+
+
+@pytest.fixture(scope="module")
+def page(address, files):
+    flags = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+    flags += [f"--use-file-for-fake-audio-capture={files / 'telephone.wav'}"]
+    try:
+        opened = browser.Browser(*flags)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no Chromium here: {getattr(error, 'stderr', None) or error}")
+    with opened as page:
+        page.resize(390, 844)
+        page.open(address)
+        page.wait("document.body?.dataset.ready")
+        yield page
+
+
+DONE = "document.querySelectorAll('[data-done]').length"
+LAST = "[...document.querySelectorAll('[data-done]')].at(-1)"
+
+
+def test_five_turns_with_two_media_in_a_phones_window(page, address, files):
+    assert page.see("$('name').textContent") == "listening"
+    assert page.see("document.activeElement.id") == "question"
+    given = [(), ("picture.png",), ("telephone.wav",), (), ("picture.png", "stereo.ogg")]
+    for turn, names in enumerate(given, start=1):
+        for name in names:
+            page.choose("#pictures" if name.endswith("png") else "#sounds", files / name)
+            page.wait(f"$('chips').textContent.includes('{name}')")
+        page.type(f"w5 w{turn}")
+        page.press("Enter")
+        page.wait(f"{DONE} === {turn}")
+        assert page.see(f"{LAST}.dataset.done") == "true", page.see(f"{LAST}.textContent")
+        kinds = {"picture" if name.endswith("png") else "recording" for name in names}
+        shown = page.see(f"[...{LAST}.querySelectorAll('dt')].map(e => e.textContent)")
+        assert set(shown) == (kinds | {"words"} if kinds else set())
+    assert page.see("messages.length") == 10  # all turns are kept
+    body = {"messages": page.see("messages.slice(0, -1)"), "temperature": 0, "drop_oldest": True}
+    told = post(address, "chat/completions", **body).json()["choices"][0]["message"]["content"]
+    assert told == page.see("messages.at(-1).content") == page.see(f"{LAST}.firstChild.textContent")
+    assert page.see("document.documentElement.scrollWidth") <= 390
+    sizes = page.see("[...document.querySelectorAll('#form button')].map(b => b.offsetHeight)")
+    assert min(size for size in sizes if size) >= 40  # wide enough for a thumb
+
+
+def test_every_control_is_reached_by_tab(page):
+    page.see("$('question').focus()")
+    reached = []
+    for _ in range(5):
+        page.press("Tab")
+        reached.append(page.see("document.activeElement.id"))
+    assert reached == ["pictures", "sounds", "record", "turns", "send"]
+
+
+def test_the_microphone_is_heard(page):
+    before = page.see(DONE)
+    page.see("$('record').click()")
+    page.wait("$('record').textContent === 'Stop'")
+    time.sleep(0.4)
+    page.see("$('record').click()")
+    page.wait("$('chips').textContent.includes('spoken')")
+    page.see("$('question').focus()")
+    page.press("Enter")
+    page.wait(f"{DONE} > {before}")
+    assert page.see(f"{LAST}.dataset.done") == "true", page.see(f"{LAST}.textContent")
+
+
+def test_files_that_do_not_fit_are_told_and_a_renamed_picture_is_a_picture(page, files):
+    for name, message in {
+        "long.flac": "lasts 3 s, and at most 0.5 s",
+        "huge.wav": "has 1.9 MB",
+        "video.mp4": "holds no sound that can be read",
+    }.items():
+        page.choose("#sounds", files / name)
+        page.wait(f"$('status').textContent.includes('{message}')")
+    page.choose("#sounds", files / "renamed.wav")
+    page.wait("added.length === 1 && added[0].kind === 'image'")
+    page.see("added = [], chips()")
+    before = page.see(DONE)
+    page.choose("#sounds", files / "silence.wav")
+    page.wait("added.length === 1")
+    page.see("$('question').focus()")
+    page.press("Enter")
+    page.wait(f"{DONE} > {before}")
+    assert "silent" in page.see(f"{LAST}.textContent")
+
+
+def test_nothing_else_was_asked_of_the_network(page, address):
+    """Last: what the page did above."""
+    outside = [u for u in page.requests if not u.startswith((address, "blob:", "data:"))]
+    assert not outside
+    assert all("400" in problem for problem in page.problems), page.problems

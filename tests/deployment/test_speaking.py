@@ -1,0 +1,63 @@
+"""What answers in text by itself is served through the same routes, its facts with it."""
+
+import base64
+import json
+
+import pytest
+from starlette.testclient import TestClient
+
+from fusion_jax.deployment.runtime.host import Limits
+from fusion_jax.deployment.runtime.metrics import Metrics
+from fusion_jax.deployment.runtime.server import Server
+from fusion_jax.deployment.speaking import Described, Standing
+from fusion_jax.errors import UserError
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # those of the test client
+
+
+class Knows:
+    """As `graph_answers.Answerer` answers."""
+
+    readers = ("image",)
+
+    def answer(self, question, media=None, **_):
+        if "whale" not in question:
+            raise UserError("name a thing and a kind that the graph knows; found: none")
+        yield "Yes (0.93).\n"
+        yield "Facts:\n  a whale is a kind of mammal\n"
+        yield from (f"  {file.read_bytes().decode()}\n" for file in (media or {}).get("image", ()))
+
+
+@pytest.fixture
+def client():
+    metrics = Metrics()
+    host = Standing(Described("knows", "Of whales."), Knows(), Limits(), metrics.count)
+    with TestClient(Server(host, metrics, page=True).app()) as client:
+        yield client
+
+
+def test_answers_stream_with_their_facts(client):
+    data = "data:image/png;base64," + base64.b64encode(b"seen").decode()
+    content = [
+        {"type": "text", "text": "Is a whale a mammal?"},
+        {"type": "image_url", "image_url": {"url": data}},
+    ]
+    asked = {"model": "knows", "messages": [{"role": "user", "content": content}]}
+    answer = client.post("/v1/chat/completions", json=asked | {"stream": True})
+    lines = [line[6:] for line in answer.text.splitlines() if line.startswith("data: {")]
+    pieces = [json.loads(line)["choices"][0]["delta"].get("content", "") for line in lines]
+    facts = "Yes (0.93).\nFacts:\n  a whale is a kind of mammal\n  seen\n"
+    assert "".join(pieces) == facts and len([each for each in pieces if each]) >= 2
+    whole = client.post("/v1/chat/completions", json=asked | {"stop": "Facts"}).json()
+    assert whole["choices"][0]["message"]["content"] == "Yes (0.93).\n"
+
+
+def test_it_tells_what_it_cannot(client):
+    asked = {"model": "knows", "messages": [{"role": "user", "content": "Hello?"}]}
+    refused = client.post("/v1/chat/completions", json=asked)
+    assert refused.status_code == 400 and "name a thing" in refused.json()["error"]["message"]
+    facts = client.get("/v1/page").json()
+    assert facts["image"] and not facts["audio_seconds"] and not facts["evidence"]
+    assert client.post("/v1/occlusion", json=asked | {"answer": "Yes."}).status_code == 404
+    assert client.get("/v2/models/knows").status_code == 200
+    assert "<title>" in client.get("/").text
