@@ -13,6 +13,7 @@ USAGE = """usage: python -m fusion_jax COMMAND ...
 
   train EXPERIMENT.py [--SETTING VALUE ...]   train, or go on training; --help lists the settings
   evaluate --workdir DIR                      report on a trained workdir again
+  plan [EXPERIMENT.py] --topology v5e:4x4     what a step takes of each chip; --llm gemma2-27b
   compress --workdir DIR --recipe int8        write a smaller workdir, and compare
   fetch NAME                                  bring a pretrained checkpoint or data set
   ask --model NAME | --workdir DIR QUESTION   ask a language model
@@ -72,6 +73,13 @@ def evaluate(arguments: list[str]) -> None:
     module, settings = experiments.reopen(workdir)
     with running():
         loop.evaluate(module.build(settings), settings, workdir)
+
+
+def plan(arguments: list[str]) -> None:
+    """What a train step takes of each chip of a slice that need not be here."""
+    from fusion_jax.training import plan_command
+
+    plan_command.main(arguments)
 
 
 def compress(arguments: list[str]) -> None:
@@ -146,6 +154,7 @@ def serve(arguments: list[str]) -> None:
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
     "evaluate": evaluate,
+    "plan": plan,
     "compress": compress,
     "fetch": fetch,
     "ask": ask,

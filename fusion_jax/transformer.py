@@ -18,6 +18,7 @@ from einops import rearrange
 from fusion_jax.attention import Attend, KVCache, Mask, attend
 from fusion_jax.errors import UserError
 from fusion_jax.norm import LayerNorm
+from fusion_jax.rows import by_rows
 
 gelu = partial(nn.gelu, approximate=False)
 # Added to the logits of self-attention: [1 or b, h, t, s], or made of the mask, caches included.
@@ -281,8 +282,8 @@ class Transformer(nn.Module):
             layers). Params are named layer_0, layer_1, ...
         final_norm: a norm after the last block, or None.
         remat: recompute each block's activations in the backward pass instead of keeping them.
-        scan: compile one block and loop over it: needs equal blocks, compiles in the time of one,
-            and keeps params stacked as `layers` (see `stack_layers`).
+        scan: compile one block and loop over it, or the few that take turns (Gemma): compiles in
+            the time of these, and keeps params stacked as `layers` (see `stack_layers`).
     """
 
     blocks: Sequence[Callable[..., Block]]
@@ -297,7 +298,14 @@ class Transformer(nn.Module):
         """Nothing seen yet: one cache per layer (stacked when `scan`). Needs no params."""
         layers = [block(parent=None).attention(parent=None) for block in self.blocks]
         caches = [layer.empty_cache(batch, size, width, dtype) for layer in layers]
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches) if self.scan else caches
+        if not self.scan:
+            return caches
+        turns = period(self.blocks)
+        stacked = [
+            jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches[turn::turns])
+            for turn in range(turns)
+        ]
+        return stacked if turns > 1 else stacked[0]
 
     @nn.compact
     def __call__(
@@ -316,7 +324,7 @@ class Transformer(nn.Module):
         def apply(
             block: Block, hidden: jax.Array, cache: KVCache | None
         ) -> tuple[jax.Array, KVCache | None]:
-            return block(
+            hidden, cache = block(
                 hidden,
                 mask,
                 context=context,
@@ -325,19 +333,33 @@ class Transformer(nn.Module):
                 bias=bias,
                 train=train,
             )
+            return by_rows(hidden), cache
 
+        def apply_turns(
+            turns: _Turns, hidden: jax.Array, caches: Sequence[KVCache] | None
+        ) -> tuple[jax.Array, list[KVCache] | None]:
+            after = []
+            for index, block in enumerate(turns.each):
+                hidden, cache = apply(block, hidden, None if caches is None else caches[index])
+                after.append(cache)
+            return hidden, None if caches is None else after
+
+        hidden = by_rows(hidden)
         if self.remat:
             apply = nn.remat(apply, prevent_cse=not self.scan)
         if self.scan:
-            if any(block is not self.blocks[0] for block in self.blocks):
-                raise ValueError("scan=True needs the same block in every layer")
+            turns = period(self.blocks)
             scanned = nn.scan(
-                apply,
+                apply if turns == 1 else apply_turns,
                 variable_axes={"params": 0, "intermediates": 0},
                 split_rngs={"params": True, "dropout": True},
-                length=len(self.blocks),
+                length=len(self.blocks) // turns,
             )
-            hidden, after = scanned(self.blocks[0](dtype=self.dtype, name="layers"), hidden, caches)
+            if turns == 1:
+                layers = self.blocks[0](dtype=self.dtype, name="layers")
+            else:
+                layers = _Turns(self.blocks[:turns], dtype=self.dtype, name="layers")
+            hidden, after = scanned(layers, hidden, caches)
         else:
             after = []
             for index, factory in enumerate(self.blocks):
@@ -350,18 +372,52 @@ class Transformer(nn.Module):
         return hidden, after
 
 
-def stack_layers(params: dict) -> dict:
-    """Params of an unrolled `Transformer` (layer_0, ...) as the scanned one wants (layers)."""
+class _Turns(nn.Module):
+    """The blocks that take turns in a scanned transformer."""
+
+    blocks: Sequence[Callable[..., Block]]
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self) -> None:
+        self.each = [
+            block(dtype=self.dtype, name=f"layer_{index}")
+            for index, block in enumerate(self.blocks)
+        ]
+
+
+def period(blocks: Sequence[Callable[..., Block]]) -> int:
+    """After how many blocks they repeat: 1 if all are one, 2 for local and global by turns."""
+    count = len(blocks)
+    return next(
+        turns
+        for turns in range(1, count + 1)
+        if count % turns == 0 and all(b is blocks[i % turns] for i, b in enumerate(blocks))
+    )
+
+
+def stack_layers(params: dict, turns: int = 1) -> dict:
+    """Params of an unrolled `Transformer` (layer_0, ...) as the scanned one wants (layers).
+
+    turns: the `period` of its blocks; what is stacked is that of every so many layers.
+    """
     names = sorted((n for n in params if n.startswith("layer_")), key=lambda n: int(n[6:]))
     rest = {name: leaf for name, leaf in params.items() if name not in names}
-    layers = [params[name] for name in names]
-    return rest | {"layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}
+    stacked = [
+        jax.tree.map(lambda *leaves: jnp.stack(leaves), *(params[n] for n in names[turn::turns]))
+        for turn in range(turns)
+    ]
+    if turns == 1:
+        return rest | {"layers": stacked[0]}
+    return rest | {"layers": {f"layer_{turn}": each for turn, each in enumerate(stacked)}}
 
 
 def unstack_layers(params: dict) -> dict:
     """The inverse of `stack_layers`."""
     rest = {name: leaf for name, leaf in params.items() if name != "layers"}
-    count = jax.tree.leaves(params["layers"])[0].shape[0]
-    for index in range(count):
-        rest[f"layer_{index}"] = jax.tree.map(lambda leaf, i=index: leaf[i], params["layers"])
+    layers = params["layers"]
+    each = [layers[f"layer_{i}"] for i in range(len(layers))] if "layer_0" in layers else [layers]
+    count = jax.tree.leaves(layers)[0].shape[0]
+    for index in range(count * len(each)):
+        turn = each[index % len(each)]
+        rest[f"layer_{index}"] = jax.tree.map(lambda leaf, i=index: leaf[i // len(each)], turn)
     return rest

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from fusion_jax.rows import each_share
+
 
 class Mixture(nn.Module):
     """Gated MLPs of which every token uses `chosen` (https://arxiv.org/abs/2101.03961).
@@ -30,28 +32,42 @@ class Mixture(nn.Module):
     @nn.compact
     def __call__(self, hidden: jax.Array) -> jax.Array:
         """[b, t, width] -> [b, t, width]"""
-        batch, width = hidden.shape[0], hidden.shape[-1]
+        width = hidden.shape[-1]
         router = nn.Dense(self.experts, use_bias=False, dtype=self.dtype, name="router")
         logits = router(hidden).astype(jnp.float32)
         self.sow("intermediates", "router_logits", logits)
+
+        def kernel(name: str, fan_in: int, fan_out: int) -> jax.Array:
+            init = nn.initializers.lecun_normal(batch_axis=0)
+            return self.param(name, init, (self.experts, fan_in, fan_out)).astype(self.dtype)
+
+        kernels = (
+            kernel("gate", width, self.hidden_width),
+            kernel("up", width, self.hidden_width),
+            kernel("down", self.hidden_width, width),
+        )
+        return each_share(self._mixed, (hidden, logits), kernels)
+
+    def _mixed(
+        self,
+        hidden: jax.Array,
+        logits: jax.Array,
+        gate: jax.Array,
+        up: jax.Array,
+        down: jax.Array,
+    ) -> jax.Array:
+        """hidden [b, t, d] through the experts that the router's logits [b, t, e] choose."""
         weights, picked = jax.lax.top_k(jax.nn.softmax(logits), self.chosen)
         if self.normalize:
             weights /= weights.sum(axis=-1, keepdims=True)
-
         # one row per token and expert of it, sorted so that each expert's rows are together
-        picked = picked.reshape(-1)
+        batch, picked = hidden.shape[0], picked.reshape(-1)
         order = jnp.argsort(picked)
         sizes = jnp.bincount(picked, length=self.experts).astype(jnp.int32)
         tokens = rearrange(hidden, "b t d -> (b t) d").astype(self.dtype)[order // self.chosen]
-
-        def experts(name: str, inputs: jax.Array, out: int) -> jax.Array:
-            init = nn.initializers.lecun_normal(batch_axis=0)
-            kernel = self.param(name, init, (self.experts, inputs.shape[-1], out))
-            return jax.lax.ragged_dot(inputs, kernel.astype(self.dtype), sizes)
-
-        gate = self.activation(experts("gate", tokens, self.hidden_width))
-        inner = gate * experts("up", tokens, self.hidden_width)
-        out = experts("down", inner, width)[jnp.argsort(order)]
+        inner = self.activation(jax.lax.ragged_dot(tokens, gate, sizes))
+        inner *= jax.lax.ragged_dot(tokens, up, sizes)
+        out = jax.lax.ragged_dot(inner, down, sizes)[jnp.argsort(order)]
         out = rearrange(out, "(b t k) d -> b t k d", b=batch, k=self.chosen)
         return (out * weights[..., None].astype(out.dtype)).sum(axis=2)
 

@@ -52,7 +52,8 @@ def word_connector(
     center, middle = x.mean(axis=0), y.mean(axis=0)
     x, y = x - center, y - middle
     kernel = np.linalg.solve(x.T @ x + penalty * np.eye(x.shape[1]), x.T @ y)
-    kernel *= np.linalg.norm(table, axis=1).mean() / np.linalg.norm(x @ kernel, axis=1).mean()
+    lengths = np.sqrt(np.einsum("vd,vd->v", table, table, dtype=np.float32))  # makes no copy
+    kernel *= lengths.mean() / np.linalg.norm(x @ kernel, axis=1).mean()
     bias = middle - center @ kernel
     return {"kernel": kernel.astype(np.float32), "bias": bias.astype(np.float32)}
 

@@ -10,6 +10,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from fusion_jax.objectives.combine import Batch, Loss, Metrics, Objective, Params
 from fusion_jax.objectives.rows import row_mean
+from fusion_jax.rows import by_rows
 from fusion_jax.tokens import fill
 
 
@@ -135,7 +136,7 @@ def answer_cross_entropy(
         leaf = jnp.take_along_axis(leaf, index, axis=1)
         return jnp.pad(leaf, ((0, 0), (0, -length % chunk)) + ((0, 0),) * (leaf.ndim - 2))
 
-    hidden = front(hidden, jnp.take_along_axis(before, order, axis=1))
+    hidden = by_rows(front(hidden, jnp.take_along_axis(before, order, axis=1)))
     project, closed_over = jax.closure_convert(logits, hidden[:, :chunk])
     targets, weights = front(targets, order), front(weights, order)
     return _sums(project, chunk, label_smoothing, hidden, targets, weights, closed_over)

@@ -8,10 +8,12 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
 from fusion_jax.errors import UserError
+from fusion_jax.language.decoder import Decoder
 from fusion_jax.pretrained import gguf, gguf_model, gguf_tokenizer
 from fusion_jax.pretrained.checkpoint import (
     Family,
@@ -34,6 +36,7 @@ from fusion_jax.pretrained.families import (
 )
 from fusion_jax.pretrained.fetch import checksum, fetch
 from fusion_jax.pretrained.shards import Shards
+from fusion_jax.transformer import period, stack_layers
 
 # config.json's model_type -> the parts of it that can be opened; the first unless asked. An encoder
 # is named by what it reads.
@@ -80,6 +83,46 @@ class Pretrained:
     checksum: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Computing:
+    """How language models that are opened from now on are kept and computed.
+
+    Attributes:
+        dtype: of their matrices and activations; vectors, such as norms' scales, stay float32.
+        remat, scan: see `Transformer`.
+    """
+
+    dtype: jnp.dtype = jnp.float32
+    remat: bool = False
+    scan: bool = False
+
+    def module(self, module: nn.Module) -> nn.Module:
+        """The module that computes so; those that are no language models are left as they are."""
+        if not isinstance(module, Decoder):
+            return module
+        return module.clone(dtype=self.dtype, remat=self.remat, scan=self.scan)
+
+    def kept(self, module: nn.Module, shape: tuple[int, ...], dtype: np.dtype) -> np.dtype:
+        """The dtype that a param of the module is kept in."""
+        return self.dtype if isinstance(module, Decoder) and len(shape) > 1 else dtype
+
+
+_computing = Computing()
+opened: dict[str, Pretrained] = {}
+"""Checkpoints by name that `load` takes from here: what `plan` makes without weights."""
+
+
+def use(computing: Computing) -> None:
+    """Language models opened from now on are computed so."""
+    global _computing
+    _computing = computing
+
+
+def in_use() -> Computing:
+    """What `use` was told last."""
+    return _computing
+
+
 def load(
     name: str | Path,
     part: str | None = None,
@@ -96,6 +139,8 @@ def load(
     Raises:
         UserError: cannot be fetched; of an unknown family; damaged, or not as its config says.
     """
+    if str(name) in opened:
+        return opened[str(name)]
     folder = fetch(str(name))
     file = gguf_file(folder)
     if file is not None:
@@ -110,8 +155,15 @@ def load(
         tokenizer, chat_template = read_tokenizer(folder), read_chat_template(folder)
         module, shapes, family = describe(config, part, folder / "config.json")
         tensors = Shards(folder, family.prefix, family.older)
-    slots = family.slots(config)
-    params = to_params(tensors, slots, shapes, ignore=family.ignore, place=place)
+    slots, how = family.slots(config), _computing
+
+    def place_kept(path: str, array: np.ndarray) -> jax.Array:
+        return place(path, array.astype(how.kept(module, array.shape, array.dtype), copy=False))
+
+    params = to_params(tensors, slots, shapes, ignore=family.ignore, place=place_kept)
+    if how.scan and isinstance(module, Decoder):
+        params["transformer"] = stack_layers(params["transformer"], period(module.blocks))
+    module = how.module(module)
     return Pretrained(module, params, config, tokenizer, chat_template, checksum(folder))
 
 

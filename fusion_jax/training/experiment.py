@@ -16,6 +16,7 @@ import optax
 
 from fusion_jax.errors import UserError
 from fusion_jax.paths import write_file
+from fusion_jax.training import runtime
 from fusion_jax.training.partition import Params
 from fusion_jax.training.settings import Settings
 from fusion_jax.training.sharding import DEFAULT_RULES, Rules
@@ -90,7 +91,9 @@ def open_workdir(workdir: Path, source: Path, settings: Settings) -> None:
     identity = json.loads(json.dumps(settings.identity()))
     advice = "give another --workdir, or --overwrite to start anew"
     if record.exists():
-        before = json.loads(record.read_text())["settings"]
+        defaults = {f.name: f.default for f in dataclasses.fields(settings) if f.name in identity}
+        before = json.loads(json.dumps(defaults, default=str))
+        before |= json.loads(record.read_text())["settings"]
         other = [
             f"{name} was {before.get(name)!r}, now {identity.get(name)!r}"
             for name in sorted(before.keys() | identity.keys())
@@ -131,4 +134,6 @@ def reopen(workdir: Path) -> tuple[ModuleType, Settings]:
         for name, value in saved.items()
     }
     values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-    return module, module.Settings(**values, workdir=workdir)
+    settings = module.Settings(**values, workdir=workdir)
+    runtime.compute_as(settings)
+    return module, settings

@@ -3,9 +3,11 @@
 import logging
 
 import jax
+import jax.numpy as jnp
 
 from fusion_jax import attention, attention_kernels
 from fusion_jax.paths import cache_dir
+from fusion_jax.pretrained import load
 from fusion_jax.training.settings import Settings
 
 KERNELS = {
@@ -15,10 +17,17 @@ KERNELS = {
 }
 
 
+def compute_as(settings: Settings) -> None:
+    """Models built from now on are computed as the settings say."""
+    attention.use(KERNELS[settings.attention])
+    dtype = jnp.dtype(settings.dtype)
+    load.use(load.Computing(dtype, remat=settings.remat, scan=settings.scan))
+
+
 def start(settings: Settings | None = None) -> None:
     """Joins the other processes if there are any, and keeps compiled programs on disk."""
     if settings is not None:
-        attention.use(KERNELS[settings.attention])
+        compute_as(settings)
         if settings.coordinator is not None:
             jax.distributed.initialize(settings.coordinator, settings.processes, settings.process)
     # Orbax warns of what we do on purpose, and logs the traceback of what it raises anyway.

@@ -12,7 +12,7 @@ def runtime(default: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Settings of a run. Those below `accumulation` may differ when a run is resumed."""
+    """Settings of a run. Those from `workdir` on may differ when a run is resumed."""
 
     seed: int = 0
     """Determines initialisation, data order, augmentation, dropout."""
@@ -22,6 +22,10 @@ class Settings:
     """Rows of a global batch, over all devices and processes."""
     accumulation: int = 1
     """Micro-batches a step, to save memory."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the matrices and activations of an opened language model are kept and computed in."""
+    scan: bool = False
+    """Loop over such a model's layers, stacked: compiles in the time of one or two."""
 
     workdir: Path | None = runtime(None)
     """Checkpoints, metrics, plots (default: runs/NAME)."""
@@ -33,6 +37,8 @@ class Settings:
     """Devices along each axis: data=-1,fsdp=1,tensor=1."""
     engine: Literal["jit", "pmap"] = runtime("jit")
     """What compiles the step."""
+    remat: bool = runtime(False)
+    """Recompute such a model's activations in the backward pass, to save memory."""
     attention: Literal["xla", "cudnn", "splash"] = runtime("xla")
     """What computes attention: any device, a GPU in bfloat16, or a TPU."""
     log_every: int = runtime(10)

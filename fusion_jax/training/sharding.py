@@ -5,12 +5,14 @@ every large param (ZeRO-3, https://arxiv.org/abs/1910.02054); `tensor` splits ma
 layer (Megatron, https://arxiv.org/abs/1909.08053). XLA inserts the collectives.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -24,17 +26,19 @@ Rules = Sequence[tuple[str, P]]
 DEFAULT_RULES: Rules = (
     (r"(query|key|value|gate|up)/kernel$", P("fsdp", "tensor")),
     (r"(out|down)/kernel$", P("tensor", "fsdp")),
+    (r"(^|/)head/kernel$", P("fsdp", "tensor")),
     (r"embedding$", P("tensor", "fsdp")),
+    (r"mlp/(gate|up)$", P(None, "fsdp", "tensor")),  # of a mixture, [experts, in, out]
+    (r"mlp/down$", P(None, "tensor", "fsdp")),
 )
 
 
-def make_mesh(sizes: str = "data=-1", devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh that a line like "data=-1,fsdp=4,tensor=2" describes; -1 takes what is left.
+def mesh_shape(sizes: str, devices: int) -> tuple[int, ...]:
+    """How many devices are along each of AXES: "data=-1,fsdp=4" -> (2, 4, 1) of 8.
 
     Raises:
         UserError: an unknown axis, or sizes that do not fit the number of devices.
     """
-    devices = list(jax.devices() if devices is None else devices)
     shape = dict.fromkeys(AXES, 1)
     for part in filter(None, sizes.split(",")):
         name, _, size = part.partition("=")
@@ -43,14 +47,28 @@ def make_mesh(sizes: str = "data=-1", devices: Sequence[jax.Device] | None = Non
         shape[name] = int(size)
     if list(shape.values()).count(-1) > 1:
         raise UserError(f"mesh {sizes!r}: only one axis can be -1")
-    known = int(np.prod([size for size in shape.values() if size != -1]))
-    shape = {name: len(devices) // known if size == -1 else size for name, size in shape.items()}
-    if int(np.prod(list(shape.values()))) != len(devices):
+    known = math.prod(size for size in shape.values() if size != -1)
+    found = tuple(devices // known if size == -1 else size for size in shape.values())
+    if math.prod(found) != devices:
         raise UserError(
             f"mesh {sizes!r} needs a multiple of {known} devices (exactly that many without a -1); "
-            f"there are {len(devices)}"
+            f"there are {devices}"
         )
-    return Mesh(np.array(devices).reshape(tuple(shape.values())), AXES)
+    return found
+
+
+def make_mesh(sizes: str = "data=-1", devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh that a line like "data=-1,fsdp=4,tensor=2" describes; -1 takes what is left.
+
+    On TPU each axis lies along links of the torus. Raises UserError as `mesh_shape`.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    shape = mesh_shape(sizes, len(devices))
+    if devices[0].platform == "tpu":
+        return Mesh(
+            mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), AXES
+        )
+    return Mesh(np.array(devices).reshape(shape), AXES)
 
 
 def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules, smallest: int) -> P:
@@ -96,13 +114,17 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
         UserError: the global batch is not divisible by the devices that split it.
     """
     sharding = NamedSharding(mesh, BATCH)
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
     for leaf in jax.tree.leaves(batch):
-        rows = leaf.shape[0] * jax.process_count()
-        if rows % shards:
-            raise UserError(
-                f"a batch of {rows} rows cannot be split over {shards} devices "
-                f"(mesh data={mesh.shape['data']}, fsdp={mesh.shape['fsdp']}): "
-                f"make batch_size a multiple of {shards}"
-            )
+        check_rows(leaf.shape[0] * jax.process_count(), mesh)
     return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, leaf), batch)
+
+
+def check_rows(rows: int, mesh: Mesh) -> None:
+    """Raises UserError unless the devices that split a batch can share so many rows."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % shards:
+        raise UserError(
+            f"a batch of {rows} rows cannot be split over {shards} devices "
+            f"(mesh data={mesh.shape['data']}, fsdp={mesh.shape['fsdp']}): "
+            f"make batch_size a multiple of {shards}"
+        )

@@ -45,6 +45,7 @@ def plan_state(experiment: Experiment, mesh: Mesh) -> Plan:
                 f"{expected[path].shape}"
             )
     trainable, frozen = partition(params, experiment.trainable)
+    frozen = _as_given(frozen, paths(experiment.pretrained))
     state = State(
         step=jax.ShapeDtypeStruct((), jnp.int32),
         seed=jax.ShapeDtypeStruct((), jnp.int32),
@@ -59,6 +60,18 @@ def plan_state(experiment: Experiment, mesh: Mesh) -> Plan:
         return jax.tree.map(with_sharding, tree, tree_shardings(tree, mesh, experiment.rules))
 
     return Plan(place(state), place(frozen))
+
+
+def _as_given(frozen: Params, given: dict[str, Any]) -> Params:
+    """Frozen params keep the dtype in which they are given; trained ones have that of `init`."""
+
+    def like(path: str, leaf: Any) -> Any:
+        if path not in given or not isinstance(leaf, jax.ShapeDtypeStruct):
+            return leaf
+        return jax.ShapeDtypeStruct(leaf.shape, given[path].dtype)
+
+    kept = {path: like(path, leaf) for path, leaf in paths(frozen).items()}
+    return traverse_util.unflatten_dict(kept, sep="/")
 
 
 def _materialise(experiment: Experiment, wanted: Params, seed: int, *, may_alias: bool) -> Params:

@@ -115,8 +115,13 @@ def compile_step(
     """
     make = partial(make_step, objective, optimizer, accumulation=accumulation)
     if engine == "jit":
-        replicated = NamedSharding(mesh, P())
-        return jax.jit(make(), donate_argnums=0, out_shardings=(state_shardings, replicated))
+        replicated, whole = NamedSharding(mesh, P()), make()
+
+        def step(state: State, frozen: Params, batch: dict) -> tuple[State, dict]:
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for `rows.by_rows`
+                return whole(state, frozen, batch)
+
+        return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, replicated))
     if mesh.shape["fsdp"] * mesh.shape["tensor"] > 1:
         raise UserError("engine pmap replicates params: use --mesh data=-1, or --engine jit")
     devices = mesh.devices.flatten().tolist()

@@ -13,7 +13,7 @@ from fusion_jax.language.mixture import Mixture, load_balancing_loss
 from fusion_jax.language.t5 import T5, RelativeTransformer
 from fusion_jax.norm import RMSNorm
 from fusion_jax.tokens import Tokens
-from fusion_jax.transformer import MLP, Attention, Block, Rope, stack_layers
+from fusion_jax.transformer import MLP, Attention, Block, Rope, stack_layers, unstack_layers
 
 LENGTH = 9
 REAL = np.arange(LENGTH)[None] < np.array([[LENGTH], [6]])
@@ -68,16 +68,26 @@ def test_rings_of_the_window_equal_full_recomputation():
     assert jnp.abs(logits).max() < 3.0
 
 
-def test_scanned_layers_equal_the_loop():
-    same = (block(3),) * 3
+@pytest.mark.parametrize("turns", [1, 2])
+def test_scanned_layers_equal_the_loop(turns):
+    """All alike, or two kinds that take turns."""
+    same = (block(3), block())[:turns] * 2
     params = jax.jit(build(same).init)(jax.random.key(0), IDS, causal())["params"]
     expected, _ = build(same).apply({"params": params}, IDS, causal())
-    stacked = params | {"transformer": stack_layers(params["transformer"])}
+    stacked = params | {"transformer": stack_layers(params["transformer"], turns)}
     model = build(same, scan=True)
+    drawn = jax.eval_shape(model.init, jax.random.key(0), IDS, causal())["params"]
+    assert jax.tree.map(jnp.shape, stacked) == jax.tree.map(lambda leaf: leaf.shape, drawn)
+    jax.tree.map(
+        np.testing.assert_array_equal, unstack_layers(stacked["transformer"]), params["transformer"]
+    )
     caches = model.empty_caches(2, LENGTH)
     found, caches = model.apply({"params": stacked}, IDS, causal(), caches=caches)
     np.testing.assert_allclose(found[REAL], expected[REAL], atol=1e-5)
-    assert caches.key.shape == (3, 2, 3, 2, 4)
+    caches = caches if turns > 1 else [caches]
+    assert [cache.key.shape for cache in caches] == [
+        (2, 2, n, 2, 4) for n in (3, LENGTH)[:turns]
+    ]
 
 
 def test_vectors_equal_ids_and_padding_holds_anything():

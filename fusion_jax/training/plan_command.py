@@ -1,0 +1,163 @@
+"""`python -m fusion_jax plan` and `show-sharding`: an experiment opened for chips elsewhere."""
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from fusion_jax.errors import UserError
+from fusion_jax.pretrained import load, sizes
+from fusion_jax.training import experiment as experiments
+from fusion_jax.training import plain_language, plan, runtime
+from fusion_jax.training.experiment import Experiment
+from fusion_jax.training.settings import Settings
+from fusion_jax.training.sharding import make_mesh
+from fusion_jax.training.topologies import GIB, Chip, chip_of, devices_of
+
+LANGUAGE_MODEL = ("language_model", "model")  # what experiments call the setting
+
+
+def opener(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple:
+    """(flags, settings, build) of a command line; `build(settings)` needs no weights of --llm."""
+    parser.add_argument("--llm", help="a language model by size: " + ", ".join(sizes.CONFIGS))
+    named = bool(arguments) and not arguments[0].startswith("-")
+    flags, rest = parser.parse_known_args(arguments[named:])
+    flags.experiment = Path(arguments[0]) if named else None
+    if flags.experiment is None and flags.llm is None:
+        raise UserError("what is to be planned? Give an experiment, --llm NAME, or both")
+    module = plain_language if flags.experiment is None else experiments.load_file(flags.experiment)
+    settings = tyro.cli(module.Settings, args=rest, prog=parser.prog, description=module.__doc__)
+    runtime.start(settings)
+    field = next((name for name in LANGUAGE_MODEL if hasattr(settings, name)), None)
+    if flags.llm is not None and field is None:
+        raise UserError(
+            f"{flags.experiment} has no setting language_model or model: leave --llm out"
+        )
+    spoken = None
+    if flags.llm is not None and flags.experiment is not None:
+        spoken = load.load(getattr(settings, field))
+
+    def build(settings: Settings) -> Experiment:
+        runtime.compute_as(settings)
+        if flags.llm is not None:
+            load.opened[flags.llm] = sizes.hollow(flags.llm, spoken)
+            settings = dataclasses.replace(settings, **{field: flags.llm})
+        with np.errstate(all="ignore"):  # of params that are all ones
+            return module.build(settings)
+
+    return flags, settings, build
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Plans a step, or a sweep of meshes."""
+    parser = argparse.ArgumentParser(
+        "python -m fusion_jax plan",
+        description="What the train step of an experiment takes of each chip of a slice. Further "
+        "flags are the experiment's settings.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--topology", default="local", help="v5e:4x4, v5p:2x2x4, ..., or local")
+    parser.add_argument(
+        "--sweep", action="store_true", help="try the shapes of mesh, and rank them"
+    )
+    flags, settings, build = opener(parser, arguments)
+    devices = devices_of(flags.topology)
+    chip, loops = chip_of(devices[0]), getattr(settings, "chunks", 1)
+    console = Console(width=110)
+
+    def tried(settings: Settings) -> plan.Needs | None:
+        try:
+            mesh = make_mesh(settings.mesh, devices)
+            found = plan.measure(build(settings), settings, mesh, loops)
+        except UserError as error:
+            console.print(f"{_said(settings)}: {error}")
+            return None
+        fits = "fits" if found.fits else "does not fit"
+        console.print(f"{_said(settings)}: {_size(found.peak)} a chip, {fits}")
+        return found
+
+    def useful() -> float:
+        return plan.useful_flops(build, settings, make_mesh(settings.mesh, devices), loops)
+
+    if flags.sweep:
+        tries = [dataclasses.replace(settings, mesh=m) for m in plan.meshes(len(devices))]
+        found = {each.mesh: needs for each in tries if (needs := tried(each)) is not None}
+        console.print(_ranked(found, chip, useful()))
+        return
+    needs = tried(settings)
+    if needs is not None:
+        console.print(_described(needs, chip, useful(), f"{len(devices)} {devices[0].device_kind}"))
+    if needs is None or needs.fits:
+        return
+    for other in plan.remedies(settings, len(devices)):
+        if (needs := tried(other)) is not None and needs.fits:
+            console.print(f"It fits with {_said(other)}:")
+            settings = other
+            console.print(_described(needs, chip, useful(), _said(other)))
+            return
+    console.print("Nothing that was tried fits: take a larger slice, or a smaller --batch-size")
+
+
+def _said(settings: Settings) -> str:
+    parts = [f"--mesh {settings.mesh}", f"--accumulation {settings.accumulation}"]
+    parts += [f"--dtype {settings.dtype}"]
+    return " ".join(parts + ["--remat"] * settings.remat + ["--scan"] * settings.scan)
+
+
+def _size(count: float | None) -> str:
+    return "?" if count is None else f"{count / GIB:.2f} GiB"
+
+
+def _described(needs: plan.Needs, chip: Chip | None, useful: float, title: str) -> Table:
+    table = Table("of each chip", "", title=title)
+    limit = "" if chip is None else f" of {_size(chip.memory)}"
+    table.add_row("trained params", _size(needs.params))
+    table.add_row("frozen params", _size(needs.frozen))
+    table.add_row("optimizer", _size(needs.optimizer))
+    table.add_row("batch", _size(needs.batch))
+    if needs.activations:
+        table.add_row("activations and gathered params", _size(needs.activations))
+    table.add_row("peak", _size(needs.peak) + limit + ("" if needs.fits else ": does not fit"))
+    if not needs.flops:
+        return table
+    table.add_row("FLOPs of a step", f"{needs.flops:.3g}, {useful:.3g} if nothing is recomputed")
+    for kind, sent in needs.sent.items():
+        table.add_row(f"sent by {kind}", f"{_size(sent)} in {needs.counts[kind]:,}")
+    table.add_row("arithmetic intensity", f"{needs.flops / needs.accessed:.0f} FLOPs a byte")
+    if chip is not None:
+        seconds = needs.seconds(chip)
+        each = ", ".join(f"{name} {time * 1e3:.1f} ms" for name, time in seconds.items())
+        table.add_row("a step takes at least", each)
+        bound = max(seconds, key=seconds.get)
+        table.add_row("MFU at most", f"{needs.mfu(chip, useful):.0%}, limited by {bound}")
+    return table
+
+
+def _ranked(found: dict[str, plan.Needs], chip: Chip | None, useful: float) -> Table:
+    """Meshes that fit, the fastest by the roofline first; then those that do not."""
+
+    def order(mesh: str) -> tuple[bool, float]:
+        needs = found[mesh]
+        if not needs.fits:
+            return True, needs.peak or 0.0
+        return False, max(needs.seconds(chip).values()) if chip else needs.peak
+
+    table = Table("mesh", "peak", "sent", "a step takes at least", "MFU at most")
+    for mesh in sorted(found, key=order):
+        needs = found[mesh]
+        row = [mesh, _size(needs.peak)]
+        if not needs.fits:
+            row += ["does not fit"]
+        elif chip is None:
+            row += [_size(sum(needs.sent.values()))]
+        else:
+            seconds = max(needs.seconds(chip).values())
+            row += [_size(sum(needs.sent.values())), f"{seconds * 1e3:.1f} ms"]
+            row += [f"{needs.mfu(chip, useful):.0%}"]
+        table.add_row(*row)
+    return table
