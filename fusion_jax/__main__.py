@@ -14,6 +14,7 @@ USAGE = """usage: python -m fusion_jax COMMAND ...
   train EXPERIMENT.py [--SETTING VALUE ...]   train, or go on training; --help lists the settings
   evaluate --workdir DIR                      report on a trained workdir again
   plan [EXPERIMENT.py] --topology v5e:4x4     what a step takes of each chip; --llm gemma2-27b
+  show-sharding [EXPERIMENT.py] --mesh ...    which part of each param a device holds
   compress --workdir DIR --recipe int8        write a smaller workdir, and compare
   fetch NAME                                  bring a pretrained checkpoint or data set
   ask --model NAME | --workdir DIR QUESTION   ask a language model
@@ -80,6 +81,13 @@ def plan(arguments: list[str]) -> None:
     from fusion_jax.training import plan_command
 
     plan_command.main(arguments)
+
+
+def show_sharding(arguments: list[str]) -> None:
+    """Draws which part of each param a device holds."""
+    from fusion_jax.training import show_sharding as shardings
+
+    shardings.main(arguments)
 
 
 def compress(arguments: list[str]) -> None:
@@ -155,6 +163,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
     "evaluate": evaluate,
     "plan": plan,
+    "show-sharding": show_sharding,
     "compress": compress,
     "fetch": fetch,
     "ask": ask,

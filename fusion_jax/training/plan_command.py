@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from fusion_jax.training import plain_language, plan, runtime
 from fusion_jax.training.experiment import Experiment
 from fusion_jax.training.settings import Settings
 from fusion_jax.training.sharding import make_mesh
-from fusion_jax.training.topologies import GIB, Chip, chip_of, devices_of
+from fusion_jax.training.topologies import Chip, chip_of, devices_of
 
 LANGUAGE_MODEL = ("language_model", "model")  # what experiments call the setting
 
@@ -78,7 +79,7 @@ def main(arguments: Sequence[str]) -> None:
             console.print(f"{_said(settings)}: {error}")
             return None
         fits = "fits" if found.fits else "does not fit"
-        console.print(f"{_said(settings)}: {_size(found.peak)} a chip, {fits}")
+        console.print(f"{_said(settings)}: {size(found.peak)} a chip, {fits}")
         return found
 
     def useful() -> float:
@@ -109,25 +110,29 @@ def _said(settings: Settings) -> str:
     return " ".join(parts + ["--remat"] * settings.remat + ["--scan"] * settings.scan)
 
 
-def _size(count: float | None) -> str:
-    return "?" if count is None else f"{count / GIB:.2f} GiB"
+def size(count: float | None) -> str:
+    """Bytes in the unit that suits them."""
+    if count is None:
+        return "?"
+    unit = min(max(int(math.log2(max(count, 1))) // 10, 0), 3)
+    return f"{count / 1024**unit:.{2 if unit else 0}f} {('B', 'KiB', 'MiB', 'GiB')[unit]}"
 
 
 def _described(needs: plan.Needs, chip: Chip | None, useful: float, title: str) -> Table:
     table = Table("of each chip", "", title=title)
-    limit = "" if chip is None else f" of {_size(chip.memory)}"
-    table.add_row("trained params", _size(needs.params))
-    table.add_row("frozen params", _size(needs.frozen))
-    table.add_row("optimizer", _size(needs.optimizer))
-    table.add_row("batch", _size(needs.batch))
+    limit = "" if chip is None else f" of {size(chip.memory)}"
+    table.add_row("trained params", size(needs.params))
+    table.add_row("frozen params", size(needs.frozen))
+    table.add_row("optimizer", size(needs.optimizer))
+    table.add_row("batch", size(needs.batch))
     if needs.activations:
-        table.add_row("activations and gathered params", _size(needs.activations))
-    table.add_row("peak", _size(needs.peak) + limit + ("" if needs.fits else ": does not fit"))
+        table.add_row("activations and gathered params", size(needs.activations))
+    table.add_row("peak", size(needs.peak) + limit + ("" if needs.fits else ": does not fit"))
     if not needs.flops:
         return table
     table.add_row("FLOPs of a step", f"{needs.flops:.3g}, {useful:.3g} if nothing is recomputed")
     for kind, sent in needs.sent.items():
-        table.add_row(f"sent by {kind}", f"{_size(sent)} in {needs.counts[kind]:,}")
+        table.add_row(f"sent by {kind}", f"{size(sent)} in {needs.counts[kind]:,}")
     table.add_row("arithmetic intensity", f"{needs.flops / needs.accessed:.0f} FLOPs a byte")
     if chip is not None:
         seconds = needs.seconds(chip)
@@ -150,14 +155,14 @@ def _ranked(found: dict[str, plan.Needs], chip: Chip | None, useful: float) -> T
     table = Table("mesh", "peak", "sent", "a step takes at least", "MFU at most")
     for mesh in sorted(found, key=order):
         needs = found[mesh]
-        row = [mesh, _size(needs.peak)]
+        row = [mesh, size(needs.peak)]
         if not needs.fits:
             row += ["does not fit"]
         elif chip is None:
-            row += [_size(sum(needs.sent.values()))]
+            row += [size(sum(needs.sent.values()))]
         else:
             seconds = max(needs.seconds(chip).values())
-            row += [_size(sum(needs.sent.values())), f"{seconds * 1e3:.1f} ms"]
+            row += [size(sum(needs.sent.values())), f"{seconds * 1e3:.1f} ms"]
             row += [f"{needs.mfu(chip, useful):.0%}"]
         table.add_row(*row)
     return table

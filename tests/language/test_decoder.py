@@ -85,9 +85,7 @@ def test_scanned_layers_equal_the_loop(turns):
     found, caches = model.apply({"params": stacked}, IDS, causal(), caches=caches)
     np.testing.assert_allclose(found[REAL], expected[REAL], atol=1e-5)
     caches = caches if turns > 1 else [caches]
-    assert [cache.key.shape for cache in caches] == [
-        (2, 2, n, 2, 4) for n in (3, LENGTH)[:turns]
-    ]
+    assert [cache.key.shape for cache in caches] == [(2, 2, n, 2, 4) for n in (3, LENGTH)[:turns]]
 
 
 def test_vectors_equal_ids_and_padding_holds_anything():

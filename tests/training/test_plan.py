@@ -208,6 +208,16 @@ def test_command_plans_and_sweeps(capsys):
     assert main(["plan", "--llm", "llama", "--topology", "v0:1x1"]) == 2
 
 
+def test_shardings_are_drawn_and_what_is_whole_is_told(capsys):
+    assert main(["show-sharding", "--llm", "llama", "--mesh", "fsdp=8,tensor=4"]) == 0
+    said = capsys.readouterr().out
+    assert "fsdp tensor" in said and "warning" not in said and "on each device: trained" in said
+    sizes.CONFIGS["llama"] = FAMILIES["llama"] | {"intermediate_size": 2**15 + 1}
+    assert main(["show-sharding", "--llm", "llama", "--mesh", "tensor=64"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "mlp/up/kernel (frozen) (64, 32769) is whole on every device, 8.00 MiB" in said
+
+
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
 )
