@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -38,14 +39,31 @@ def _unpack(folder: Path) -> None:
         done = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
         return done.stdout
 
-    plan = run(
-        *("apt-get", "install", "-s", "--no-install-recommends", "-oDebug::NoLocking=1", SHELL)
-    )
-    names = [line.split()[1] for line in plan.splitlines() if line.startswith("Inst ")]
-    run("apt-get", "download", *names)
+    private: list[str] = []
+    plan = ("install", "-s", "--no-install-recommends", "-oDebug::NoLocking=1", SHELL)
+    try:
+        planned = run("apt-get", *plan)
+    except subprocess.CalledProcessError:  # no package lists: fresh ones, in a folder of our own
+        (folder / "lists" / "partial").mkdir(parents=True)
+        private = [f"-oDir::State::Lists={folder}/lists", f"-oDir::Cache={folder}"]
+        run("apt-get", "update", *private)
+        planned = run("apt-get", *private, *plan)
+    names = [line.split()[1] for line in planned.splitlines() if line.startswith("Inst ")]
+    run("apt-get", "download", *private, *names)
     for package in folder.glob("*.deb"):
         run("dpkg", "-x", package.name, ".")
         package.unlink()
+
+
+# The protocol's pipe is file descriptors 3 and 4. Not by preexec_fn, which would fork this process
+# with all its threads.
+ENTER = """
+import os, sys
+into, out, *command = sys.argv[1:]
+os.dup2(int(into), 98), os.dup2(int(out), 99)
+os.dup2(98, 3), os.dup2(99, 4)
+os.execv(command[0], command)
+"""
 
 
 class Browser:
@@ -55,18 +73,12 @@ class Browser:
         program, environment = find()
         into, out = os.pipe(), os.pipe()
 
-        def connect() -> None:  # the protocol's pipe is file descriptors 3 and 4
-            os.dup2(into[0], 30), os.dup2(out[1], 31)
-            os.dup2(30, 3), os.dup2(31, 4)
-
+        command = [str(program), "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"]
+        command += ["--remote-debugging-pipe", "--disable-dev-shm-usage", *flags, "about:blank"]
         self._process = subprocess.Popen(
-            [
-                *(program, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"),
-                *("--remote-debugging-pipe", "--disable-dev-shm-usage", *flags, "about:blank"),
-            ],
+            [sys.executable, "-c", ENTER, str(into[0]), str(out[1]), *command],
             env=environment,
-            preexec_fn=connect,
-            close_fds=False,
+            pass_fds=(into[0], out[1]),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )

@@ -23,6 +23,8 @@ from .picking import pick, ways
 Caches = dict[str, jax.Array]
 Picked = tuple[jax.Array, jax.Array]
 SHORTEST_PROMPT = 16
+FEWEST_VECTORS = 16
+"""Of media: so many are read in any case, so that one program serves most prompts."""
 REMEMBERED = 16
 """Items of media whose vectors are kept."""
 STOP, LENGTH = "stop", "length"
@@ -164,7 +166,7 @@ class Generator:
         ids = np.zeros((1, round_up(len(writing.ids), SHORTEST_PROMPT)), np.int32)
         mask = np.zeros(ids.shape, bool)
         ids[0, -len(writing.ids) :], mask[0, -len(writing.ids) :] = writing.ids, True
-        count = round_up(len(writing.vectors)) if len(writing.vectors) else 1
+        count = round_up(len(writing.vectors), FEWEST_VECTORS)
         vectors = np.zeros((1, count, self.width), np.float32)
         vectors[0, : len(writing.vectors)] = writing.vectors
         slots = round_up(ids.shape[1] + 1, self.fewest_slots)

@@ -116,7 +116,8 @@ def sound(content: bytes, rate: int, longest: int, *, whole: bool = False) -> np
             if file.samplerate != rate:
                 samples = soxr.resample(samples, file.samplerate, rate)
     except (soundfile.LibsndfileError, RuntimeError, TypeError) as error:
-        raise BadInput(f"not a readable recording: {error}; send WAV, FLAC, Ogg or MP3") from error
+        reason = getattr(error, "error_string", error)  # without the name of our buffer
+        raise BadInput(f"not a readable recording: {reason} Send WAV, FLAC, Ogg or MP3") from error
     if not samples.size or not np.isfinite(samples).all():
         raise BadInput("the recording holds no sample, or samples that are not finite")
     if len(samples) < SHORTEST_SOUND * rate:
