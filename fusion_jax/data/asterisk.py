@@ -17,10 +17,10 @@ asterisk-core-sounds-LL-wav, the transcripts in asterisk-core-sounds-LL, as
 Kept are prompts whose transcript is sure and has words: not tones, silence and names of letters;
 not a transcript with a remark or an optional word in brackets, with signs (*, #) that are read out,
 or with damaged letters; not a name that is listed twice. Numbers are written as the list itself
-spells them ("press 1" is "press one" because digits/1 is "one"). That leaves 2,343 recordings of 550
-prompts, 21 to 26 minutes a language. Moonshine Tiny hears 7.6% [4.6, 11.0] of the words of 96
-English prompts of 1 to 7.5 s otherwise; nobody listened to them, or to other languages. The Spanish
-and French lists leave out some accents.
+spells them ("press 1" is "press one" because digits/1 is "one"). That leaves 2,343 recordings of
+550 prompts, 20 to 26 minutes a language. Moonshine Tiny hears 7.6% [4.6, 11.0] of the words of 96
+English prompts of 1 to 7.5 s otherwise; nobody listened to them, or to other languages. The
+Spanish and French lists leave out some accents.
 """
 
 import gzip
