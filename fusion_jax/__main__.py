@@ -28,7 +28,7 @@ def train(arguments: list[str]) -> None:
     if not arguments or arguments[0].startswith("-"):
         raise UserError("which experiment? python -m fusion_jax train experiments/NAME.py ...")
     from fusion_jax.training import experiment as experiments
-    from fusion_jax.training import loop, runtime, seeds
+    from fusion_jax.training import hosts, loop, runtime, seeds
 
     source = Path(arguments[0])
     module = experiments.load_file(source)
@@ -45,14 +45,15 @@ def train(arguments: list[str]) -> None:
         experiments.open_workdir(workdir, source, settings)
         return loop.train(module.build(settings), settings, workdir)
 
-    if settings.seeds == 1:
-        run(settings, workdir)
-        return
-    found = {
-        seed: run(dataclasses.replace(settings, seed=seed), workdir / f"seed-{seed}")
-        for seed in range(settings.seed, settings.seed + settings.seeds)
-    }
-    seeds.summarise(found, workdir)
+    with hosts.joined(settings):
+        if settings.seeds == 1:
+            run(settings, workdir)
+            return
+        found = {
+            seed: run(dataclasses.replace(settings, seed=seed), workdir / f"seed-{seed}")
+            for seed in range(settings.seed, settings.seed + settings.seeds)
+        }
+        seeds.summarise(found, workdir)
 
 
 def evaluate(arguments: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""What a process needs before its first array: other processes, and compiled programs kept."""
+"""What a process needs before its first array: how models are computed, compiled programs kept."""
 
 import logging
 
@@ -25,11 +25,9 @@ def compute_as(settings: Settings) -> None:
 
 
 def start(settings: Settings | None = None) -> None:
-    """Joins the other processes if there are any, and keeps compiled programs on disk."""
+    """Computes as the settings say, and keeps compiled programs on disk."""
     if settings is not None:
         compute_as(settings)
-        if settings.coordinator is not None:
-            jax.distributed.initialize(settings.coordinator, settings.processes, settings.process)
     # Orbax warns of what we do on purpose, and logs the traceback of what it raises anyway.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))

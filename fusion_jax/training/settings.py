@@ -55,8 +55,10 @@ class Settings:
     """Write TensorBoard events too."""
     profile: bool = runtime(False)
     """Write a trace of steps 10 to 15 to the workdir."""
+    lost_after: int = runtime(60)
+    """Seconds of silence after which another process is taken for lost, and this one ends."""
     coordinator: str | None = runtime(None)
-    """host:port of process 0, for several hosts."""
+    """host:port of process 0, for several hosts; SLURM, Open MPI and TPUs tell it themselves."""
     processes: int | None = runtime(None)
     """Number of processes, with --coordinator."""
     process: int | None = runtime(None)

@@ -111,9 +111,15 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
     """This process's rows of a global batch, placed as one array split over data and fsdp.
 
     Raises:
-        UserError: the global batch is not divisible by the devices that split it.
+        UserError: the global batch is not divisible by the devices that split it; or several
+            processes would need the same rows.
     """
     sharding = NamedSharding(mesh, BATCH)
+    if mesh.shape["data"] * mesh.shape["fsdp"] % jax.process_count():
+        raise UserError(
+            f"mesh {dict(mesh.shape)} splits a layer across processes, of which there are "
+            f"{jax.process_count()}: make tensor at most the devices of one process"
+        )
     for leaf in jax.tree.leaves(batch):
         check_rows(leaf.shape[0] * jax.process_count(), mesh)
     return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, leaf), batch)

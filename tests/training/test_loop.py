@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from fusion_jax.__main__ import main
+from fusion_jax.training.hosts import started_with_others
 from fusion_jax.training.metrics import read_metrics
 
 TINY = str(Path(__file__).parent / "tiny.py")
@@ -93,22 +94,74 @@ def test_sigterm_saves_and_exits_0_and_goes_on_with_more_devices(unkilled, tmp_p
             np.testing.assert_allclose(mine[name], theirs[name], atol=1e-5)
 
 
-def test_two_processes_give_the_curve_of_one(unkilled, tmp_path):
+def together(count, *arguments):
+    """So many processes of one run."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         coordinator = f"localhost:{probe.getsockname()[1]}"
-    ranks = [
-        spawn(
-            *command(tmp_path, "--coordinator", coordinator),
-            *("--processes", "2", "--process", str(rank)),
-        )
-        for rank in range(2)
-    ]
-    for status, error in map(finish, ranks):
+    hosts = ("--coordinator", coordinator, "--processes", str(count), "--lost-after", "4")
+    return [spawn(*arguments, *hosts, "--process", str(rank)) for rank in range(count)]
+
+
+def wait_for(rows, workdir, processes):
+    while len(read_metrics(workdir / "metrics.jsonl")) < rows:
+        time.sleep(0.002)
+        assert all(process.poll() is None for process in processes)
+
+
+def test_one_curve_on_two_processes_then_one_then_four(unkilled, tmp_path):
+    """Stopped by SIGTERM on another than the first, all save the same step and leave."""
+    rarely = ("--checkpoint-every", "1000")
+    two = together(2, *command(tmp_path, *rarely))
+    wait_for(3, tmp_path, two)
+    two[1].terminate()
+    assert [status for status, _ in map(finish, two)] == [0, 0]
+    one = spawn(*command(tmp_path, *rarely))
+    began = len(read_metrics(tmp_path / "metrics.jsonl"))
+    assert 3 <= began < 30, "it was too quick to be stopped"
+    wait_for(began + 3, tmp_path, [one])
+    one.terminate()
+    status, error = finish(one)
+    assert status == 0 and f"resumed from step {began}" in error
+    for status, error in map(finish, together(4, *command(tmp_path))):
         assert status == 0, error
-    for mine, theirs in zip(read_metrics(tmp_path / "metrics.jsonl"), unkilled, strict=True):
+    found = read_metrics(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in found] == [row["step"] for row in unkilled]
+    for mine, theirs in zip(found, unkilled, strict=True):
         for name in theirs:
             np.testing.assert_allclose(mine[name], theirs[name], atol=1e-5)
+
+
+@pytest.mark.parametrize(("number", "victim"), [("SIGKILL", 1), ("SIGSTOP", 0)])
+def test_a_lost_process_ends_the_others_with_one_line(number, victim, tmp_path):
+    """Killed, or stuck for good; 0 is the one that coordinates."""
+    pair = together(2, *command(tmp_path, steps=10**6))
+    wait_for(3, tmp_path, pair)
+    pair[victim].send_signal(getattr(signal, number))
+    began = time.monotonic()
+    status, error = finish(pair[1 - victim])
+    assert time.monotonic() - began < 12
+    assert status == 1 and "Traceback" not in error and "stack trace" not in error
+    last = error.splitlines()[-1]
+    assert last.startswith(f"error: of 2 processes {victim}") and "no sign of life for 4 s" in last
+    pair[victim].kill()
+    finish(pair[victim])
+
+
+def test_bad_input_on_one_process_ends_all(tmp_path):
+    pair = together(2, *command(tmp_path, "--poison", "8"))
+    statuses, errors = zip(*map(finish, pair), strict=True)
+    assert set(statuses) <= {1, 2} and 2 in statuses
+    assert "loss nan" in errors[statuses.index(2)]
+
+
+def test_launchers_are_recognised():
+    assert not started_with_others({"JAX_PLATFORMS": "cpu"})
+    alone = {"SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "a", "JAX_PLATFORMS": "cpu"}
+    assert not started_with_others(alone)
+    assert started_with_others(alone | {"SLURM_NTASKS": "8"})
+    assert started_with_others({"OMPI_COMM_WORLD_SIZE": "2"})
+    assert started_with_others({"TPU_WORKER_HOSTNAMES": "a,b"})
 
 
 def test_best_checkpoint_is_kept_and_reported(tmp_path, capsys):
