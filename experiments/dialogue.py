@@ -1,0 +1,404 @@
+"""Speech that a language model understands from the sound itself: Moonshine fused into SmolLM2.
+
+    python -m fusion_jax train experiments/dialogue.py
+    python -m fusion_jax chat --workdir runs/dialogue
+    python -m fusion_jax ask --workdir runs/dialogue --audio question.ogg ""
+
+Moonshine Tiny's encoder and SmolLM2 stay frozen. A `Listener` first learns to spell what is said
+(CTC, `listen_steps`); then it, and LoRA in the language model, learn to answer a spoken question as
+SmolLM2 itself answers the typed one, and to repeat what was said. Questions are about the things on
+the stamps, and short definitions from WordNet; two synthesizers say them (Festival Lite two thirds,
+espeak-ng one third). Real recordings are Asterisk's telephone prompts (one woman, 8 kHz) and the
+few English recordings of the stamps. No thing or prompt that is tested on was said or written in
+training.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tokenizers import Tokenizer
+
+from fusion_jax.data import asterisk, espeak, flite, questions, stamps
+from fusion_jax.data.audio import SAMPLE_RATE, decode
+from fusion_jax.data.domain_batches import own_share
+from fusion_jax.data.pipeline import Batches, Mixture
+from fusion_jax.data.spoken import Spoken, Utterance
+from fusion_jax.data.streams import Phases, Streams
+from fusion_jax.encoders.mel import spec_augment
+from fusion_jax.errors import UserError
+from fusion_jax.evaluation.table import print_table
+from fusion_jax.evaluation.translation import chrf, word_error_rate
+from fusion_jax.knowledge import wordnet
+from fusion_jax.language.ask import Assistant
+from fusion_jax.language.hearing import Dictation, Turn, as_items, open_hearing
+from fusion_jax.language.listener import Spelling
+from fusion_jax.language.spoken import SpokenLM
+from fusion_jax.language.tuned import TRAINED
+from fusion_jax.objectives.combine import Batch, Metrics, Objective, on_batch, weighted_sum
+from fusion_jax.objectives.generative import causal_lm
+from fusion_jax.objectives.recognition import ctc
+from fusion_jax.pretrained.load import load
+from fusion_jax.tokens import Tokens
+from fusion_jax.training.experiment import Experiment
+from fusion_jax.training.partition import Params
+from fusion_jax.training.settings import Settings as Base
+from fusion_jax.training.step import parameter_ema
+
+TEMPLATES = (
+    *("What is {}?", "Is {} an animal?", "Where can I find {}?", "Tell me about {}."),
+    *("What is {} used for?", "How big is {}?", "Can {} fly?", "What color is {}?"),
+    *("What does {} look like?", "Describe {}.", "Is {} good to eat?", "How do I draw {}?"),
+    *("Write a sentence about {}.", "What sound does {} make?", "Who invented {}?"),
+)
+REPEAT = "Repeat what I say: <audio>"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(Base):
+    steps: int = 1600
+    """Of them `listen_steps` train the listener alone, and are quick."""
+    listen_steps: int = 1200
+    batch_size: int = 32
+    """Recordings that are spelled in a step."""
+    turns: int = 8
+    """Turns that are answered in a step."""
+    checkpoint_every: int = 200
+    learning_rate: float = 2e-3
+    language_model: str = "smollm2-135m-instruct"
+    """A name, hub id, folder or GGUF file of a decoder that chats."""
+    tower: str = "moonshine-tiny"
+    """A published encoder of sound."""
+    lora_rank: int = 8
+    lora: str = "attention/(query|value)"
+    """Which of the decoder's kernels get adapters."""
+    ctc_weight: float = 0.3
+    """Of the spelling, once turns are answered."""
+    questions: int = 3000
+    """Questions that are synthesized."""
+    answered: int = 700
+    """Of these, questions to which SmolLM2's own answers are learned."""
+    sentences: int = 3000
+    """Short definitions from WordNet that are synthesized, to be spelled and repeated."""
+    shares: tuple[float, ...] = (0.5, 0.2, 0.2, 0.1)
+    """Of spoken questions, synthetic and recorded speech to repeat, and typed questions."""
+    answer_tokens: int = 24
+    """So much of an answer is learned, and compared."""
+    seconds: float = 4.5
+    """What lies beyond is not heard in training."""
+    length: int = 96
+    """Ids of a turn."""
+    stamps: Path | None = None
+    """Tux Paint's stamps, if they are not to be fetched."""
+    development: bool = False
+    """Report on validation things and prompts in place of the test ones."""
+
+
+# ------------------------------------------------------------------------------------------ data
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """What is said, and which rows of it serve for what.
+
+    Attributes:
+        train, tests: {kind: rows}; kinds of training are "question", "sentence" and "recording".
+    """
+
+    utterances: list[Utterance]
+    train: dict[str, list[int]]
+    tests: dict[str, list[int]]
+
+
+def read_corpus(s: Settings) -> Corpus:
+    """Draws questions and voices, and looks recordings up."""
+    rng = np.random.default_rng(s.seed)
+    source = stamps.load(s.stamps)
+    things = questions.read_things(source)
+    sides = questions.splits(things, s.seed)
+    held = "validation" if s.development else "test"
+    utterances: list[Utterance] = []
+
+    def add(those: list[Utterance]) -> list[int]:
+        utterances.extend(those)
+        return list(range(len(utterances) - len(those), len(utterances)))
+
+    def asked(side: str, count: int) -> list[str]:
+        captions = [things[row].caption for row in sides[side] if things[row].caption]
+        names = [questions.in_sentence(each) for each in captions if len(each) <= 30]
+        pairs = [
+            (TEMPLATES[rng.integers(len(TEMPLATES))], names[rng.integers(len(names))])
+            for _ in range(count)
+        ]
+        return [template.format(name) for template, name in pairs]
+
+    def synthetic(texts: Sequence[str]) -> list[Utterance]:
+        return [Utterance(text, voice=draw_voice(rng, n)) for n, text in enumerate(texts)]
+
+    def recorded(side: str) -> list[Utterance]:
+        found = []
+        for row in sides[side]:
+            spoken = source[row].get("audio") or {}
+            if "en" in spoken and things[row].caption:
+                read = lambda row=row: source[row]["audio"]["en"]  # noqa: E731
+                key = f"stamps {source.checksum} {row}"
+                found.append(Utterance(things[row].caption, recording=read, key=key))
+        return found
+
+    prompts = asterisk.load(("en",))
+    prompted = asterisk.splits(prompts, s.seed)
+
+    def telephoned(side: str) -> list[Utterance]:
+        found = []
+        for row in prompted[side]:
+            read = lambda row=row: prompts[row]["audio"]["en"]  # noqa: E731
+            words, key = prompts[row]["text"]["en"], f"asterisk {prompts.checksum} {row}"
+            if len(decode(read())) <= s.seconds * SAMPLE_RATE:
+                found.append(Utterance(words, recording=read, key=key))
+        return found
+
+    train = {
+        "question": add(synthetic(asked("train", s.questions))),
+        "sentence": add(synthetic(definitions(s.sentences, rng))),
+        "recording": add([*telephoned("train"), *recorded("train")]),
+    }
+    fresh = [Utterance(text, voice=UNHEARD) for text in asked(held, TESTED)]
+    tests = {
+        "synthetic, voices of training": add(synthetic(asked(held, TESTED))),
+        "synthetic, another voice": add(fresh),
+        "recorded telephone prompts": add(telephoned(held)[:TESTED]),
+        "recorded names of things": add(recorded(held)),
+    }
+    return Corpus(utterances, train, tests)
+
+
+TESTED = 80
+"""Most utterances of a kind that are tested."""
+UNHEARD = flite.Voice("rms")
+HEARD = ("awb", "kal16", "slt")
+VARIANTS = ("f2", "f5", "m1", "m3", "f3")
+
+
+def draw_voice(rng: np.random.Generator, number: int) -> flite.Voice | espeak.Voice:
+    """One of the voices that are heard in training."""
+    if number % 3 < 2:
+        return flite.Voice.draw(rng, HEARD)
+    voice = espeak.Voice.draw(rng, ("en-us", "en-us", "en"))
+    return dataclasses.replace(voice, variant=str(rng.choice(VARIANTS)), pitch=50)
+
+
+def definitions(count: int, rng: np.random.Generator) -> list[str]:
+    """Short ones, of nouns, in an order drawn at random."""
+    glosses = wordnet.load().descriptions
+    found = []
+    for sense in rng.permutation(len(glosses)):
+        gloss = glosses[sense].split(";")[0].strip()
+        if 3 <= len(gloss.split()) <= 8 and gloss.isascii() and "(" not in gloss:
+            found.append(f"{gloss[0].upper()}{gloss[1:]}.")
+        if len(found) == count:
+            break
+    return found
+
+
+# ------------------------------------------------------------------------------ model, objective
+
+
+def assemble(s: Settings) -> tuple[Corpus, SpokenLM]:
+    """What is said, and the language model that hears it."""
+    corpus = read_corpus(s)
+    hearing = open_hearing(Spoken(corpus.utterances), s.tower, seconds=s.seconds)
+    checkpoint = load(s.language_model)
+    if checkpoint.tokenizer is None or checkpoint.chat_template is None:
+        raise UserError(f"{s.language_model} does not chat: give a checkpoint with a chat template")
+    trained = [row for rows in corpus.train.values() for row in rows]
+    ids = [in_pieces(checkpoint.tokenizer, corpus.utterances[row].text) for row in trained]
+    spelling = Spelling(ids, checkpoint.params["embedding"]["embedding"])
+    ranks = {s.lora: s.lora_rank} if s.lora_rank else {}
+    return corpus, SpokenLM.of(checkpoint, hearing, spelling, ranks=ranks)
+
+
+def in_pieces(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of what is said, as they stand in the middle of a line."""
+    return tokenizer.encode(" " + text.strip(), add_special_tokens=False).ids
+
+
+def stream(s: Settings, corpus: Corpus, model: SpokenLM) -> Phases:
+    """Speech to spell, and from `listen_steps` on turns to answer too."""
+    share = own_share()
+    rows = [row for kind in corpus.train.values() for row in kind]
+    rows += corpus.train["recording"] * 3  # there are few
+    ids = [in_pieces(model.chat.tokenizer, corpus.utterances[row].text) for row in rows]
+    classes = [model.spelling.classes(each) for each in ids]
+    dictation = Dictation(rows, classes, model.hearing, most=28)
+    listen = Batches(dictation, s.batch_size, dictation.transforms, seed=s.seed, **share)
+    asked = corpus.train["question"][: s.answered]
+    typed = [corpus.utterances[row].text for row in asked]
+    answers = model.own_answers(typed, s.answer_tokens)
+    synthetic = corpus.train["question"][s.answered :] + corpus.train["sentence"]
+
+    def repeat(those: Sequence[int]) -> list[Turn]:
+        return [Turn(REPEAT, corpus.utterances[row].text, row) for row in those]
+
+    kinds = [
+        [Turn("<audio>", answer, row) for row, answer in zip(asked, answers, strict=True)],
+        repeat(synthetic),
+        repeat(corpus.train["recording"]),
+        [Turn(text, answer) for text, answer in zip(typed, answers, strict=True)],
+    ]
+    parts = [model.turns(turns, s.length) for turns in kinds]
+    mixture = Mixture(parts, s.shares)
+    turn = Batches(mixture, s.turns, parts[0].transforms, seed=s.seed, **share)
+    return Phases(
+        [
+            (Streams({"listen": listen}), s.listen_steps),
+            (Streams({"listen": listen, "turn": turn}), 0),
+        ]
+    )
+
+
+def objective_of(s: Settings, model: SpokenLM) -> Objective:
+    """Spell; and answer, where the batch holds turns."""
+    spelling = ctc(lambda logits: logits, "spoken")
+
+    def spell(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Metrics]:
+        masked, dropped = jax.random.split(rng)
+        heard = spec_augment(batch["audio"], masked, bands=30, time=0.1)
+        logits, _ = model.listener.apply(
+            {"params": params["base"]["connectors_audio"]},
+            heard,
+            train=True,
+            rngs={"dropout": dropped},
+            method="spell",
+        )
+        return spelling(logits, batch)
+
+    answer = causal_lm(model.tuned, chunk=8)
+
+    def reply(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Metrics]:
+        return answer(params, as_items(batch), rng)
+
+    alone = on_batch("listen", spell)
+    both = weighted_sum({on_batch("turn", reply): 1.0, alone: s.ctc_weight})
+
+    def objective(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Metrics]:
+        return (both if "turn" in batch else alone)(params, batch, rng)
+
+    return objective
+
+
+def build(s: Settings) -> Experiment:
+    if not 0 < s.listen_steps < s.steps:
+        raise UserError(f"--listen-steps {s.listen_steps} must lie between 0 and {s.steps}")
+    corpus, model = assemble(s)
+    data = stream(s, corpus, model)
+    first = as_items(data[s.listen_steps]["turn"])
+    phases = (s.listen_steps, s.steps - s.listen_steps)
+    schedule = optax.join_schedules(
+        [optax.warmup_cosine_decay_schedule(0.0, s.learning_rate, n // 10, n) for n in phases],
+        [phases[0]],
+    )
+    return Experiment(
+        data=data,
+        init=lambda key: model.tuned.init(key, first),
+        objective=objective_of(s, model),
+        optimizer=optax.chain(
+            optax.clip_by_global_norm(1.0),
+            optax.adamw(schedule, weight_decay=0.01),
+            parameter_ema(0.98),
+        ),
+        pretrained=model.published,
+        trainable=TRAINED,
+        report=lambda params, folder: report(s, corpus, model, params, folder),
+    )
+
+
+def assistant(s: Settings, params: Params) -> Assistant:
+    """What `python -m fusion_jax chat --workdir` talks to."""
+    corpus, model = assemble(s)
+    data = f"trained on {sum(map(len, corpus.train.values()))} utterances, most of them synthetic"
+    return model.assistant(params, data)
+
+
+# ---------------------------------------------------------------------------------------- report
+
+
+def report(
+    s: Settings, corpus: Corpus, model: SpokenLM, params: Params, folder: Path
+) -> dict[str, float]:
+    """Against the typed question's answer, and against recognising first and answering then."""
+    merged = model.tuned.merged(params)
+    recognise = cascade(s.tower)
+    errors: dict[str, dict[str, float]] = {}
+    agreement: dict[str, dict[str, float]] = {}
+    for kind, rows in corpus.tests.items():
+        if not rows:
+            continue
+        said = [corpus.utterances[row].text for row in rows]
+        typed = model.own_answers(said, s.answer_tokens)
+        repeated = model.write(merged, [REPEAT] * len(rows), rows, 32)
+        heard = {
+            "fused": [model.text(ids) for ids in repeated],
+            "its listener alone": model.spell(merged, rows),
+        }
+        answers = {"fused": model.write(merged, ["<audio>"] * len(rows), rows, s.answer_tokens)}
+        answers["nothing heard"] = model.own_answers([""] * len(rows), s.answer_tokens)
+        if recognise is not None:
+            heard["Moonshine"] = recognise([corpus.utterances[row] for row in rows])
+            answers["Moonshine, then SmolLM2"] = model.own_answers(
+                heard["Moonshine"], s.answer_tokens
+            )
+        errors[kind] = {name: word_error_rate(text, said).value for name, text in heard.items()}
+        for name, found in answers.items():
+            same = [a == b for a, b in zip(found, typed, strict=True)]
+            agreement.setdefault(f"{kind}, same answer", {})[name] = float(np.mean(same))
+            texts = [model.text(ids) for ids in found]
+            score = chrf(texts, [model.text(ids) for ids in typed]).value
+            agreement.setdefault(f"{kind}, chrF", {})[name] = score
+    counts = ", ".join(f"{len(rows)} {kind}" for kind, rows in corpus.tests.items())
+    about = f"things and prompts never trained on: {counts}"
+    print_table("Word error rate", errors, about, [s.seed])
+    print_table(
+        f"Answers (first {s.answer_tokens} tokens) against those to the typed words",
+        agreement,
+        about,
+        [s.seed],
+    )
+    tables = {"wer": errors, "answer": agreement}
+    return {
+        f"{table}/{kind}/{name}": value
+        for table, found in tables.items()
+        for kind, row in found.items()
+        for name, value in row.items()
+    }
+
+
+def cascade(tower: str) -> Callable[[Sequence[Utterance]], list[str]] | None:
+    """What the tower's own decoder writes of recordings, where it has one."""
+    try:
+        opened = load(tower, "recogniser")
+    except UserError:
+        return None
+    apply = opened.module.apply
+    transcribe = jax.jit(
+        lambda params, sound: apply({"params": params}, sound, method="transcribe")
+    )
+
+    def recognise(those: Sequence[Utterance]) -> list[str]:
+        written = []
+        for said in those:
+            sound = said.sound()
+            samples = decode(sound) if isinstance(sound, bytes) else sound
+            length = -(-len(samples) // SAMPLE_RATE) * SAMPLE_RATE
+            values = np.zeros((1, length), np.float32)
+            values[0, : len(samples)] = samples
+            mask = jnp.arange(length)[None] < len(samples)
+            found = transcribe(opened.params, Tokens(values, mask))
+            ids = np.asarray(found.values[0])[np.asarray(found.mask[0])].tolist()
+            written.append(opened.tokenizer.decode(ids).strip())
+        return written
+
+    return recognise

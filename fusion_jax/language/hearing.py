@@ -1,0 +1,215 @@
+"""What a language model hears: a frozen recogniser's encoding of speech, and turns that hold some.
+
+hearing = open_hearing(Spoken(utterances), "moonshine-tiny", seconds=5)
+hearing.tokens(row)                     # [t, d] of an utterance, computed once and kept
+hearing.read(Path("question.ogg"))      # of any other recording
+turns = Turns([Turn("<audio>", "A badger is ...", row=3)], hearing, chat, layout, length=64)
+Batches(turns, 8, turns.transforms)     # to train a `FusedLM` on
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fusion_jax.data import audio, features
+from fusion_jax.data.pipeline import Padded, Transform
+from fusion_jax.errors import UserError
+from fusion_jax.language.chat import Chat
+from fusion_jax.language.fused import Batch, Layout
+from fusion_jax.pretrained.tower import Tower, open_tower
+from fusion_jax.tokens import Tokens
+
+LONGEST = 30.0  # seconds of a file that is heard at once
+SHORTEST = 0.1
+SILENCE = 1e-4  # root mean square of samples in -1..1, -80 dB
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Hearing:
+    """A frozen encoder's view of a source's utterances, and of new ones. Made by `open_hearing`.
+
+    Attributes:
+        frozen: the source, with tokens [t, d] in place of sound.
+        published: the encoder as it comes.
+        shape: the most tokens of an utterance of the source, and their width.
+    """
+
+    frozen: features.Frozen
+    published: Tower
+    shape: tuple[int, int]
+
+    def blank(self, rows: int) -> Tokens:
+        """So many absent recordings, one an item: values [rows, 1, t, d], mask [rows, 1, t]."""
+        values = np.zeros((rows, 1, *self.shape), np.float32)
+        return Tokens(values, np.zeros(values.shape[:3], bool))
+
+    def tokens(self, row: int) -> np.ndarray:
+        """Of an utterance, [t, d], float16."""
+        return self.frozen[row]["audio"]
+
+    def items(self, rows: Sequence[int | None]) -> Tokens:
+        """One recording a row of a batch, [b, 1, t, d]; absent where the row is None."""
+        found = self.blank(len(rows))
+        for place, row in enumerate(rows):
+            if row is not None:
+                tokens = self.tokens(row)
+                found.values[place, 0, : len(tokens)] = tokens
+                found.mask[place, 0, : len(tokens)] = True
+        return found
+
+    def read(self, file: Path) -> Tokens:
+        """A recording as one item of a prompt: values [1, 1, t, d], mask [1, 1, t].
+
+        t is rounded up to 64, so that few lengths are compiled.
+
+        Raises:
+            UserError: it cannot be read as sound; too short, too long, or silent.
+        """
+        tokens = self.encode(load_speech(file))
+        t = -(-len(tokens) // 64) * 64
+        values = np.zeros((1, 1, t, tokens.shape[1]), np.float32)
+        values[0, 0, : len(tokens)] = tokens
+        return Tokens(values, (np.arange(t) < len(tokens))[None, None])
+
+    def encode(self, samples: np.ndarray) -> np.ndarray:
+        """Samples at 16 kHz -> [t, d], rounded as what is kept beside the data."""
+        length = -(-len(samples) // audio.SAMPLE_RATE) * audio.SAMPLE_RATE
+        padded = np.zeros((1, length), np.float32)
+        padded[0, : len(samples)] = samples
+        mask = np.arange(length)[None] < len(samples)
+        encoded = self.published.frozen().encode(Tokens(padded, mask))
+        return np.asarray(encoded.values[0])[np.asarray(encoded.mask[0])].astype(np.float16)
+
+
+def open_hearing(source: features.ChecksummedSource, tower: str, *, seconds: float) -> Hearing:
+    """Encodes the recordings of `source`, unless that was done before.
+
+    Args:
+        tower: a published encoder of sound, by name, hub id or folder.
+        seconds: what lies beyond is not heard.
+    """
+    published = open_tower(tower, "audio", seconds=seconds)
+    frozen = features.freeze(source, {"audio": published.frozen()})
+    _, kept = frozen.fields["audio"]
+    return Hearing(frozen, published, (kept.longest, kept.width))
+
+
+def load_speech(file: Path) -> np.ndarray:
+    """A recording of somebody speaking, mono float32 at 16 kHz.
+
+    Raises:
+        UserError: unreadable, or shorter than SHORTEST, longer than LONGEST, or silent.
+    """
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}") from error
+    samples = audio.decode(content, str(file), LONGEST + 1)
+    seconds = len(samples) / audio.SAMPLE_RATE
+    if seconds > LONGEST:
+        raise UserError(f"{file} is longer than the {LONGEST:.0f} s that are heard at once: cut it")
+    if seconds < SHORTEST:
+        raise UserError(f"{file} lasts {seconds:.3f} s: give at least {SHORTEST} s of speech")
+    if np.sqrt(np.mean(samples**2)) < SILENCE:
+        raise UserError(f"{file} is silent: record it again, with the microphone on")
+    return samples
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """What is asked, with `<audio>` where the recording stands, and what is to be answered.
+
+    Attributes:
+        row: the utterance that is heard; None for none.
+        answer: text, or ids where the answer goes on beyond them.
+        label: of the row in tables, such as its language.
+    """
+
+    content: str
+    answer: str | Sequence[int]
+    row: int | None = None
+    label: str = ""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Turns:
+    """A source of turns as a fused model is trained on them.
+
+    Attributes:
+        length: ids in a row; what is longer is cut.
+    """
+
+    turns: Sequence[Turn]
+    hearing: Hearing
+    chat: Chat
+    layout: Layout
+    length: int
+
+    @property
+    def transforms(self) -> dict[str, Transform]:
+        """What a batch holds: text and weight [b, length], audio [b, t, d]."""
+        return {
+            "text": Padded("text", (self.length,), np.int32),
+            "weight": Padded("weight", (self.length,)),
+            "audio": Padded("audio", self.hearing.shape),
+        }
+
+    def __len__(self) -> int:
+        return len(self.turns)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        turn = self.turns[index]
+        asked = {"role": "user", "content": turn.content}
+        if isinstance(turn.answer, str):
+            said = {"role": "assistant", "content": turn.answer}
+            ids, weights = self.chat.training([asked, said], self.layout)
+        else:
+            before = self.chat.prompt([asked], self.layout)
+            ids = [*before, *turn.answer]
+            weights = [0.0] * len(before) + [1.0] * len(turn.answer)
+        return {
+            "id": index,
+            "text": np.asarray(ids, np.int32),
+            "weight": np.asarray(weights, np.float32),
+            "audio": None if turn.row is None else self.hearing.tokens(turn.row),
+        }
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dictation:
+    """A source of utterances and the classes that spell them, for `recognition.ctc`.
+
+    Attributes:
+        rows: of the hearing's source.
+        spelled: classes of each of these, int32 [t].
+        most: classes in a row of a batch.
+    """
+
+    rows: Sequence[int]
+    spelled: Sequence[np.ndarray]
+    hearing: Hearing
+    most: int
+
+    @property
+    def transforms(self) -> dict[str, Transform]:
+        """What a batch holds: audio [b, t, d] and spoken int32 [b, most]."""
+        return {
+            "audio": Padded("audio", self.hearing.shape),
+            "spoken": Padded("spoken", (self.most,), np.int32),
+        }
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        tokens = self.hearing.tokens(self.rows[index])
+        return {"id": index, "audio": tokens, "spoken": self.spelled[index]}
+
+
+def as_items(batch: Batch) -> Batch:
+    """The batch with one recording a row as a fused model reads it, an axis of items before it."""
+    audio = batch["audio"]
+    return {**batch, "audio": Tokens(audio.values[:, None], audio.mask[:, None])}

@@ -1,0 +1,202 @@
+"""A published language model that hears and sees, of which a little is trained, and what it says.
+
+spoken = SpokenLM.of(checkpoint, hearing, spelling, sight=sight, ranks={"query": 8})
+spoken.turns([Turn("<audio>", "A badger is ...", row=3)], length=96)      # to train on
+spoken.write(params, ["<audio>"], [3], max_tokens=24)                     # what it answers
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import flax.linen as nn
+import jax
+from tqdm import tqdm
+
+from fusion_jax import paths
+from fusion_jax.data.audio import Waveforms
+from fusion_jax.language.ask import Assistant, Encoder
+from fusion_jax.language.chat import Chat
+from fusion_jax.language.fused import FusedLM, Layout, Params
+from fusion_jax.language.generate import generate
+from fusion_jax.language.hearing import LONGEST, Hearing, Turn, Turns
+from fusion_jax.language.listener import Listener, Spelling
+from fusion_jax.language.prompt import bucket, pad
+from fusion_jax.language.tuned import Tuned
+from fusion_jax.pretrained.load import Pretrained
+from fusion_jax.tokens import Tokens
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SpokenLM:
+    """Made by `of`.
+
+    Attributes:
+        tuned: the model; its connector of sound is `listener`.
+        published: the params that it starts from.
+        hearing, spelling: what it hears, and the word pieces that its listener spells.
+        chat, layout: how turns become ids.
+        config, checksum: of the language model.
+    """
+
+    tuned: Tuned
+    listener: Listener
+    published: Params
+    hearing: Hearing
+    spelling: Spelling
+    chat: Chat
+    layout: Layout
+    config: Mapping[str, Any]
+    checksum: str
+    batch_size: int = 20
+
+    @classmethod
+    def of(
+        cls,
+        checkpoint: Pretrained,
+        hearing: Hearing,
+        spelling: Spelling,
+        *,
+        ranks: Mapping[str, int],
+        template: str | None = None,
+        **listener: Any,
+    ) -> "SpokenLM":
+        """Around that checkpoint.
+
+        Args:
+            ranks: of LoRA, {pattern of the decoder's paths: rank}.
+            template: of chats, if not the checkpoint's own.
+            listener: further attributes of the `Listener`.
+        """
+        connector = Listener(checkpoint.module.width, len(spelling.pieces), **listener)
+        connectors: dict[str, nn.Module] = {"audio": connector}
+        model = FusedLM(checkpoint.module, connectors)
+        chat = Chat.of(checkpoint)
+        if template is not None:
+            chat = dataclasses.replace(chat, template=template)
+        base = {"decoder": checkpoint.params, "connectors_audio": spelling.start}
+        layout = model.layout(jax.random.key(0), {"audio": hearing.blank(1)})
+        return cls(
+            Tuned(model, ranks, dropout=0.05),
+            connector,
+            {"base": base},
+            hearing,
+            spelling,
+            chat,
+            layout,
+            checkpoint.config,
+            checkpoint.checksum,
+        )
+
+    def turns(self, turns: Sequence[Turn], length: int) -> Turns:
+        """A source to train on."""
+        return Turns(turns, self.hearing, self.chat, self.layout, length)
+
+    def spell(self, params: Params, rows: Sequence[int]) -> list[str]:
+        """What the listener alone writes of utterances."""
+        written = []
+        for start in tqdm(range(0, len(rows), 64), desc="listening", unit="batch", leave=False):
+            heard = self.hearing.items(rows[start : start + 64])
+            sound = Tokens(heard.values[:, 0], heard.mask[:, 0])
+            for classes in self._best(params["connectors_audio"], sound):
+                written.append(self.chat.tokenizer.decode(self.spelling.ids(classes)).strip())
+        return written
+
+    def _best(self, params: Params, sound: Tokens) -> list[list[int]]:
+        from fusion_jax.objectives.recognition import best_path
+
+        return best_path(self._spell(params, sound))
+
+    @cached_property
+    def _spell(self) -> Any:
+        return jax.jit(
+            lambda params, sound: self.listener.apply({"params": params}, sound, method="spell")[0]
+        )
+
+    def write(
+        self,
+        params: Params,
+        contents: Sequence[str],
+        rows: Sequence[int | None],
+        max_tokens: int,
+    ) -> list[list[int]]:
+        """The ids that the model answers to each, greedily, without the stop.
+
+        Args:
+            params: of `tuned.model`, adapters merged; the decoder's alone if nothing is heard.
+            contents: what is asked, with `<audio>` where the utterance of the row stands.
+        """
+        asked = list(zip(contents, rows, strict=True))
+        prompts = {
+            each: self.chat.prompt([{"role": "user", "content": each[0]}], self.layout)
+            for each in asked
+        }
+        order = sorted(prompts, key=lambda each: len(prompts[each]))
+        found: dict[tuple[str, int | None], list[int]] = {}
+        decoder, stops = self.tuned.model.decoder, self.chat.stop_ids
+        starts = range(0, len(order), self.batch_size)
+        for start in tqdm(starts, desc="answering", unit="batch", leave=False):
+            batch = order[start : start + self.batch_size]
+            filled = batch + batch[:1] * (self.batch_size - len(batch))
+            ids = [prompts[each] for each in filled]
+            given: dict[str, Tokens] = {"text": pad(ids, bucket(max(map(len, ids))), left=True)}
+            if any(row is not None for _, row in filled):
+                given["audio"] = self.hearing.items([row for _, row in filled])
+            prompt = self._prompt(params, given)
+            written = generate(
+                decoder, params["decoder"], prompt, max_tokens=max_tokens, stop_ids=stops
+            ).sequences()
+            for each, answer in zip(batch, written, strict=False):
+                found[each] = [token for token in answer if token not in stops]
+        return [found[each] for each in asked]
+
+    @cached_property
+    def _prompt(self) -> Any:
+        apply = self.tuned.model.apply
+        return jax.jit(lambda params, given: apply({"params": params}, given, method="prompt"))
+
+    def own_answers(self, questions: Sequence[str], max_tokens: int) -> list[list[int]]:
+        """What the language model as it came answers to typed questions; kept once computed."""
+        about = [self.checksum, self.chat.template, max_tokens, list(questions)]
+        key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+        place = paths.cache_dir() / "answers" / f"{key}.json"
+        if not place.exists():
+            params = {"decoder": self.published["base"]["decoder"]}
+            answers = self.write(params, questions, [None] * len(questions), max_tokens)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            paths.write_file(place, json.dumps(answers))
+        return json.loads(place.read_text())
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Ids of an answer as text."""
+        return self.chat.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+
+    def assistant(self, params: Params, data: str, most: int = 80) -> Assistant:
+        """The trained model for files and whoever asks about them.
+
+        Args:
+            params: as trained.
+            most: vectors that it may hear of a recording: 30 s are about 80 words.
+        """
+        listener = self.listener.clone(most=most)
+        model = self.tuned.model.clone(connectors={"audio": listener})
+        layout = model.layout(jax.random.key(0), {"audio": self.hearing.blank(1)})
+        encode = self.hearing.published.module.apply
+        encoder = Encoder(
+            lambda params, sound: (encode({"params": params}, sound), None),
+            self.hearing.published.params,
+            Waveforms(LONGEST),
+        )
+        return Assistant(
+            model,
+            self.tuned.merged(params),
+            self.chat,
+            layout,
+            readers={"audio": self.hearing.read},
+            encoders={"audio": encoder},
+            config=self.config,
+            data=data,
+        )
