@@ -16,6 +16,7 @@ from pathlib import Path
 import jiwer
 import numpy as np
 import sacrebleu
+from sacrebleu.significance import PairedTest
 
 from fusion_jax.data.concepts import normalize
 from fusion_jax.errors import UserError
@@ -71,6 +72,20 @@ def exact_match(written: Sequence[str], true: Sequence[str]) -> Score:
     _check(written, true)
     same = [normalize(one) == normalize(other) for one, other in zip(written, true, strict=True)]
     return _resampled(np.asarray(same, np.float64), np.ones(len(same)))
+
+
+def paired_p_value(one: Sequence[str], other: Sequence[str], true: Sequence[str]) -> float:
+    """How likely a difference in chrF as large as this is if both systems are alike.
+
+    By sacrebleu's paired bootstrap (Koehn 2004): both are resampled on the same sentences.
+    """
+    _check(one, true)
+    _check(other, true)
+    named = [("one", list(one)), ("other", list(other))]
+    metrics = {"chrF": sacrebleu.CHRF(references=[list(true)])}
+    test = PairedTest(named, metrics, references=None, test_type="bs", n_samples=RESAMPLES)
+    _, scores = test()
+    return float(scores["chrF2"][1].p_value)
 
 
 def by_language(

@@ -14,6 +14,7 @@ from fusion_jax.evaluation.translation import (
     character_error_rate,
     chrf,
     exact_match,
+    paired_p_value,
     word_error_rate,
 )
 
@@ -44,6 +45,11 @@ def test_scores_are_the_libraries_own_and_lie_in_their_intervals():
         assert score.low < value < score.high < score.low + 40
         few = measure(WRITTEN[:15], TRUE[:15])
         assert few.high - few.low > score.high - score.low
+
+
+def test_systems_are_compared_on_the_same_sentences():
+    alike, worse = sentences(2, wrong=0.3), sentences(3, wrong=0.6)
+    assert paired_p_value(WRITTEN, worse, TRUE) < 0.01 < paired_p_value(WRITTEN, alike, TRUE)
 
 
 def test_case_and_punctuation_do_not_count_as_errors():
