@@ -101,7 +101,9 @@ def table(rows: list[dict]) -> str:
         ]
         if row["fits"]:
             limit = max(row["seconds"], key=row["seconds"].get)
-            cells += [f"{sum(row['sent'].values()) / GIB:.1f}", f"{row['mfu']:.0%} ({limit})"]
+            sent = row["sent"]
+            cells += ["unknown" if sent is None else f"{sum(sent.values()) / GIB:.1f}"]
+            cells += [f"{row['mfu']:.0%} ({limit})"]
         else:
             cells += ["", "does not fit"]
         lines.append("| " + " | ".join(cells) + " |")

@@ -32,12 +32,14 @@ class Needs:
     Attributes:
         params, frozen, optimizer, batch: what stays, and what comes in.
         activations: what XLA needs beside its arguments and results, gathered params among it.
-        peak: all of it at once; None if it does not fit and XLA does not say.
+        peak: all of it at once; what is held if that alone does not fit.
         fits: whether it compiled.
         flops: with what is computed again in the backward pass.
         accessed: read from and written to memory, by XLA's count, its loops corrected as FLOPs are.
+            It holds what stays in a chip's own caches too, so that it errs on the high side.
         sent: to other chips by kind of collective, see `collectives.traffic`.
-        counts: collectives of each kind in a step.
+        counts: collectives of each kind in a step. All three are None where jaxlib cannot read
+            the program that libtpu made.
     """
 
     params: int
@@ -45,12 +47,12 @@ class Needs:
     optimizer: int
     batch: int
     activations: int = 0
-    peak: float | None = None
+    peak: float = 0.0
     fits: bool = True
     flops: float = 0.0
-    accessed: float = 0.0
-    sent: dict[str, float] = dataclasses.field(default_factory=dict)
-    counts: dict[str, int] = dataclasses.field(default_factory=dict)
+    accessed: float | None = None
+    sent: dict[str, float] | None = None
+    counts: dict[str, int] | None = None
 
     @property
     def held(self) -> int:
@@ -59,29 +61,32 @@ class Needs:
 
     def seconds(self, chip: Chip) -> dict[str, float]:
         """How long a step takes at least, by what limits it: each alone and at its peak rate."""
-        return {
-            "compute": self.flops / chip.flops,
-            "memory": self.accessed / chip.memory_bandwidth,
-            "links": sum(self.sent.values()) / chip.link_bandwidth,
-        }
+        found = {"compute": self.flops / chip.flops}
+        if self.sent is not None:
+            found["memory"] = self.accessed / chip.memory_bandwidth
+            found["links"] = sum(self.sent.values()) / chip.link_bandwidth
+        return found
 
     def mfu(self, chip: Chip, useful: float) -> float:
-        """The most that `useful` FLOPs (nothing computed twice) can be of the peak (a roofline)."""
+        """The most that `useful` FLOPs (nothing is computed twice) are of the peak, by this."""
         return useful / chip.flops / max(self.seconds(chip).values())
 
 
-def trace(experiment: Experiment, settings: Settings, mesh: Mesh) -> tuple[Plan, Any, Any]:
-    """Where everything lives, the abstract batch, and the traced step."""
-    plan = plan_state(experiment, mesh)
+def shapes_of(experiment: Experiment, mesh: Mesh) -> tuple[Plan, Any]:
+    """Where the state and the params live, and a batch, as abstract arrays."""
     rows = NamedSharding(mesh, BATCH)
 
     def shape(leaf: Any) -> jax.ShapeDtypeStruct:
         check_rows(leaf.shape[0], mesh)
-        return jax.ShapeDtypeStruct(
-            leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype), sharding=rows
-        )
+        dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
+        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=rows)
 
-    batch = jax.tree.map(shape, experiment.data[0])
+    return plan_state(experiment, mesh), jax.tree.map(shape, experiment.data[0])
+
+
+def trace(experiment: Experiment, settings: Settings, mesh: Mesh) -> Any:
+    """The step that `train` compiles, traced."""
+    plan, batch = shapes_of(experiment, mesh)
     step = compile_step(
         experiment.objective,
         experiment.optimizer,
@@ -89,7 +94,7 @@ def trace(experiment: Experiment, settings: Settings, mesh: Mesh) -> tuple[Plan,
         plan.state_shardings,
         accumulation=settings.accumulation,
     )
-    return plan, batch, step.trace(plan.state, plan.frozen, batch)
+    return step.trace(plan.state, plan.frozen, batch)
 
 
 def measure(experiment: Experiment, settings: Settings, mesh: Mesh, loops: int = 1) -> Needs:
@@ -101,13 +106,14 @@ def measure(experiment: Experiment, settings: Settings, mesh: Mesh, loops: int =
     Raises:
         UserError: the batch does not divide, or the compiler refuses, and not for memory.
     """
-    plan, batch, traced = trace(experiment, settings, mesh)
+    plan, batch = shapes_of(experiment, mesh)
     needs = Needs(
         *map(bytes_per_device, (plan.state.params, plan.frozen, plan.state.opt_state, batch))
     )
     chip = chip_of(mesh.devices.flat[0])
     if chip is not None and needs.held > chip.memory:
         return dataclasses.replace(needs, peak=float(needs.held), fits=False)
+    traced = trace(experiment, settings, mesh)
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
@@ -116,9 +122,14 @@ def measure(experiment: Experiment, settings: Settings, mesh: Mesh, loops: int =
             raise UserError(f"the compiler says: {str(error).splitlines()[0][:300]}") from error
         peak = float(used[1]) * 1024 ** (1 + "KMGT".index(used[2]))
         return dataclasses.replace(needs, peak=peak, fits=False)
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    memory = compiled.memory_analysis()
     done = flops.count(traced.jaxpr, loops) / mesh.size
-    sent, counts = collectives.traffic(compiled.as_text(), loops)
+    try:
+        text, cost = compiled.as_text(), compiled.cost_analysis()
+        sent, counts = collectives.traffic(text, loops)
+        accessed = cost["bytes accessed"] * max(1.0, done / max(cost["flops"], 1.0))
+    except jax.errors.JaxRuntimeError:  # libtpu's programs for v5p have parts new to this jaxlib
+        sent, counts, accessed = None, None, None
     peak = (
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes
@@ -131,7 +142,7 @@ def measure(experiment: Experiment, settings: Settings, mesh: Mesh, loops: int =
         activations=memory.temp_size_in_bytes,
         peak=float(peak),
         flops=done,
-        accessed=cost["bytes accessed"] * max(1.0, done / max(cost["flops"], 1.0)),
+        accessed=accessed,
         sent=sent,
         counts=counts,
     )
@@ -152,7 +163,7 @@ Build = Callable[[Settings], Experiment]
 def useful_flops(build: Build, settings: Settings, mesh: Mesh, loops: int) -> float:
     """FLOPs of a step on each chip when nothing is computed twice."""
     plain = dataclasses.replace(settings, remat=False)
-    return flops.count(trace(build(plain), plain, mesh)[2].jaxpr, loops) / mesh.size
+    return flops.count(trace(build(plain), plain, mesh).jaxpr, loops) / mesh.size
 
 
 def remedies(settings: Settings, chips: int) -> Iterator[Settings]:

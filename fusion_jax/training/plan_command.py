@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -92,14 +92,14 @@ def main(arguments: Sequence[str]) -> None:
         return
     needs = tried(settings)
     if needs is not None:
-        console.print(_described(needs, chip, useful(), f"{len(devices)} {devices[0].device_kind}"))
+        console.print(_described(needs, chip, useful, f"{len(devices)} {devices[0].device_kind}"))
     if needs is None or needs.fits:
         return
     for other in plan.remedies(settings, len(devices)):
         if (needs := tried(other)) is not None and needs.fits:
             console.print(f"It fits with {_said(other)}:")
             settings = other
-            console.print(_described(needs, chip, useful(), _said(other)))
+            console.print(_described(needs, chip, useful, _said(other)))
             return
     console.print("Nothing that was tried fits: take a larger slice, or a smaller --batch-size")
 
@@ -110,15 +110,15 @@ def _said(settings: Settings) -> str:
     return " ".join(parts + ["--remat"] * settings.remat + ["--scan"] * settings.scan)
 
 
-def size(count: float | None) -> str:
+def size(count: float) -> str:
     """Bytes in the unit that suits them."""
-    if count is None:
-        return "?"
     unit = min(max(int(math.log2(max(count, 1))) // 10, 0), 3)
     return f"{count / 1024**unit:.{2 if unit else 0}f} {('B', 'KiB', 'MiB', 'GiB')[unit]}"
 
 
-def _described(needs: plan.Needs, chip: Chip | None, useful: float, title: str) -> Table:
+def _described(
+    needs: plan.Needs, chip: Chip | None, useful: Callable[[], float], title: str
+) -> Table:
     table = Table("of each chip", "", title=title)
     limit = "" if chip is None else f" of {size(chip.memory)}"
     table.add_row("trained params", size(needs.params))
@@ -127,13 +127,18 @@ def _described(needs: plan.Needs, chip: Chip | None, useful: float, title: str) 
     table.add_row("batch", size(needs.batch))
     if needs.activations:
         table.add_row("activations and gathered params", size(needs.activations))
-    table.add_row("peak", size(needs.peak) + limit + ("" if needs.fits else ": does not fit"))
-    if not needs.flops:
+    peak = "peak" if needs.peak > needs.held else "all of these"
+    table.add_row(peak, size(needs.peak) + limit + ("" if needs.fits else ": does not fit"))
+    if not needs.fits:
         return table
+    useful = useful()
     table.add_row("FLOPs of a step", f"{needs.flops:.3g}, {useful:.3g} if nothing is recomputed")
-    for kind, sent in needs.sent.items():
-        table.add_row(f"sent by {kind}", f"{size(sent)} in {needs.counts[kind]:,}")
-    table.add_row("arithmetic intensity", f"{needs.flops / needs.accessed:.0f} FLOPs a byte")
+    if needs.sent is None:
+        table.add_row("sent and accessed", "unknown: this jaxlib cannot read libtpu's program")
+    else:
+        for kind, sent in needs.sent.items():
+            table.add_row(f"sent by {kind}", f"{size(sent)} in {needs.counts[kind]:,}")
+        table.add_row("arithmetic intensity", f"{needs.flops / needs.accessed:.0f} FLOPs a byte")
     if chip is not None:
         seconds = needs.seconds(chip)
         each = ", ".join(f"{name} {time * 1e3:.1f} ms" for name, time in seconds.items())
@@ -149,20 +154,16 @@ def _ranked(found: dict[str, plan.Needs], chip: Chip | None, useful: float) -> T
     def order(mesh: str) -> tuple[bool, float]:
         needs = found[mesh]
         if not needs.fits:
-            return True, needs.peak or 0.0
+            return True, needs.peak
         return False, max(needs.seconds(chip).values()) if chip else needs.peak
 
     table = Table("mesh", "peak", "sent", "a step takes at least", "MFU at most")
     for mesh in sorted(found, key=order):
         needs = found[mesh]
-        row = [mesh, size(needs.peak)]
-        if not needs.fits:
-            row += ["does not fit"]
-        elif chip is None:
-            row += [size(sum(needs.sent.values()))]
-        else:
+        sent = "" if needs.sent is None else size(sum(needs.sent.values()))
+        row = [mesh, size(needs.peak), sent if needs.fits else "does not fit"]
+        if needs.fits and chip is not None:
             seconds = max(needs.seconds(chip).values())
-            row += [size(sum(needs.sent.values())), f"{seconds * 1e3:.1f} ms"]
-            row += [f"{needs.mfu(chip, useful):.0%}"]
+            row += [f"{seconds * 1e3:.1f} ms", f"{needs.mfu(chip, useful):.0%}"]
         table.add_row(*row)
     return table

@@ -86,7 +86,7 @@ def test_planned_memory_is_what_the_compiler_reports():
     """For the backend that is here, of the step that training itself compiles."""
     experiment, mesh = toy(), make_mesh("data=2,fsdp=4")
     needs = plan.measure(experiment, Settings(), mesh)
-    where, batch, _ = plan.trace(experiment, Settings(), mesh)
+    where, batch = plan.shapes_of(experiment, mesh)
     step = compile_step(experiment.objective, experiment.optimizer, mesh, where.state_shardings)
     memory = step.lower(where.state, where.frozen, batch).compile().memory_analysis()
     scalars = 2 * 4  # step and seed
@@ -167,10 +167,10 @@ def test_flops_count_loops_and_recomputation():
     assert flops.count(looped, loops=7) == 7 * 2 * 8**3
     settings, mesh = of(), make_mesh("data=1", jax.devices()[:1])
     once = plan.useful_flops(build, settings, mesh, 1)
-    again = flops.count(plan.trace(build(settings), settings, mesh)[2].jaxpr)
+    again = flops.count(plan.trace(build(settings), settings, mesh).jaxpr)
     assert 1.1 < again / once < 1.4
     unrolled = of(scan=False, remat=False)
-    assert flops.count(plan.trace(build(unrolled), unrolled, mesh)[2].jaxpr) == once
+    assert flops.count(plan.trace(build(unrolled), unrolled, mesh).jaxpr) == once
 
 
 def test_collectives_in_each_way_of_writing():
