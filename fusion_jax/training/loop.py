@@ -6,7 +6,6 @@ import json
 import math
 import signal
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from fusion_jax.data.pipeline import iterate
 from fusion_jax.errors import UserError
 from fusion_jax.paths import write_file
 from fusion_jax.training.checkpoint import Checkpoints, check_model
+from fusion_jax.training.clock import Clock, speed
 from fusion_jax.training.experiment import Experiment
 from fusion_jax.training.metrics import MetricsFile
 from fusion_jax.training.partition import Params
@@ -134,7 +134,7 @@ def _train(
                 batch = next(batches)
             if settings.profile and step == start + 10:
                 tracing.enter_context(jax.profiler.trace(str(workdir / "profile")))
-            with clock("step"):
+            with clock("compile" if step == start + 1 else "step"):
                 placed = put_batch(batch, mesh)
                 with jax.transfer_guard("disallow"):
                     state, metrics = step_fn(state, frozen, placed)
@@ -158,6 +158,8 @@ def _train(
     with clock("checkpoint"):
         checkpoints.wait()
     say(clock.summary())
+    if settings.engine == "jit" and settings.steps > start + LAG:
+        say(speed(step_fn.trace(state, frozen, placed).jaxpr, mesh, clock, settings.steps - start))
 
     chosen = checkpoints.chosen()
     if chosen != settings.steps:
@@ -227,42 +229,6 @@ def interruption() -> Iterator[Any]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-class Clock:
-    """Where the wall time of a run went."""
-
-    def __init__(self) -> None:
-        self.spent: dict[str, float] = collections.defaultdict(float)
-        self.began = time.perf_counter()
-        self._ticks: collections.deque[tuple[int, float]] = collections.deque(maxlen=50)
-
-    @contextlib.contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.spent[name] += time.perf_counter() - start
-
-    def tick(self, step: int) -> None:
-        """A step was dispatched now."""
-        self._ticks.append((step, time.perf_counter()))
-
-    def rate(self, step: int) -> float:
-        """Steps a second lately."""
-        if len(self._ticks) < 2:
-            return 0.0
-        (first, began), (last, ended) = self._ticks[0], self._ticks[-1]
-        return (last - first) / max(ended - began, 1e-9)
-
-    def summary(self) -> str:
-        """One line; waiting for data is counted from the host, so it is an upper bound."""
-        total = time.perf_counter() - self.began
-        looped = self.spent["data"] + self.spent["step"]
-        waited = 100 * self.spent["data"] / max(looped, 1e-9)
-        parts = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.spent.items())
-        return f"{total:.1f} s in all: {parts}; waited for data {waited:.1f}% of the loop"
 
 
 def _not_finite(

@@ -8,12 +8,14 @@ import jax.numpy as jnp
 from fusion_jax import attention, attention_kernels
 from fusion_jax.paths import cache_dir
 from fusion_jax.pretrained import load
+from fusion_jax.ring import ring
 from fusion_jax.training.settings import Settings
 
 KERNELS = {
     "xla": attention.dense_attend,
     "cudnn": attention_kernels.cudnn,
     "splash": attention_kernels.splash,
+    "ring": ring,
 }
 
 

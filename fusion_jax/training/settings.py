@@ -39,8 +39,8 @@ class Settings:
     """What compiles the step."""
     remat: bool = runtime(False)
     """Recompute such a model's activations in the backward pass, to save memory."""
-    attention: Literal["xla", "cudnn", "splash"] = runtime("xla")
-    """What computes attention: any device, a GPU in bfloat16, or a TPU."""
+    attention: Literal["xla", "cudnn", "splash", "ring"] = runtime("xla")
+    """What computes attention: any device, a GPU in bfloat16, a TPU, or sequences over `tensor`."""
     log_every: int = runtime(10)
     """Steps between two lines of metrics."""
     evaluate_every: int = runtime(0)
