@@ -29,19 +29,16 @@ from fusion_jax.data.domain_batches import own_share
 from fusion_jax.data.pipeline import Batches, Mixture
 from fusion_jax.data.spoken import Spoken, Utterance
 from fusion_jax.data.streams import Phases, Streams
-from fusion_jax.encoders.mel import spec_augment
 from fusion_jax.errors import UserError
 from fusion_jax.evaluation.table import print_table
 from fusion_jax.evaluation.translation import chrf, word_error_rate
 from fusion_jax.knowledge import wordnet
 from fusion_jax.language.ask import Assistant
-from fusion_jax.language.hearing import Dictation, Turn, as_items, open_hearing
+from fusion_jax.language.hearing import Dictation, Turn, open_hearing
 from fusion_jax.language.listener import Spelling
 from fusion_jax.language.spoken import SpokenLM
 from fusion_jax.language.tuned import TRAINED
-from fusion_jax.objectives.combine import Batch, Metrics, Objective, on_batch, weighted_sum
-from fusion_jax.objectives.generative import causal_lm
-from fusion_jax.objectives.recognition import ctc
+from fusion_jax.objectives.recognition import answer_and_spell
 from fusion_jax.pretrained.load import load
 from fusion_jax.tokens import Tokens
 from fusion_jax.training.experiment import Experiment
@@ -260,42 +257,11 @@ def stream(s: Settings, corpus: Corpus, model: SpokenLM) -> Phases:
     )
 
 
-def objective_of(s: Settings, model: SpokenLM) -> Objective:
-    """Spell; and answer, where the batch holds turns."""
-    spelling = ctc(lambda logits: logits, "spoken")
-
-    def spell(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Metrics]:
-        masked, dropped = jax.random.split(rng)
-        heard = spec_augment(batch["audio"], masked, bands=30, time=0.1)
-        logits, _ = model.listener.apply(
-            {"params": params["base"]["connectors_audio"]},
-            heard,
-            train=True,
-            rngs={"dropout": dropped},
-            method="spell",
-        )
-        return spelling(logits, batch)
-
-    answer = causal_lm(model.tuned, chunk=8)
-
-    def reply(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Metrics]:
-        return answer(params, as_items(batch), rng)
-
-    alone = on_batch("listen", spell)
-    both = weighted_sum({on_batch("turn", reply): 1.0, alone: s.ctc_weight})
-
-    def objective(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Metrics]:
-        return (both if "turn" in batch else alone)(params, batch, rng)
-
-    return objective
-
-
 def build(s: Settings) -> Experiment:
     if not 0 < s.listen_steps < s.steps:
         raise UserError(f"--listen-steps {s.listen_steps} must lie between 0 and {s.steps}")
     corpus, model = assemble(s)
     data = stream(s, corpus, model)
-    first = as_items(data[s.listen_steps]["turn"])
     phases = (s.listen_steps, s.steps - s.listen_steps)
     schedule = optax.join_schedules(
         [optax.warmup_cosine_decay_schedule(0.0, s.learning_rate, n // 10, n) for n in phases],
@@ -303,8 +269,8 @@ def build(s: Settings) -> Experiment:
     )
     return Experiment(
         data=data,
-        init=lambda key: model.tuned.init(key, first),
-        objective=objective_of(s, model),
+        init=model.init(data[s.listen_steps]["turn"]),
+        objective=answer_and_spell(model, s.ctc_weight),
         optimizer=optax.chain(
             optax.clip_by_global_norm(1.0),
             optax.adamw(schedule, weight_decay=0.01),

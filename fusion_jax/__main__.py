@@ -1,4 +1,4 @@
-"""python -m fusion_jax train|evaluate|compress|fetch|ask ...: each command is a function below."""
+"""python -m fusion_jax train|evaluate|fetch|ask|chat ...: each command is a function below."""
 
 import dataclasses
 import sys
@@ -18,6 +18,8 @@ USAGE = """usage: python -m fusion_jax COMMAND ...
   compress --workdir DIR --recipe int8        write a smaller workdir, and compare
   fetch NAME                                  bring a pretrained checkpoint or data set
   ask --model NAME | --workdir DIR QUESTION   ask a language model
+  chat --model NAME | --workdir DIR           talk with one: text, speech, pictures
+  translate --workdir DIR --to LANG TEXT|FILE translate text, speech, or both
   export --workdir DIR | --model NAME FOLDER  write a model that runs without this codebase
   serve FOLDER | --workdir DIR [--page]       serve such a folder, or a run, over HTTP
 """
@@ -126,6 +128,28 @@ def ask(arguments: list[str]) -> None:
         tyro.cli(answer, args=arguments, prog="python -m fusion_jax ask")
 
 
+def chat(arguments: list[str]) -> None:
+    """Talks with a language model."""
+    from fusion_jax.compression.running import running
+    from fusion_jax.language.conversation import chat as talk
+    from fusion_jax.training import runtime
+
+    runtime.start()
+    with running():
+        tyro.cli(talk, args=arguments, prog="python -m fusion_jax chat")
+
+
+def translate(arguments: list[str]) -> None:
+    """Translates text, speech, or both."""
+    from fusion_jax.compression.running import running
+    from fusion_jax.language.translate import translate as write
+    from fusion_jax.training import runtime
+
+    runtime.start()
+    with running():
+        tyro.cli(write, args=arguments, prog="python -m fusion_jax translate")
+
+
 def export(arguments: list[str]) -> None:
     """Writes a model that runs without this codebase."""
     from fusion_jax.compression.running import running
@@ -168,6 +192,8 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "compress": compress,
     "fetch": fetch,
     "ask": ask,
+    "chat": chat,
+    "translate": translate,
     "export": export,
     "serve": serve,
 }

@@ -10,12 +10,14 @@ keep it apart.
 
 import dataclasses
 import hashlib
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from fusion_jax.data import espeak, flite
+from fusion_jax.data.audio import decode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Utterance:
         voice: of the synthesizer that says it; or
         recording: gives encoded bytes of somebody who does,
         key: and what identifies those.
+        noise: decibels by which the speech is louder than white noise mixed into it, or None.
     """
 
     text: str
@@ -35,6 +38,7 @@ class Utterance:
     voice: flite.Voice | espeak.Voice | None = None
     recording: Callable[[], bytes] | None = None
     key: str = ""
+    noise: float | None = None
 
     @property
     def synthetic(self) -> bool:
@@ -43,6 +47,15 @@ class Utterance:
 
     def sound(self) -> np.ndarray | bytes:
         """Samples at 16 kHz, or encoded bytes."""
+        if self.noise is None:
+            return self._clean()
+        sound = self._clean()
+        samples = decode(sound, self.text) if isinstance(sound, bytes) else sound
+        drawn = np.random.default_rng(zlib.crc32(self.text.encode())).normal(size=len(samples))
+        scale = np.sqrt(np.mean(samples**2)) * 10 ** (-self.noise / 20)
+        return samples + (scale * drawn).astype(np.float32)
+
+    def _clean(self) -> np.ndarray | bytes:
         if self.recording is not None:
             return self.recording()
         if isinstance(self.voice, flite.Voice):
@@ -59,7 +72,7 @@ class Spoken:
     @property
     def checksum(self) -> str:
         """Of all that is said, by whom."""
-        said = [(u.text, u.language, repr(u.voice), u.key) for u in self.utterances]
+        said = [(u.text, u.language, repr(u.voice), u.key, u.noise) for u in self.utterances]
         return hashlib.sha256(repr(said).encode()).hexdigest()
 
     def __len__(self) -> int:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +12,7 @@ import tyro
 
 from fusion_jax.data.pipeline import Transform
 from fusion_jax.errors import UserError
-from fusion_jax.language.chat import Chat, text_stream
+from fusion_jax.language.chat import Chat, Message, text_stream
 from fusion_jax.language.decoder import Decoder
 from fusion_jax.language.fused import FusedLM, Layout
 from fusion_jax.language.generate import stream
@@ -39,7 +40,7 @@ class Encoder:
     count: int = 0
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Assistant:
     """A model that answers, with all that this needs.
 
@@ -81,7 +82,22 @@ class Assistant:
         Raises:
             UserError: media that the model does not read; more marks than files; too long.
         """
-        media = {name: files for name, files in (media or {}).items() if files}
+        return self.reply(
+            [{"role": "user", "content": self.marked(question, media or {})}],
+            media or {},
+            max_tokens=max_tokens,
+            sampling=sampling,
+            stops=stops,
+            seed=seed,
+        )
+
+    def marked(self, question: str, media: Mapping[str, Sequence[Path]]) -> str:
+        """The question with a mark for each file, and what is said of each behind its mark.
+
+        Raises:
+            UserError: media that the model does not read.
+        """
+        media = {name: files for name, files in media.items() if files}
         unread = sorted(set(media) - set(self.readers))
         if unread:
             raise UserError(f"this model does not read {unread}; it reads {sorted(self.readers)}")
@@ -93,7 +109,25 @@ class Assistant:
                 if len(after) == len(files):  # else the layout says what is wrong
                     said = (f"<{name}>{self.words[name](file)}" for file in files)
                     question = before + "".join(map("".join, zip(said, after, strict=True)))
-        prompt, decoder, params = self._prompt(question, media)
+        return question
+
+    def reply(
+        self,
+        messages: Sequence[Message],
+        media: Mapping[str, Sequence[Path]],
+        *,
+        max_tokens: int = 256,
+        sampling: Sampling | None = None,
+        stops: Sequence[str] = (),
+        seed: int = 0,
+    ) -> Iterator[str]:
+        """What follows the messages, in pieces.
+
+        Args:
+            messages: {"role", "content"} as `marked` and `reply` gave them before.
+            media: {name: files of all messages, in the order of their marks}.
+        """
+        prompt, decoder, params = self.prompt(self.ids(messages, media), media)
         chunks = stream(
             decoder,
             params,
@@ -105,25 +139,50 @@ class Assistant:
         )
         return text_stream(self.chat.tokenizer, (rows[0] for rows in chunks), stops)
 
-    def _prompt(
-        self, question: str, media: Mapping[str, Sequence[Path]]
-    ) -> tuple[Prompt, Decoder, dict[str, Any]]:
+    def ids(self, messages: Sequence[Message], media: Mapping[str, Sequence[Path]]) -> list[int]:
+        """What the model reads of messages; raises as `Layout.encode`."""
         layout = self.layout
         if layout is not None:
             items = {name: len(media.get(name, ())) for name in layout.items}
             layout = dataclasses.replace(layout, items=items)
         if self.chat.template is None:
-            ids = self.chat.encode(question, layout)
-        else:
-            ids = self.chat.prompt([{"role": "user", "content": question}], layout)
+            return self.chat.encode("\n".join(m["content"] for m in messages), layout)
+        return self.chat.prompt(messages, layout)
+
+    def prompt(
+        self, ids: list[int], media: Mapping[str, Sequence[Path]]
+    ) -> tuple[Prompt, Decoder, dict[str, Any]]:
+        """Those ids with the files read, and the decoder that goes on from them."""
         if not isinstance(self.model, FusedLM):
             return Prompt.of([ids]), self.model, self.params
         batch: dict[str, Tokens] = {"text": pad([ids], bucket(len(ids)), left=True)}
         for name, files in media.items():
-            parts = [self.readers[name](file) for file in files]
-            batch[name] = jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1), *parts)
-        run = jax.jit(lambda params, batch: self.model.apply(params, batch, method="prompt"))
-        return run({"params": self.params}, batch), self.model.decoder, self.params["decoder"]
+            if files:
+                batch[name] = joined([self.readers[name](file) for file in files])
+        return self._run({"params": self.params}, batch), self.model.decoder, self.params["decoder"]
+
+    @property
+    def decoder(self) -> Decoder:
+        """The language model itself."""
+        return self.model.decoder if isinstance(self.model, FusedLM) else self.model
+
+    @cached_property
+    def _run(self) -> Callable[..., Prompt]:
+        return jax.jit(lambda params, batch: self.model.apply(params, batch, method="prompt"))
+
+
+def joined(items: Sequence[Tokens]) -> Tokens:
+    """Items [1, 1, t, ...] of any lengths t as one [1, items, longest, ...]."""
+    longest = max(item.mask.shape[2:] for item in items)
+
+    def pad_to(leaf: np.ndarray) -> np.ndarray:
+        missing = [
+            (0, wanted - have) for have, wanted in zip(leaf.shape[2:], longest, strict=False)
+        ]
+        return np.pad(leaf, [(0, 0), (0, 0), *missing, *[(0, 0)] * (leaf.ndim - 2 - len(missing))])
+
+    padded = [jax.tree.map(pad_to, item) for item in items]
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1), *padded)
 
 
 def ask(

@@ -161,7 +161,10 @@ class Turns:
         return len(self.turns)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        turn = self.turns[index]
+        return self.example(self.turns[index], index)
+
+    def example(self, turn: Turn, number: int) -> dict[str, Any]:
+        """A turn, be it among `turns` or not."""
         asked = {"role": "user", "content": turn.content}
         if isinstance(turn.answer, str):
             said = {"role": "assistant", "content": turn.answer}
@@ -171,7 +174,7 @@ class Turns:
             ids = [*before, *turn.answer]
             weights = [0.0] * len(before) + [1.0] * len(turn.answer)
         return {
-            "id": index,
+            "id": number,
             "text": np.asarray(ids, np.int32),
             "weight": np.asarray(weights, np.float32),
             "audio": None if turn.row is None else self.hearing.tokens(turn.row),

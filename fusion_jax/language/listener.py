@@ -101,6 +101,17 @@ def new_pieces(logits: Tokens) -> jax.Array:
     return logits.mask & (best != BLANK) & (best != before)
 
 
+def best_path(logits: Tokens, blank: int = BLANK) -> list[list[int]]:
+    """What the likeliest class of each frame spells: repeats merged, then blanks removed."""
+    best, mask = np.asarray(logits.values.argmax(axis=-1)), np.asarray(logits.mask)
+    written = []
+    for row, real in zip(best, mask, strict=True):
+        said = row[real]
+        kept = np.flatnonzero(np.diff(said, prepend=-1))
+        written.append([int(each) for each in said[kept] if each != blank])
+    return written
+
+
 def _standardized(tokens: Tokens) -> Tokens:
     """Mean 0 and deviation 1 of each feature over a row's real frames."""
     weight = tokens.mask[:, :, None].astype(jnp.float32)

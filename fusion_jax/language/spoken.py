@@ -8,7 +8,7 @@ spoken.write(params, ["<audio>"], [3], max_tokens=24)                     # what
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -20,10 +20,10 @@ from fusion_jax import paths
 from fusion_jax.data.audio import Waveforms
 from fusion_jax.language.ask import Assistant, Encoder
 from fusion_jax.language.chat import Chat
-from fusion_jax.language.fused import FusedLM, Layout, Params
+from fusion_jax.language.fused import Batch, FusedLM, Layout, Params
 from fusion_jax.language.generate import generate
-from fusion_jax.language.hearing import LONGEST, Hearing, Turn, Turns
-from fusion_jax.language.listener import Listener, Spelling
+from fusion_jax.language.hearing import LONGEST, Hearing, Turn, Turns, as_items
+from fusion_jax.language.listener import Listener, Spelling, best_path
 from fusion_jax.language.prompt import bucket, pad
 from fusion_jax.language.tuned import Tuned
 from fusion_jax.pretrained.load import Pretrained
@@ -91,6 +91,10 @@ class SpokenLM:
             checkpoint.checksum,
         )
 
+    def init(self, batch: Batch) -> Callable[[jax.Array], Params]:
+        """`Experiment.init`, from a batch of `Turns`."""
+        return lambda key: self.tuned.init(key, as_items(batch))
+
     def turns(self, turns: Sequence[Turn], length: int) -> Turns:
         """A source to train on."""
         return Turns(turns, self.hearing, self.chat, self.layout, length)
@@ -106,8 +110,6 @@ class SpokenLM:
         return written
 
     def _best(self, params: Params, sound: Tokens) -> list[list[int]]:
-        from fusion_jax.objectives.recognition import best_path
-
         return best_path(self._spell(params, sound))
 
     @cached_property

@@ -11,10 +11,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from fusion_jax.objectives.combine import Batch, Loss, Metrics
+from fusion_jax.encoders.mel import spec_augment
+from fusion_jax.language.hearing import as_items
+from fusion_jax.language.spoken import SpokenLM
+from fusion_jax.objectives.combine import (
+    Batch,
+    Loss,
+    Metrics,
+    Objective,
+    Params,
+    on_batch,
+    weighted_sum,
+)
+from fusion_jax.objectives.generative import causal_lm
 from fusion_jax.objectives.rows import row_mean
 from fusion_jax.tokens import Tokens, fill
 
@@ -69,12 +80,35 @@ def ctc(logits: Callable[[Any], Tokens], labels: str, blank: int = 0) -> Loss:
     return ctc
 
 
-def best_path(logits: Tokens, blank: int = 0) -> list[list[int]]:
-    """What the likeliest class of each frame spells: repeats merged, then blanks removed."""
-    best, mask = np.asarray(logits.values.argmax(axis=-1)), np.asarray(logits.mask)
-    written = []
-    for row, real in zip(best, mask, strict=True):
-        said = row[real]
-        kept = np.flatnonzero(np.diff(said, prepend=-1))
-        written.append([int(each) for each in said[kept] if each != blank])
-    return written
+def answer_and_spell(model: SpokenLM, ctc_weight: float, label_smoothing: float = 0.0) -> Objective:
+    """Spells the stream "listen" of `Dictation`, and learns answers where there is one of `Turns`.
+
+    Args:
+        ctc_weight: of the spelling, once there are answers.
+    """
+    spelling = ctc(lambda logits: logits, "spoken")
+
+    def spell(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Metrics]:
+        masked, dropped = jax.random.split(rng)
+        heard = spec_augment(batch["audio"], masked, bands=30, time=0.1)
+        logits, _ = model.listener.apply(
+            {"params": params["base"]["connectors_audio"]},
+            heard,
+            train=True,
+            rngs={"dropout": dropped},
+            method="spell",
+        )
+        return spelling(logits, batch)
+
+    answer = causal_lm(model.tuned, chunk=8, label_smoothing=label_smoothing)
+
+    def reply(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Metrics]:
+        return answer(params, as_items(batch), rng)
+
+    alone = on_batch("listen", spell)
+    both = weighted_sum({on_batch("turn", reply): 1.0, alone: ctc_weight})
+
+    def objective(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Metrics]:
+        return (both if "turn" in batch else alone)(params, batch, rng)
+
+    return objective

@@ -131,7 +131,9 @@ def test_evidence_is_the_change_of_the_answers_likelihood(address, files, listen
 
     found = scored(seen.name, heard.name)
     question = f"<image>{listening.words['image'](seen)}<audio>w5 w6"
-    prompt, decoder, params = listening._prompt(question, {"image": [seen], "audio": [heard]})
+    media = {"image": [seen], "audio": [heard]}
+    ids = listening.ids([{"role": "user", "content": question}], media)
+    prompt, decoder, params = listening.prompt(ids, media)
     whole = float(choose(decoder, params, prompt, [[7, 9, 2, 5]])[0, 0])
     assert found["tokens"] == 4 and set(found["evidence"]) == {"audio", "image", "text"}
     assert found["log_likelihood"] == pytest.approx(whole, abs=1e-3)

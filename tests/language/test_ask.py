@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import io
 from pathlib import Path
 
 import jax
@@ -13,6 +14,7 @@ from fusion_jax.errors import UserError
 from fusion_jax.language.ask import Assistant, ask
 from fusion_jax.language.chat import Chat
 from fusion_jax.language.connectors import Projection
+from fusion_jax.language.conversation import Conversation, talk
 from fusion_jax.language.fused import FusedLM, init_around
 from fusion_jax.language.generate import generate
 from fusion_jax.language.prompt import pad
@@ -24,6 +26,8 @@ spec.loader.exec_module(tiny)
 
 
 def read(file: Path) -> Tokens:
+    if not file.exists():
+        raise UserError(f"cannot read {file}")
     values = np.frombuffer(file.read_bytes(), np.uint8)[:6].astype(np.float32) / 100
     return Tokens(values.reshape(1, 1, 2, 3), np.ones((1, 1, 2), bool))
 
@@ -90,6 +94,44 @@ def test_the_answer_is_that_of_generate(assistant):
     ids = generate(decoder, params, Prompt.of([[5, 6]]), max_tokens=7).sequences()[0]
     found = "".join(assistant.answer("w5 w6", max_tokens=7))
     assert found == " ".join(f"w{i}" for i in ids)
+
+
+def test_turns_follow_each_other_and_the_oldest_are_forgotten(assistant, tmp_path):
+    file = tmp_path / "picture"
+    file.write_bytes(b"abcdef")
+    template = "{% for m in messages %}{{ m.content }} w3 {% endfor %}"
+    chatting = dataclasses.replace(assistant, chat=Chat(assistant.chat.tokenizer, template, {}, ()))
+    talked = Conversation(chatting, max_tokens=4)
+    first = "".join(talked.say("w5", {"image": [file]}))
+    second = "".join(talked.say("w6 w7"))
+    whole = f"<image>w5 w3 {first} w3 w6 w7"
+    plain = {"role": "user", "content": f"{whole} w3 "}
+    assert second == "".join(assistant.reply([plain], {"image": [file]}, max_tokens=4))
+    with pytest.raises(UserError, match="cannot read"):
+        "".join(talked.say("w5", {"image": [tmp_path / "none"]}))
+    assert len(talked.turns) == 2
+    # With room for this turn alone, the earlier ones are forgotten, the picture with them.
+    model = assistant.model.clone(decoder=assistant.model.decoder.clone(context_length=8))
+    talked.assistant = dataclasses.replace(chatting, model=model)
+    third = "".join(talked.say("w8 w9"))
+    assert talked.turns[0][0]["content"] == "w8 w9" and len(talked.turns) == 1
+    assert third == "".join(
+        assistant.reply([{"role": "user", "content": "w8 w9 w3 "}], {}, max_tokens=4)
+    )
+
+
+def test_lines_are_turns_and_a_wrong_one_is_told(assistant, tmp_path):
+    file = tmp_path / "a picture"
+    file.write_bytes(b"abcdef")
+    lines = io.StringIO(f"/image '{file}'\nw5\n/audio x.wav\nw6\nw7\n/new\nw7\n/quit\nw8\n")
+    out = io.StringIO()
+    conversation = Conversation(assistant, max_tokens=3)
+    talk(conversation, lines, out)
+    told = out.getvalue().splitlines()
+    assert len(told) == 4 and told[1].startswith("error: this model does not read ['audio']")
+    assert told[0] == "".join(assistant.answer("w5", {"image": [file]}, max_tokens=3))
+    assert told[3] == "".join(assistant.answer("w7", max_tokens=3))
+    assert len(conversation.turns) == 1
 
 
 def test_whom_to_ask():

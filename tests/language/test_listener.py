@@ -6,8 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusion_jax.language.listener import Listener, Spelling, new_pieces
-from fusion_jax.objectives.recognition import best_path
+from fusion_jax.language.listener import Listener, Spelling, best_path, new_pieces
 from fusion_jax.tokens import Tokens
 
 LISTENER = Listener(width=6, pieces=4, most=5, stack=2, hidden_width=8, depth=1)

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
+from fusion_jax.language.listener import best_path
 from fusion_jax.objectives.combine import weighted_sum
-from fusion_jax.objectives.recognition import best_path, ctc, ctc_nll
+from fusion_jax.objectives.recognition import ctc, ctc_nll
 from fusion_jax.tokens import Tokens
 
 CLASSES, FRAMES = 6, 9

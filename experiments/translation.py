@@ -1,0 +1,368 @@
+"""Text, speech, or both, from many languages to many: one small language model that translates.
+
+    python -m fusion_jax train experiments/translation.py
+    python -m fusion_jax translate --workdir runs/translation --to en recording.ogg
+    python -m fusion_jax translate --workdir runs/translation --from fr --to es "un chat"
+
+SmolLM2 with LoRA, and Moonshine Tiny's frozen encoder behind a `Listener` that first learns to
+spell what people say in nine languages (CTC). Data are the captions and recordings of the Tux Paint
+stamps. They are split by concept: no thing that is tested on was written or said in any language in
+training, so what a new thing is called must come from the model's own English and from what words
+have in common. A second split is by language: no recording of an `unheard` one was in training.
+"""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optax
+from tokenizers import Tokenizer
+
+from fusion_jax.data import questions, stamps
+from fusion_jax.data.domain_batches import own_share
+from fusion_jax.data.pipeline import Batches
+from fusion_jax.data.spoken import Spoken, Utterance
+from fusion_jax.data.streams import Phases, Streams
+from fusion_jax.errors import UserError
+from fusion_jax.evaluation.captions import chrf as alike
+from fusion_jax.evaluation.translation import (
+    Score,
+    character_error_rate,
+    chrf,
+    exact_match,
+    format_scores,
+    plot_scores,
+)
+from fusion_jax.language.answers import PLAIN
+from fusion_jax.language.ask import Assistant
+from fusion_jax.language.hearing import Dictation, Turn, Turns, open_hearing
+from fusion_jax.language.listener import Spelling
+from fusion_jax.language.spoken import SpokenLM
+from fusion_jax.language.translate import instruction
+from fusion_jax.language.tuned import TRAINED
+from fusion_jax.objectives.recognition import answer_and_spell
+from fusion_jax.pretrained.load import load
+from fusion_jax.training.experiment import Experiment
+from fusion_jax.training.partition import Params
+from fusion_jax.training.settings import Settings as Base
+from fusion_jax.training.step import parameter_ema
+
+LANGUAGES = ("en", "fr", "ro", "ru", "ca", "bg", "es", "be", "el", "da", "de", "it", "pt", "nl")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(Base):
+    steps: int = 1300
+    """Of them `listen_steps` train the listener alone, and are quick."""
+    listen_steps: int = 800
+    batch_size: int = 32
+    """Recordings that are spelled in a step."""
+    turns: int = 16
+    """Translations of a step."""
+    checkpoint_every: int = 200
+    learning_rate: float = 2e-3
+    language_model: str = "smollm2-135m-instruct"
+    """A name, hub id, folder or GGUF file of a decoder."""
+    tower: str = "moonshine-tiny"
+    """A published encoder of sound."""
+    lora_rank: int = 16
+    lora: str = "attention/(query|value|out)|mlp/down"
+    """Which of the decoder's kernels get adapters."""
+    ctc_weight: float = 0.3
+    """Of the spelling, once translations are learned."""
+    label_smoothing: float = 0.1
+    languages: tuple[str, ...] = LANGUAGES
+    """Of captions; recordings serve where there are any."""
+    unheard: tuple[str, ...] = ("da",)
+    """Languages of which no recording is trained on."""
+    temperature: float = 2.0
+    """A target language is drawn in proportion to its captions' number to the power 1 / this."""
+    shares: tuple[float, ...] = (0.3, 0.3, 0.25, 0.15)
+    """Of translating text, speech, and both, and of writing down speech."""
+    seconds: float = 4.5
+    """What lies beyond is not heard in training."""
+    length: int = 72
+    """Ids of a translation and what it is of."""
+    most: int = 30
+    """Test items of each language, at most."""
+    stamps: Path | None = None
+    """Tux Paint's stamps, if they are not to be fetched."""
+    development: bool = False
+    """Report on validation concepts in place of the test ones."""
+
+
+# ------------------------------------------------------------------------------------------ data
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Captions of rows {row: {language: text}} of each side, and who said which.
+
+    Attributes:
+        rows: of the stamps on each side, "train" and "held".
+        spoken: {(row, language, decibels or None): utterance}.
+    """
+
+    captions: dict[int, dict[str, str]]
+    rows: dict[str, list[int]]
+    utterances: list[Utterance]
+    spoken: dict[tuple[int, str, float | None], int]
+
+    def languages(self, row: int) -> list[str]:
+        """Of recordings of a row."""
+        return [language for at, language, noise in self.spoken if at == row and noise is None]
+
+
+NOISES = (20.0, 10.0, 0.0)
+NOISY = "fr"
+"""The language of which recordings are tested in noise as well."""
+
+
+def read_corpus(s: Settings) -> Corpus:
+    """Looks captions and recordings up."""
+    source = stamps.load(s.stamps)
+    sides = questions.splits(questions.read_things(source), s.seed)
+    rows = {"train": sides["train"], "held": sides["validation" if s.development else "test"]}
+    captions: dict[int, dict[str, str]] = {}
+    utterances: list[Utterance] = []
+    spoken: dict[tuple[int, str, float | None], int] = {}
+    for side, those in rows.items():
+        for row in those:
+            example = source[row]
+            texts = {lang: questions.first_clause(t) for lang, t in example["text"].items()}
+            captions[row] = {lang: texts[lang] for lang in s.languages if texts.get(lang)}
+            for language in example.get("audio") or {}:
+                unheard = side == "train" and language in s.unheard
+                if language not in captions[row] or unheard:
+                    continue
+                read = lambda row=row, language=language: source[row]["audio"][language]  # noqa: E731
+                noises = NOISES if side == "held" and language == NOISY else ()
+                for noise in (None, *noises):
+                    spoken[row, language, noise] = len(utterances)
+                    text, key = captions[row][language], f"stamps {source.checksum} {row}"
+                    utterances.append(
+                        Utterance(text, language, recording=read, key=key, noise=noise)
+                    )
+    return Corpus(captions, rows, utterances, spoken)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Drawn:
+    """A source of translations: each index is a row, two languages and a way to give the first.
+
+    What it is depends on (seed, index) alone. There are as many as row, language and language.
+    """
+
+    corpus: Corpus
+    turns: Turns
+    shares: Sequence[float]
+    temperature: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        rows = [row for row in self.corpus.rows["train"] if len(self.corpus.captions[row]) > 1]
+        counts = Counter(lang for row in rows for lang in self.corpus.captions[row])
+        weights = {lang: count ** (1 / self.temperature) for lang, count in counts.items()}
+        object.__setattr__(self, "rows", rows)
+        object.__setattr__(self, "weights", weights)
+        object.__setattr__(self, "heard", {row: self.corpus.languages(row) for row in rows})
+
+    def __len__(self) -> int:
+        return len(self.rows) * len(self.weights) ** 2
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        rng = np.random.default_rng([self.seed, index])
+        row = self.rows[index % len(self.rows)]
+        return self.turns.example(self._turn(row, rng), index)
+
+    def _turn(self, row: int, rng: np.random.Generator) -> Turn:
+        captions, heard = self.corpus.captions[row], self.heard[row]
+        shares = np.array(self.shares) * ([1, 1, 1, 1] if heard else [1, 0, 0, 0])
+        way = rng.choice(4, p=shares / shares.sum())
+        source = str(rng.choice(heard if way else sorted(captions)))
+        if way == 3:  # write down what is said
+            to = source
+        else:
+            others = sorted(set(captions) - {source})
+            weights = np.array([self.weights[lang] for lang in others])
+            to = str(rng.choice(others, p=weights / weights.sum()))
+        text = captions[source] if way in (0, 2) else None
+        known = source if rng.random() < 0.5 else None
+        asked = instruction(to, known, text, spoken=way > 0)
+        utterance = self.corpus.spoken[row, source, None] if way else None
+        return Turn(asked, captions[to], utterance, to)
+
+
+# ------------------------------------------------------------------------------ model, objective
+
+
+def assemble(s: Settings) -> tuple[Corpus, SpokenLM]:
+    """What is translated, and the language model that hears and reads it."""
+    corpus = read_corpus(s)
+    hearing = open_hearing(Spoken(corpus.utterances), s.tower, seconds=s.seconds)
+    checkpoint = load(s.language_model)
+    if checkpoint.tokenizer is None:
+        raise UserError(f"{s.language_model} has no tokenizer")
+    ids = [in_pieces(checkpoint.tokenizer, corpus.utterances[u].text) for u in heard(corpus)]
+    spelling = Spelling(ids, checkpoint.params["embedding"]["embedding"])
+    ranks = {s.lora: s.lora_rank} if s.lora_rank else {}
+    model = SpokenLM.of(checkpoint, hearing, spelling, ranks=ranks, template=PLAIN)
+    return corpus, model
+
+
+def heard(corpus: Corpus) -> list[int]:
+    """Utterances of training."""
+    rows = set(corpus.rows["train"])
+    return [number for (row, *_), number in corpus.spoken.items() if row in rows]
+
+
+def in_pieces(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of a caption as they stand in the middle of a line."""
+    return tokenizer.encode(" " + text, add_special_tokens=False).ids
+
+
+def build(s: Settings) -> Experiment:
+    if not 0 < s.listen_steps < s.steps:
+        raise UserError(f"--listen-steps {s.listen_steps} must lie between 0 and {s.steps}")
+    corpus, model = assemble(s)
+    numbers = heard(corpus)
+    ids = [in_pieces(model.chat.tokenizer, corpus.utterances[u].text) for u in numbers]
+    classes = [model.spelling.classes(each) for each in ids]
+    dictation = Dictation(numbers, classes, model.hearing, most=32)
+    share = own_share()
+    listen = Batches(dictation, s.batch_size, dictation.transforms, seed=s.seed, **share)
+    turns = model.turns((), s.length)
+    drawn = Drawn(corpus, turns, s.shares, s.temperature, s.seed)
+    turn = Batches(drawn, s.turns, turns.transforms, seed=s.seed, **share)
+    both = Streams({"listen": listen, "turn": turn})
+    phases = (s.listen_steps, s.steps - s.listen_steps)
+    schedule = optax.join_schedules(
+        [optax.warmup_cosine_decay_schedule(0.0, s.learning_rate, n // 10, n) for n in phases],
+        [phases[0]],
+    )
+    return Experiment(
+        data=Phases([(Streams({"listen": listen}), s.listen_steps), (both, 0)]),
+        init=model.init(turn[0]),
+        objective=answer_and_spell(model, s.ctc_weight, label_smoothing=s.label_smoothing),
+        optimizer=optax.chain(
+            optax.clip_by_global_norm(1.0),
+            optax.adamw(schedule, weight_decay=0.01),
+            parameter_ema(0.98),
+        ),
+        pretrained=model.published,
+        trainable=TRAINED,
+        report=lambda params, folder: report(s, corpus, model, params, folder),
+    )
+
+
+def assistant(s: Settings, params: Params) -> Assistant:
+    """What `python -m fusion_jax translate --workdir` asks."""
+    corpus, model = assemble(s)
+    data = f"trained on captions of {len(corpus.rows['train'])} stamps in {', '.join(s.languages)}"
+    return model.assistant(params, data, most=40)
+
+
+# ---------------------------------------------------------------------------------------- report
+
+WAYS = {"text": (True, False), "speech": (False, True), "both": (True, True)}
+
+
+def report(
+    s: Settings, corpus: Corpus, model: SpokenLM, params: Params, folder: Path
+) -> dict[str, float]:
+    """The same held-out captions given as text, speech and both; in noise; and from English."""
+    merged = model.tuned.merged(params)
+    nearest = nearest_caption(corpus)
+    found: dict[str, dict[str, dict[str, float]]] = {}
+
+    def translated(items: list[tuple[int, str, float | None]], to: str, way: str) -> list[str]:
+        written, spoken = WAYS[way]
+        asked = [
+            instruction(to, lang, corpus.captions[row][lang] if written else None, spoken)
+            for row, lang, _ in items
+        ]
+        rows = [corpus.spoken[item] if spoken else None for item in items]
+        return [model.text(ids) for ids in model.write(merged, asked, rows, 24)]
+
+    def show(what: str, measure: str, scores: dict[str, dict[str, Score]], about: str) -> None:
+        title = f"{what}, {measure}"
+        print(format_scores(title, scores, f"Tux Paint stamps, {about}; seed {s.seed}"))
+        name = title.lower().replace(",", "").replace(" ", "_")
+        plot_scores(folder / f"{name}.png", scores, what, measure)
+        found[title] = {
+            row: {name: score.value for name, score in each.items()} for row, each in scores.items()
+        }
+
+    def items_of(lang: str, noise: float | None = None) -> list[tuple[int, str, float | None]]:
+        every = [(row, lang, noise) for row in corpus.rows["held"] if "en" in corpus.captions[row]]
+        return [item for item in every if item in corpus.spoken][: s.most]
+
+    def chrf_of(items: list, to: str, way: str) -> tuple[list[str], list[str]]:
+        return translated(items, to, way), [corpus.captions[row][to] for row, *_ in items]
+
+    into, spelled = {}, {}
+    langs = [lang for lang in s.languages if lang != "en" and len(items_of(lang)) >= 10]
+    pooled: dict[str, tuple[list[str], list[str]]] = {}
+    for lang in langs:
+        items = items_of(lang)
+        truth = [corpus.captions[row]["en"] for row, *_ in items]
+        given = [corpus.captions[row][lang] for row, *_ in items]
+        written = {way: translated(items, "en", way) for way in WAYS}
+        written["copy the source"] = given
+        written["nearest caption"] = [nearest(text, lang, "en") for text in given]
+        name = f"{lang} (unheard)" if lang in s.unheard else lang
+        into[name] = {way: chrf(texts, truth) for way, texts in written.items()}
+        for way, texts in written.items():
+            if lang not in s.unheard:
+                a, b = pooled.setdefault(way, ([], []))
+                a.extend(texts)
+                b.extend(truth)
+        heard_as = model.spell(merged, [corpus.spoken[item] for item in items])
+        spelled[name] = {"listener": character_error_rate(heard_as, given)}
+    into["all that were heard"] = {way: chrf(a, b) for way, (a, b) in pooled.items()}
+    exact = {"all that were heard": {way: exact_match(a, b) for way, (a, b) in pooled.items()}}
+    about = f"at most {s.most} recordings a language of things never trained on, people's voices"
+    show("Into English", "chrF", into, about)
+    show("Into English", "exact match", exact, about)
+    show("Spelled by the listener", "character errors", spelled, about)
+    noisy: dict[str, dict[str, Score]] = {}
+    for noise in (None, *NOISES):
+        items = items_of(NOISY, noise)
+        if items:
+            name = "clean" if noise is None else f"{noise:.0f} dB"
+            noisy[name] = {way: chrf(*chrf_of(items, "en", way)) for way in ("speech", "both")}
+    if noisy:
+        show(f"{NOISY} to en in white noise", "chrF", noisy, about)
+    out: dict[str, dict[str, Score]] = {}
+    for lang in [lang for lang in s.languages if lang != "en"]:
+        rows = [r for r in corpus.rows["held"] if {"en", lang} <= set(corpus.captions[r])][: s.most]
+        items = [(row, "en", None) for row in rows]
+        texts, truth = chrf_of(items, lang, "text")
+        given = [corpus.captions[row]["en"] for row in rows]
+        near = [nearest(text, "en", lang) for text in given]
+        out[lang] = {
+            "text": chrf(texts, truth),
+            "copy the source": chrf(given, truth),
+            "nearest caption": chrf(near, truth),
+        }
+    show("From English", "chrF", out, f"at most {s.most} captions a language of things never seen")
+    return {
+        f"{title}/{row}/{name}": value
+        for title, rows in found.items()
+        for row, each in rows.items()
+        for name, value in each.items()
+    }
+
+
+def nearest_caption(corpus: Corpus) -> Callable[[str, str, str], str]:
+    """(text, its language, another) -> what the most similar caption of training is there."""
+
+    def nearest(text: str, source: str, to: str) -> str:
+        rows = [r for r in corpus.rows["train"] if {source, to} <= set(corpus.captions[r])]
+        best = max(rows, key=lambda row: alike(corpus.captions[row][source], text))
+        return corpus.captions[best][to]
+
+    return nearest
