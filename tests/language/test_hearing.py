@@ -1,0 +1,156 @@
+"""Recordings as a language model hears them: what is refused, and turns that hold some."""
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import soundfile
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from fusion_jax.data.pipeline import Batches
+from fusion_jax.errors import UserError
+from fusion_jax.language.chat import Chat
+from fusion_jax.language.fused import FusedLM
+from fusion_jax.language.hearing import Dictation, Hearing, Turn, as_items, load_speech
+from fusion_jax.language.listener import Listener, Spelling
+from fusion_jax.language.spoken import SpokenLM
+from fusion_jax.language.tuned import Tuned
+from fusion_jax.objectives.recognition import answer_and_spell
+from fusion_jax.tokens import Tokens
+
+spec = importlib.util.spec_from_file_location("tiny", Path(__file__).with_name("tiny.py"))
+tiny = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tiny)
+tiny.LAYERS = 1
+
+
+def tone(seconds: float, rate: int = 16_000, channels: int = 1) -> np.ndarray:
+    wave = 0.3 * np.sin(np.arange(int(seconds * rate)) * 440 * 2 * np.pi / rate)
+    return np.repeat(wave[:, None], channels, axis=1)
+
+
+@pytest.mark.parametrize(("rate", "channels"), [(8_000, 1), (44_100, 2), (16_000, 1)])
+def test_any_rate_and_channels_are_heard(tmp_path, rate, channels):
+    soundfile.write(tmp_path / "a.wav", tone(0.5, rate, channels), rate)
+    assert abs(len(load_speech(tmp_path / "a.wav")) - 8_000) < 3
+
+
+@pytest.mark.parametrize(
+    ("write", "told"),
+    [
+        (lambda path: soundfile.write(path, tone(1)[:3], 16_000), "lasts 0.000 s"),
+        (lambda path: soundfile.write(path, np.zeros(9_000), 16_000), "is silent"),
+        (lambda path: soundfile.write(path, tone(31), 16_000), "longer than the 30 s"),
+        (lambda path: path.write_bytes(b"\xff\xd8\xff\xe0\0\x10JFIF"), "not a readable sound"),
+        (lambda path: path.write_bytes(b"\0\0\0\x18ftypmp42" + bytes(99)), "not a readable sound"),
+        (lambda path: path.write_bytes(b""), "is empty"),
+        (lambda path: None, "cannot read"),
+    ],
+)
+def test_what_is_no_speech_is_told(tmp_path, write, told):
+    write(tmp_path / "a.wav")
+    with pytest.raises(UserError, match=told):
+        load_speech(tmp_path / "a.wav")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Heard(Hearing):
+    """Encoded already."""
+
+    def tokens(self, row):
+        return np.random.default_rng(row).normal(size=(9 + row, 3)).astype(np.float16)
+
+
+@pytest.fixture(scope="module")
+def spoken():
+    words = {f"w{i}": i for i in range(tiny.VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    decoder = tiny.decoder()
+    params = tiny.random_params(decoder)
+    spelling = Spelling([[5, 6, 7]], params["embedding"]["embedding"])
+    listener = Listener(tiny.WIDTH, 3, most=6, stack=2, hidden_width=8, depth=1)
+    model = FusedLM(decoder, {"audio": listener})
+    template = "{% for m in messages %}{{ m.content }} w3 {% endfor %}"
+    chat = Chat(tokenizer, template, {}, (2,))
+    hearing = Heard(None, None, (12, 3))
+    layout = model.layout(jax.random.key(0), {"audio": hearing.blank(1)})
+    base = {"decoder": params, "connectors_audio": spelling.start}
+    tuned = Tuned(model, {"query": 2})
+    return SpokenLM(
+        tuned, listener, {"base": base}, hearing, spelling, chat, layout, {}, "sum", batch_size=2
+    )
+
+
+def batches(spoken):
+    turns = spoken.turns([Turn("<audio>", "w8", 0), Turn("w5", [7, 9]), Turn("w9", "w5", 2)], 16)
+    dictation = Dictation([0, 1, 2], [np.array([1, 2])] * 3, spoken.hearing, most=4)
+    turn = Batches(turns, 3, turns.transforms, train=False)[0]
+    return {"listen": Batches(dictation, 3, dictation.transforms, train=False)[0], "turn": turn}
+
+
+def test_a_turn_is_its_marks_and_its_answer(spoken):
+    turn = batches(spoken)["turn"]
+    text, weight = turn["text"], turn["weight"]
+    lengths = np.asarray(text.mask).sum(axis=1)
+    # Six places for the recording and w3; an answer given as ids has no end of its own.
+    assert text.values[0, :9].tolist() == [-1] * 6 + [3, 8, 3]
+    assert lengths.tolist() == [9, 4, 4]
+    assert weight.values[:, :9].sum(axis=1).tolist() == [2, 2, 2]
+    assert turn["audio"].mask.sum(axis=1).tolist() == [9, 0, 11]
+
+
+def test_spelling_comes_alone_first_and_then_beside_the_answers(spoken):
+    both = batches(spoken)
+    params = spoken.init(both["turn"])(jax.random.key(0))
+    objective = answer_and_spell(spoken, 0.5)
+    key = jax.random.key(1)
+
+    def grads(batch):
+        run = jax.value_and_grad(lambda p: objective(p, batch, key), has_aux=True)
+        return jax.jit(run)(params)
+
+    (alone, _), first = grads({"listen": both["listen"]})
+    (total, more), second = grads(both)
+    spelled = [value for name, value in more.items() if name.endswith("spell")]
+    np.testing.assert_allclose(spelled[0], alone, rtol=1e-5)
+    assert total > 0.5 * alone
+    moved = lambda tree: float(sum(jnp.abs(leaf).sum() for leaf in jax.tree.leaves(tree)))  # noqa: E731
+    assert moved(first["lora"]) == 0 < moved(second["lora"])
+    assert moved(first["base"]["connectors_audio"]["head"]) > 0
+
+
+def test_written_as_the_assistant_writes(spoken):
+    turn = batches(spoken)["turn"]
+    params = spoken.init(turn)(jax.random.key(0))
+    merged = spoken.tuned.merged(params)
+    heard, typed = "w5<audio> w6", "w7 w8"
+    found = spoken.write(merged, [heard, typed, heard], [1, None, 2], 5)
+    hearing = dataclasses.replace(spoken.hearing)
+    object.__setattr__(hearing, "published", type("Tower", (), {"module": None, "params": {}})())
+    hearing.published.module = type("Module", (), {"apply": None})()
+    again = dataclasses.replace(spoken, hearing=hearing)
+    told = again.assistant(params, "tiny", most=6)
+    read = lambda row: Tokens(*(leaf[None] for leaf in _padded(spoken.hearing.tokens(row))))  # noqa: E731
+    for content, row, ids in zip([heard, heard], [1, 2], [found[0], found[2]], strict=True):
+        asked = dataclasses.replace(told, readers={"audio": lambda _, row=row: read(row)})
+        pieces = asked.answer(content, {"audio": [Path("x")]}, max_tokens=5)
+        assert "".join(pieces).split() == spoken.text(ids).split()
+    alone = told.answer(typed, max_tokens=5)
+    assert "".join(alone).split() == spoken.text(found[1]).split()
+
+
+def _padded(tokens):
+    values = np.zeros((1, 16, 3), np.float32)
+    values[0, : len(tokens)] = tokens
+    return values, np.arange(16)[None] < len(tokens)
+
+
+def test_items_of_rows(spoken):
+    items = spoken.hearing.items([1, None])
+    assert items.mask.sum(axis=2).tolist() == [[10], [0]]
+    assert as_items({"audio": Tokens(items.values[:, 0], items.mask[:, 0])})["audio"].mask.ndim == 3
