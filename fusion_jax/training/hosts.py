@@ -6,8 +6,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 
 import jax
 from jax._src import distributed  # the store of keys that all processes share has no public name
@@ -57,8 +56,9 @@ def _exit_alone(status: int) -> None:
 
 def _join(settings: Settings) -> bool:
     """Whether there are others now."""
-    told = settings.coordinator is not None
-    if not told and not started_with_others(os.environ):
+    told = settings.coordinator is not None or started_with_others(os.environ)
+    # On a TPU JAX asks the machine's own server. Where there is none it sets this variable.
+    if not told and ("TPU_SKIP_MDS_QUERY" in os.environ or jax.config.jax_platforms == "cpu"):
         return False
     try:
         jax.distributed.initialize(
@@ -68,6 +68,8 @@ def _join(settings: Settings) -> bool:
             heartbeat_timeout_seconds=4 * settings.lost_after,
         )
     except ValueError as error:
+        if not told:
+            return False
         raise UserError(
             f"cannot find the other processes: {error}. Give --coordinator HOST:PORT --processes N "
             "--process I to each"
@@ -75,18 +77,12 @@ def _join(settings: Settings) -> bool:
     return jax.process_count() > 1
 
 
-def started_with_others(environment: dict[str, str]) -> bool:
-    """Whether SLURM, Open MPI or a TPU pod started several processes of which this is one."""
+def started_with_others(environment: Mapping[str, str]) -> bool:
+    """Whether SLURM, Open MPI or GKE's TPU pods say that they started several processes."""
     slurm = int(environment.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_NODELIST" in environment
     open_mpi = int(environment.get("OMPI_COMM_WORLD_SIZE", 1)) > 1
     workers = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES")
-    if slurm or open_mpi or (workers is not None and "," in workers):
-        return True
-    # A TPU VM that is not of Kubernetes tells nothing; JAX then asks the machine's own server.
-    elsewhere = (
-        environment.get("JAX_PLATFORMS", "tpu") != "tpu" or "TPU_SKIP_MDS_QUERY" in environment
-    )
-    return not elsewhere and any(Path("/dev").glob("accel[0-9]*"))
+    return slurm or open_mpi or (workers is not None and "," in workers)
 
 
 class _Watch(threading.Thread):

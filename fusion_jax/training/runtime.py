@@ -1,6 +1,7 @@
 """What a process needs before its first array: how models are computed, compiled programs kept."""
 
 import logging
+import os
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,10 @@ def start(settings: Settings | None = None) -> None:
     """Computes as the settings say, and keeps compiled programs on disk."""
     if settings is not None:
         compute_as(settings)
+    if "TPU_SKIP_MDS_QUERY" in os.environ:
+        # JAX set it: no TPU is here. A libtpu that is there for plans would complain of that.
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
     # Orbax warns of what we do on purpose, and logs the traceback of what it raises anyway.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))

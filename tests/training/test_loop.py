@@ -30,8 +30,9 @@ def command(workdir, *flags, steps=30):
     return ["train", TINY, "--workdir", str(workdir), "--steps", str(steps), *fixed, *flags]
 
 
-def spawn(*arguments, devices=1, before=()):
+def spawn(*arguments, devices=1, before=(), **variables):
     env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    env |= variables
     line = [*before, sys.executable, "-m", "fusion_jax", *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(line, env=env, **pipes)
@@ -95,13 +96,19 @@ def test_sigterm_saves_and_exits_0_and_goes_on_with_more_devices(unkilled, tmp_p
             np.testing.assert_allclose(mine[name], theirs[name], atol=1e-5)
 
 
-def together(count, *arguments):
-    """So many processes of one run."""
+def together(count, *arguments, slurm=False):
+    """So many processes of one run, told of each other by flags or as `srun` does."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
-        coordinator = f"localhost:{probe.getsockname()[1]}"
-    hosts = ("--coordinator", coordinator, "--processes", str(count), "--lost-after", "4")
-    return [spawn(*arguments, *hosts, "--process", str(rank)) for rank in range(count)]
+        port = str(probe.getsockname()[1])
+    line = (*arguments, "--lost-after", "4")
+    if slurm:
+        job = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": str(count)}
+        job |= {"JAX_COORDINATOR_PORT": port}
+        ranks = ({"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(count))
+        return [spawn(*line, **job, **rank) for rank in ranks]
+    hosts = ("--coordinator", f"localhost:{port}", "--processes", str(count))
+    return [spawn(*line, *hosts, "--process", str(rank)) for rank in range(count)]
 
 
 def wait_for(rows, workdir, processes):
@@ -124,7 +131,7 @@ def test_one_curve_on_two_processes_then_one_then_four(unkilled, tmp_path):
     one.terminate()
     status, error = finish(one)
     assert status == 0 and f"resumed from step {began}" in error
-    for status, error in map(finish, together(4, *command(tmp_path))):
+    for status, error in map(finish, together(4, *command(tmp_path), slurm=True)):
         assert status == 0, error
     found = read_metrics(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in found] == [row["step"] for row in unkilled]
@@ -157,9 +164,8 @@ def test_bad_input_on_one_process_ends_all(tmp_path):
 
 
 def test_launchers_are_recognised():
-    assert not started_with_others({"JAX_PLATFORMS": "cpu"})
-    alone = {"SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "a", "JAX_PLATFORMS": "cpu"}
-    assert not started_with_others(alone)
+    alone = {"SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "a"}
+    assert not started_with_others({}) and not started_with_others(alone)
     assert started_with_others(alone | {"SLURM_NTASKS": "8"})
     assert started_with_others({"OMPI_COMM_WORLD_SIZE": "2"})
     assert started_with_others({"TPU_WORKER_HOSTNAMES": "a,b"})
