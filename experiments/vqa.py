@@ -9,19 +9,19 @@ connector, LoRA, and heads for a shared space of question, answer and picture. N
 or head noun of the test pictures was trained on, and each yes-or-no question is asked as often
 where the answer is yes as where it is no (see fusion_jax/data/questions.py).
 
-Share of right answers for two seeds (0 and 1), each with a split of its own, 220 to 244 pictures.
-"Question alone" is the same model with no picture and no guesses (it is trained so on one row in
-ten), "picture alone" ridge regression on the tower's mean token, to the category or to the
-caption's words; "shuffled" shows another picture (100 questions a kind):
+Share of right answers, mean ± standard deviation over 3 seeds, each with a split of its own, 220 to
+244 pictures. "Question alone" is the same model with no picture and no guesses (it is trained so on
+one row in ten), "picture alone" ridge regression on the tower's mean token, to the category or to
+the caption's words; "shuffled" shows another picture (100 questions a kind):
 
-                                    picture       question alone  picture alone  shuffled
-    category among 16               0.689, 0.673  0.266, 0.268    0.697, 0.736   0.230, 0.130
-    category, mean over classes     0.484, 0.470  0.062, 0.062    0.443, 0.505   0.130, 0.060
-    is it of this category?         0.861, 0.834  0.500           0.500          0.550, 0.440
-    is it this?                     0.802, 0.789  0.500           0.500          0.490, 0.490
-    caption among 20, log p         0.347, 0.329  0.050, 0.051    0.264, 0.250   0.062, 0.060
-      less question alone's         0.442, 0.389                                 0.058, 0.032
-      cosine in the shared space    0.322, 0.255  0.050, 0.046                   0.074, 0.028
+                                    picture        question alone  picture alone  shuffled
+    category among 16               0.693 ± 0.022  0.234 ± 0.057   0.725 ± 0.024  0.167 ± 0.055
+    category, mean over classes     0.481 ± 0.010  0.062 ± 0.000   0.484 ± 0.035  0.097 ± 0.035
+    is it of this category?         0.866 ± 0.034  0.500           0.500          0.497 ± 0.055
+    is it this?                     0.798 ± 0.008  0.500           0.500          0.493 ± 0.006
+    caption among 20, log p         0.341 ± 0.010  0.050 ± 0.001   0.243 ± 0.025  0.065 ± 0.008
+      less question alone's         0.408 ± 0.030                                 0.051 ± 0.016
+      cosine in the shared space    0.300 ± 0.039  0.049 ± 0.002                  0.048 ± 0.024
 
 The picture is used for every kind of question, and the language model ranks captions of unseen
 things better than a ridge map to their words does; it names the category about as often as ridge
