@@ -50,7 +50,7 @@ def instruction(to: str, source: str | None, text: str | None, spoken: bool) -> 
     """
     into = NAMES.get(to, to)
     begin = f"To {into}" if source is None else f"From {NAMES.get(source, source)} to {into}"
-    return f"{begin}: {'<audio>' if spoken else ''}{f' {text}' if text else ''}"
+    return f"{begin}: {'<audio>' if spoken else ''}{' ' if spoken and text else ''}{text or ''}"
 
 
 def translate(

@@ -1,0 +1,106 @@
+"""What dialogue.py and translation.py train on, and what they keep for the test."""
+
+import dataclasses
+import importlib.util
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fusion_jax.data import concepts, stamps
+from fusion_jax.errors import UserError
+from fusion_jax.language.translate import instruction, translate
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+
+
+def experiment(name):
+    spec = importlib.util.spec_from_file_location(f"{name}_under_test", EXPERIMENTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+translation, dialogue = experiment("translation"), experiment("dialogue")
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    try:
+        stamps.load()
+    except UserError as error:
+        pytest.skip(str(error))
+    return translation.read_corpus(translation.Settings(languages=("en", "fr", "da", "ru")))
+
+
+def test_no_held_thing_is_said_or_written_in_training(corpus):
+    known = stamps.load().concepts
+    sides = [{known[row] for row in corpus.rows[side]} for side in ("train", "held")]
+    assert sides[0] and sides[1] and sides[0].isdisjoint(sides[1])
+    heard = [corpus.utterances[number] for number in translation.heard(corpus)]
+    assert {each.language for each in heard} == {"en", "fr", "ru"}  # no Danish is heard
+    assert all(each.noise is None and not each.synthetic for each in heard)
+    held = {key for key in corpus.spoken if key[0] in set(corpus.rows["held"])}
+    assert {language for _, language, _ in held} >= {"fr", "da", "ru"}
+    assert {noise for _, language, noise in held if language == "fr"} == {None, 20.0, 10.0, 0.0}
+
+
+def test_draws_are_of_training_and_depend_on_seed_and_index_alone(corpus):
+    turns = type("Turns", (), {"example": staticmethod(lambda turn, number: (turn, number))})()
+    drawn = translation.Drawn(corpus, turns, (0.3, 0.3, 0.25, 0.15), 2.0, seed=0)
+    found = [drawn[index] for index in range(800)]
+    assert found[:50] == [drawn[index] for index in range(50)]
+    other = dataclasses.replace(drawn, seed=1)
+    assert found[:50] != [other[index] for index in range(50)]
+    held = {text for row in corpus.rows["held"] for text in corpus.captions[row].values()}
+    held -= {text for row in corpus.rows["train"] for text in corpus.captions[row].values()}
+    ways = np.zeros(2)
+    for turn, _ in found:
+        asked = turn.content.split(": ", 1)[1].removeprefix("<audio>").strip()
+        assert turn.answer not in held and asked not in held
+        assert (turn.row is None) == ("<audio>" not in turn.content)
+        ways += [turn.row is None, turn.row is not None]
+        if turn.row is not None:
+            assert corpus.utterances[turn.row].noise is None
+    assert ways.min() > 100
+
+
+def test_the_nearest_caption_is_of_training(corpus):
+    nearest = translation.nearest_caption(corpus)
+    row = corpus.rows["train"][0]
+    assert nearest(corpus.captions[row]["fr"], "fr", "en")
+    seen = {corpus.captions[r].get("en") for r in corpus.rows["train"]}
+    assert nearest("quelque chose", "fr", "en") in seen
+
+
+def test_instructions_and_what_is_no_source():
+    assert instruction("en", None, None, True) == "To English: <audio>"
+    assert instruction("es", "fr", "un chat", False) == "From French to Spanish: un chat"
+    with pytest.raises(UserError, match="2 texts and 0 files"):
+        translate(("a", "b"), Path("nowhere"), "en")
+    with pytest.raises(UserError, match="0 texts and 2 files"):
+        translate(("a.ogg", "b.wav"), Path("nowhere"), "en")
+
+
+def test_dialogue_asks_about_other_things_than_it_is_tested_on(corpus, monkeypatch):
+    monkeypatch.setattr(dialogue, "TESTED", 12)
+    s = dialogue.Settings(questions=40, sentences=10, answered=5)
+    try:
+        found = dialogue.read_corpus(s)
+    except UserError as error:
+        pytest.skip(str(error))
+    said = {kind: [found.utterances[r].text for r in rows] for kind, rows in found.train.items()}
+    trained = {concepts.normalize(text) for texts in said.values() for text in texts}
+    for kind, rows in found.tests.items():
+        texts = [found.utterances[row].text for row in rows]
+        assert texts and trained.isdisjoint(map(concepts.normalize, texts)), kind
+        assert all(found.utterances[row].synthetic == kind.startswith("syn") for row in rows)
+    again = dialogue.read_corpus(s)
+    assert [u.text for u in again.utterances] == [u.text for u in found.utterances]
+    assert all(
+        u.voice != dialogue.UNHEARD
+        for r in found.train.values()
+        for u in map(found.utterances.__getitem__, r)
+    )
