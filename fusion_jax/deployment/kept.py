@@ -38,6 +38,8 @@ def servable(workdir: Path) -> Path | Callable[..., Any]:
     model, card = export.opened(workdir)
     name = workdir.resolve().name
     if not isinstance(model, Assistant | export.Predictor):
+        if not hasattr(model, "answer"):
+            raise UserError(f"{workdir}: a {type(model).__name__} neither answers nor is exported")
         from fusion_jax.deployment.speaking import Described, Standing
 
         return functools.partial(Standing, Described(name, card["about"]), model)

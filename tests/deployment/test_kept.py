@@ -1,0 +1,52 @@
+"""A run is exported once, again when it went on, and served as it is where that cannot be."""
+
+import os
+
+import pytest
+
+from fusion_jax.deployment import export, kept
+from fusion_jax.errors import UserError
+from fusion_jax.language.ask import Assistant
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    (tmp_path / "checkpoints" / "8").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "8" / "params").write_text("")
+    return tmp_path
+
+
+@pytest.fixture
+def opening(monkeypatch):
+    """What a run is opened as; counts how often it was written."""
+    state = {"model": Assistant(None, {}, None), "written": []}
+
+    def write(folder, name, model, card):
+        folder.mkdir()
+        state["written"].append(name)
+
+    monkeypatch.setattr(export, "opened", lambda _: (state["model"], {"about": "a run"}))
+    monkeypatch.setattr(export, "write", write)
+    return state
+
+
+def test_a_run_is_exported_again_only_when_it_went_on(workdir, opening):
+    first = kept.servable(workdir)
+    assert kept.servable(workdir) == first and opening["written"] == [workdir.name]
+    os.utime(workdir / "checkpoints" / "8" / "params", ns=(1, 1))
+    second = kept.servable(workdir)
+    assert second != first and not first.exists() and len(opening["written"]) == 2
+
+
+def test_what_answers_by_itself_is_not_exported(workdir, opening):
+    class Answers:
+        def answer(self, question, media=None, **_):
+            yield "yes"
+
+    opening["model"] = Answers()
+    assert callable(kept.servable(workdir)) and not opening["written"]
+    opening["model"] = object()
+    with pytest.raises(UserError, match="neither answers"):
+        kept.servable(workdir)
+    with pytest.raises(UserError, match="no such folder"):
+        kept.servable(workdir / "elsewhere")
