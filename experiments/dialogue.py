@@ -23,10 +23,11 @@ import numpy as np
 import optax
 from tokenizers import Tokenizer
 
-from fusion_jax.data import asterisk, espeak, flite, questions, stamps
+from fusion_jax.data import asterisk, concepts, espeak, flite, questions, stamps
 from fusion_jax.data.audio import SAMPLE_RATE, decode
 from fusion_jax.data.domain_batches import own_share
 from fusion_jax.data.pipeline import Batches, Mixture
+from fusion_jax.data.speech_sets import spoken_questions
 from fusion_jax.data.spoken import Spoken, Utterance
 from fusion_jax.data.streams import Phases, Streams
 from fusion_jax.errors import UserError
@@ -89,6 +90,8 @@ class Settings(Base):
     """What lies beyond is not heard in training."""
     length: int = 96
     """Ids of a turn."""
+    asked: Path | None = None
+    """Your own recorded questions beside these: JSONL of {"audio", "question", "answer"}."""
     stamps: Path | None = None
     """Tux Paint's stamps, if they are not to be fetched."""
     development: bool = False
@@ -104,11 +107,13 @@ class Corpus:
 
     Attributes:
         train, tests: {kind: rows}; kinds of training are "question", "sentence" and "recording".
+        answers: {row: answer} of recorded questions that came with one.
     """
 
     utterances: list[Utterance]
     train: dict[str, list[int]]
     tests: dict[str, list[int]]
+    answers: dict[int, str]
 
 
 def read_corpus(s: Settings) -> Corpus:
@@ -170,7 +175,30 @@ def read_corpus(s: Settings) -> Corpus:
         "recorded telephone prompts": add(telephoned(held)[:TESTED]),
         "recorded names of things": add(recorded(held)),
     }
-    return Corpus(utterances, train, tests)
+    answers: dict[int, str] = {}
+    if s.asked is not None:
+        own = spoken_questions(s.asked)
+        shares = concepts.split(own.concepts, s.seed)
+        for side, numbers in (("train", shares["train"]), (held, shares[held])):
+            rows = add(
+                [
+                    Utterance(
+                        own.utterances[number].text,
+                        recording=lambda number=number: own[number]["audio"],
+                        key=f"{own.checksum} {number}",
+                    )
+                    for number in numbers
+                ]
+            )
+            answers |= {
+                row: own.utterances[number].more["answer"]
+                for row, number in zip(rows, numbers, strict=True)
+            }
+            if side == "train":
+                train["recording"] += rows
+            else:
+                tests["your own questions"] = rows
+    return Corpus(utterances, train, tests, answers)
 
 
 TESTED = 80
@@ -240,8 +268,10 @@ def stream(s: Settings, corpus: Corpus, model: SpokenLM) -> Phases:
     def repeat(those: Sequence[int]) -> list[Turn]:
         return [Turn(REPEAT, corpus.utterances[row].text, row) for row in those]
 
+    own = [row for row in corpus.train["recording"] if row in corpus.answers]
     kinds = [
-        [Turn("<audio>", answer, row) for row, answer in zip(asked, answers, strict=True)],
+        [Turn("<audio>", answer, row) for row, answer in zip(asked, answers, strict=True)]
+        + [Turn("<audio>", corpus.answers[row], row) for row in own],
         repeat(synthetic),
         repeat(corpus.train["recording"]),
         [Turn(text, answer) for text, answer in zip(typed, answers, strict=True)],
@@ -305,6 +335,9 @@ def report(
             continue
         said = [corpus.utterances[row].text for row in rows]
         typed = model.own_answers(said, s.answer_tokens)
+        if rows[0] in corpus.answers:
+            encode = model.chat.tokenizer.encode
+            typed = [encode(corpus.answers[row]).ids[: s.answer_tokens] for row in rows]
         repeated = model.write(merged, [REPEAT] * len(rows), rows, 32)
         heard = {
             "fused": [model.text(ids) for ids in repeated],

@@ -24,6 +24,7 @@ from tokenizers import Tokenizer
 from fusion_jax.data import questions, stamps
 from fusion_jax.data.domain_batches import own_share
 from fusion_jax.data.pipeline import Batches
+from fusion_jax.data.speech_sets import covost2, must_c
 from fusion_jax.data.spoken import Spoken, Utterance
 from fusion_jax.data.streams import Phases, Streams
 from fusion_jax.errors import UserError
@@ -90,6 +91,9 @@ class Settings(Base):
     """Test items of each language, at most."""
     stamps: Path | None = None
     """Tux Paint's stamps, if they are not to be fetched."""
+    published: str | None = None
+    """A published set in place of them, in its own splits: "covost2 CV/fr covost_v2.fr_en.tsv" or
+    "must_c MUSTC/en-de". Give --seconds, --length and the languages that fit it."""
     development: bool = False
     """Report on validation concepts in place of the test ones."""
 
@@ -123,6 +127,36 @@ NOISY = "fr"
 
 def read_corpus(s: Settings) -> Corpus:
     """Looks captions and recordings up."""
+    return read_stamps(s) if s.published is None else read_published(s, *s.published.split())
+
+
+def read_published(s: Settings, kind: str, *places: str) -> Corpus:
+    """Sentences of a published set and their translations, as if each were a stamp."""
+    sets = {"covost2": (covost2, "test"), "must_c": (must_c, "tst-COMMON")}
+    if kind not in sets:
+        raise UserError(f"--published {kind!r}: expected one of {', '.join(sets)}, then its places")
+    opener, test = sets[kind]
+    corpus = Corpus({}, {}, [], {})
+    for side, split in (("train", "train"), ("held", "dev" if s.development else test)):
+        source = opener(*places, split)
+        first = len(corpus.captions)
+        corpus.rows[side] = list(range(first, first + len(source)))
+        for index, said in enumerate(source.utterances):
+            texts = {said.language: said.text, **said.more["translation"]}
+            captions = {lang: text for lang, text in texts.items() if lang in s.languages}
+            corpus.captions[first + index] = captions
+            if said.language in captions and not (side == "train" and said.language in s.unheard):
+                corpus.spoken[first + index, said.language, None] = len(corpus.utterances)
+                read = lambda source=source, index=index: source[index]["audio"]  # noqa: E731
+                key = f"{source.checksum} {index}"
+                corpus.utterances.append(
+                    Utterance(said.text, said.language, recording=read, key=key)
+                )
+    return corpus
+
+
+def read_stamps(s: Settings) -> Corpus:
+    """Of the stamps, whose concepts are dealt out to one side each."""
     source = stamps.load(s.stamps)
     sides = questions.splits(questions.read_things(source), s.seed)
     rows = {"train": sides["train"], "held": sides["validation" if s.development else "test"]}

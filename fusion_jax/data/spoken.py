@@ -28,7 +28,7 @@ class Utterance:
         text: what is said.
         language: of it, "en".
         voice: of the synthesizer that says it; or
-        recording: gives encoded bytes of somebody who does,
+        recording: gives encoded bytes of somebody who does, or samples at 16 kHz,
         key: and what identifies those.
         noise: decibels by which the speech is louder than white noise mixed into it, or None.
     """
@@ -36,7 +36,7 @@ class Utterance:
     text: str
     language: str = "en"
     voice: flite.Voice | espeak.Voice | None = None
-    recording: Callable[[], bytes] | None = None
+    recording: Callable[[], bytes | np.ndarray] | None = None
     key: str = ""
     noise: float | None = None
 

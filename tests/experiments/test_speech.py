@@ -2,11 +2,13 @@
 
 import dataclasses
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 
 from fusion_jax.data import concepts, stamps
 from fusion_jax.errors import UserError
@@ -67,6 +69,31 @@ def test_draws_are_of_training_and_depend_on_seed_and_index_alone(corpus):
     assert ways.min() > 100
 
 
+def test_published_sets_keep_their_splits(tmp_path):
+    rows = "path\tsentence\n"
+    listed = "path\ttranslation\tsplit\n"
+    for number, split in enumerate(("train", "train", "dev", "test")):
+        (tmp_path / "clips").mkdir(exist_ok=True)
+        soundfile.write(tmp_path / f"clips/{number}.flac", np.ones(2000) * 0.1, 16_000)
+        rows += f"{number}.flac\tUn hibou {number}.\n"
+        listed += f"{number}.flac\tAn owl {number}.\t{split}\n"
+    (tmp_path / "validated.tsv").write_text(rows)
+    (tmp_path / "covost_v2.fr_en.tsv").write_text(listed)
+    published = f"covost2 {tmp_path} {tmp_path / 'covost_v2.fr_en.tsv'}"
+    found = translation.read_corpus(translation.Settings(published=published))
+    assert found.rows == {"train": [0, 1], "held": [2]}
+    assert found.captions[2] == {"fr": "Un hibou 3.", "en": "An owl 3."}
+    assert [found.utterances[n].text for n in translation.heard(found)] == [
+        "Un hibou 0.",
+        "Un hibou 1.",
+    ]
+    assert found.utterances[found.spoken[2, "fr", None]].sound()[:4] == b"fLaC"
+    held = dataclasses.replace(translation.Settings(published=published), development=True)
+    assert translation.read_corpus(held).captions[2]["en"] == "An owl 2."
+    with pytest.raises(UserError, match="expected one of covost2, must_c"):
+        translation.read_corpus(translation.Settings(published="librispeech x"))
+
+
 def test_the_nearest_caption_is_of_training(corpus):
     nearest = translation.nearest_caption(corpus)
     row = corpus.rows["train"][0]
@@ -82,6 +109,26 @@ def test_instructions_and_what_is_no_source():
         translate(("a", "b"), Path("nowhere"), "en")
     with pytest.raises(UserError, match="0 texts and 2 files"):
         translate(("a.ogg", "b.wav"), Path("nowhere"), "en")
+
+
+def test_own_questions_are_dealt_out_with_their_answers(corpus, tmp_path):
+    lines = []
+    for number in range(20):
+        soundfile.write(tmp_path / f"{number}.wav", np.ones(2000) * 0.1, 16_000)
+        row = {"audio": f"{number}.wav", "question": f"What is {number}?", "answer": f"A {number}."}
+        lines.append(json.dumps(row) + "\n")
+    (tmp_path / "asked.jsonl").write_text("".join(lines))
+    s = dialogue.Settings(questions=2, sentences=1, asked=tmp_path / "asked.jsonl")
+    try:
+        found = dialogue.read_corpus(s)
+    except UserError as error:
+        pytest.skip(str(error))
+    for row, answer in found.answers.items():
+        assert found.utterances[row].text == answer.replace("A", "What is").replace(".", "?")
+    held = set(found.tests["your own questions"])
+    trained = held ^ set(found.answers)
+    assert held and trained and trained <= set(found.train["recording"])
+    assert held.isdisjoint(found.train["recording"])
 
 
 def test_dialogue_asks_about_other_things_than_it_is_tested_on(corpus, monkeypatch):
