@@ -96,12 +96,12 @@ def test_sigterm_saves_and_exits_0_and_goes_on_with_more_devices(unkilled, tmp_p
             np.testing.assert_allclose(mine[name], theirs[name], atol=1e-5)
 
 
-def together(count, *arguments, slurm=False):
+def together(count, *arguments, lost_after=40, slurm=False):
     """So many processes of one run, told of each other by flags or as `srun` does."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = str(probe.getsockname()[1])
-    line = (*arguments, "--lost-after", "4")
+    line = (*arguments, "--lost-after", str(lost_after))
     if slurm:
         job = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": str(count)}
         job |= {"JAX_COORDINATOR_PORT": port}
@@ -119,7 +119,7 @@ def wait_for(rows, workdir, processes):
 
 def test_one_curve_on_two_processes_then_one_then_four(unkilled, tmp_path):
     """Stopped by SIGTERM on another than the first, all save the same step and leave."""
-    rarely = ("--checkpoint-every", "1000")
+    rarely = ("--checkpoint-every", "1000", "--pause", "0.2")
     two = together(2, *command(tmp_path, *rarely))
     wait_for(3, tmp_path, two)
     two[1].terminate()
@@ -143,21 +143,21 @@ def test_one_curve_on_two_processes_then_one_then_four(unkilled, tmp_path):
 @pytest.mark.parametrize(("number", "victim"), [("SIGKILL", 1), ("SIGSTOP", 0)])
 def test_a_lost_process_ends_the_others_with_one_line(number, victim, tmp_path):
     """Killed, or stuck for good; 0 is the one that coordinates."""
-    pair = together(2, *command(tmp_path, steps=10**6))
+    pair = together(2, *command(tmp_path, steps=10**6), lost_after=5)
     wait_for(3, tmp_path, pair)
     pair[victim].send_signal(getattr(signal, number))
     began = time.monotonic()
     status, error = finish(pair[1 - victim])
-    assert time.monotonic() - began < 12
+    assert time.monotonic() - began < 30
     assert status == 1 and "Traceback" not in error and "stack trace" not in error
     last = error.splitlines()[-1]
-    assert last.startswith(f"error: of 2 processes {victim}") and "no sign of life for 4 s" in last
+    assert last.startswith(f"error: of 2 processes {victim}") and "no sign of life for 5 s" in last
     pair[victim].kill()
     finish(pair[victim])
 
 
 def test_bad_input_on_one_process_ends_all(tmp_path):
-    pair = together(2, *command(tmp_path, "--poison", "8"))
+    pair = together(2, *command(tmp_path, "--poison", "8"), lost_after=8)
     statuses, errors = zip(*map(finish, pair), strict=True)
     assert set(statuses) <= {1, 2} and 2 in statuses
     assert "loss nan" in errors[statuses.index(2)]

@@ -1,6 +1,7 @@
 """A small experiment that the tests of the loop run, in this process and in others."""
 
 import dataclasses
+import time
 
 import flax.linen as nn
 import jax
@@ -10,6 +11,7 @@ import optax
 
 from fusion_jax.training.experiment import Experiment
 from fusion_jax.training.settings import Settings as Base
+from fusion_jax.training.settings import runtime
 from fusion_jax.training.step import parameter_ema
 
 
@@ -20,6 +22,8 @@ class Settings(Base):
     width: int = 8
     poison: int = -1
     """Step whose batch holds a NaN."""
+    pause: float = runtime(0.0)
+    """Seconds that a batch takes to make."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +31,7 @@ class Data:
     settings: Settings
 
     def __getitem__(self, step: int) -> dict:
+        time.sleep(self.settings.pause)
         rows = self.settings.batch_size // jax.process_count()
         mine = slice(rows * jax.process_index(), rows * (jax.process_index() + 1))
         return {name: leaf[mine] for name, leaf in self.whole(step).items()}
