@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import dataclasses
 import io
 import json
 import os
@@ -221,7 +222,7 @@ def test_an_exchanged_artifact_is_picked_up_without_a_failed_request(
     final = params["decoder"]["transformer"]["final_norm"]["scale"] * -1.0
     transformer = params["decoder"]["transformer"] | {"final_norm": {"scale": final}}
     params["decoder"] |= {"transformer": transformer}
-    other = type(assistant)(**{**vars(assistant), "params": params})
+    other = dataclasses.replace(assistant, params=params)
     export.write(tmp_path / "new", "talker", other, {})
     statuses, texts, enough = [], [], threading.Event()
 
