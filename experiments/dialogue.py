@@ -29,7 +29,7 @@ from fusion_jax.data.domain_batches import own_share
 from fusion_jax.data.pipeline import Batches, Mixture
 from fusion_jax.data.speech_sets import spoken_questions
 from fusion_jax.data.spoken import Spoken, Utterance
-from fusion_jax.data.streams import Phases, Streams
+from fusion_jax.data.streams import Later, Phases, Streams
 from fusion_jax.errors import UserError
 from fusion_jax.evaluation.table import print_table
 from fusion_jax.evaluation.translation import chrf, word_error_rate
@@ -291,15 +291,15 @@ def build(s: Settings) -> Experiment:
     if not 0 < s.listen_steps < s.steps:
         raise UserError(f"--listen-steps {s.listen_steps} must lie between 0 and {s.steps}")
     corpus, model = assemble(s)
-    data = stream(s, corpus, model)
+    one = model.turns([Turn("<audio>", "Yes.", 0)], s.length)
     phases = (s.listen_steps, s.steps - s.listen_steps)
     schedule = optax.join_schedules(
         [optax.warmup_cosine_decay_schedule(0.0, s.learning_rate, n // 10, n) for n in phases],
         [phases[0]],
     )
     return Experiment(
-        data=data,
-        init=model.init(data[s.listen_steps]["turn"]),
+        data=Later(lambda: stream(s, corpus, model)),
+        init=model.init(Batches(one, 1, one.transforms)[0]),
         objective=answer_and_spell(model, s.ctc_weight),
         optimizer=optax.chain(
             optax.clip_by_global_norm(1.0),

@@ -8,7 +8,8 @@ sources[step]["domain"]                         # 0, 1, 0, 1, ...
 
 import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -43,6 +44,19 @@ class Phases:
                 return source[step]
             step -= steps
         return last[step]
+
+
+class Later:
+    """data[step] of the source that `make()` gives, made when first read."""
+
+    def __init__(self, make: Callable[[], Any]):
+        self._make, self._made, self._lock = make, None, threading.Lock()
+
+    def __getitem__(self, step: int) -> dict[str, Any]:
+        with self._lock:  # several threads read ahead
+            if self._made is None:
+                self._made = self._make()
+        return self._made[step]
 
 
 class Balanced:

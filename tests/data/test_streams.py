@@ -1,5 +1,9 @@
 """Domains in even shares, and what is told when domains do not fit together."""
 
+import concurrent.futures
+import threading
+import time
+
 import jax
 import numpy as np
 import pytest
@@ -8,7 +12,7 @@ from PIL import Image
 from fusion_jax.data import domains, emoji, folders
 from fusion_jax.data.arrays import ArrayBatches
 from fusion_jax.data.pipeline import Batches, Number
-from fusion_jax.data.streams import Adaptation, Balanced, Streams, check_batch
+from fusion_jax.data.streams import Adaptation, Balanced, Later, Streams, check_batch
 from fusion_jax.errors import UserError
 
 
@@ -136,3 +140,18 @@ def test_folders_as_domains(office):
         folders.read(office / "amazon" / "images" / "bike")
     with pytest.raises(UserError, match=f"no vendor of emoji .*{emoji.VENDORS[0]}"):
         domains.open_domain("no_such_data_set")
+
+
+def test_a_source_that_is_made_when_first_read_is_made_once():
+    made = []
+
+    def make():
+        made.append(threading.get_ident())
+        time.sleep(0.05)
+        return range(10)
+
+    source = Later(make)
+    assert not made
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(source.__getitem__, range(8))) == list(range(8))
+    assert len(made) == 1
