@@ -166,16 +166,20 @@ def serve(arguments: list[str]) -> None:
     from fusion_jax.deployment.runtime import command
 
     stand = None
-    if "--workdir" in arguments[:-1]:
+    if any(argument.partition("=")[0] == "--workdir" for argument in arguments):
+        import argparse
+
         from fusion_jax.compression.running import running
         from fusion_jax.deployment.kept import servable
         from fusion_jax.training import runtime
 
         runtime.start()
-        at = arguments.index("--workdir")
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        parser.add_argument("--workdir", type=Path)
+        parser.add_argument("--senses", type=Path)
+        runs, arguments = parser.parse_known_args(arguments)
         with running():
-            found = servable(Path(arguments[at + 1]))
-        arguments = [*arguments[:at], *arguments[at + 2 :]]
+            found = servable(runs.workdir, runs.senses)
         if isinstance(found, Path):
             arguments = [str(found), *arguments]
         else:

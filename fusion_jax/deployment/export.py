@@ -39,7 +39,7 @@ from fusion_jax.data.pipeline import Transform
 from fusion_jax.data.text import FileTokenizer, Ids
 from fusion_jax.errors import UserError
 from fusion_jax.language.answers import PLAIN
-from fusion_jax.language.ask import Assistant, from_checkpoint
+from fusion_jax.language.ask import Assistant, from_checkpoint, from_workdir
 from fusion_jax.language.fused import FusedLM
 from fusion_jax.language.prompt import text_mask
 from fusion_jax.paths import write_folder
@@ -350,6 +350,7 @@ def export(
     artifact: Annotated[Path, tyro.conf.Positional],
     workdir: Path | None = None,
     model: str | None = None,
+    senses: Path | None = None,
     format: Format = "stablehlo",
     name: str | None = None,
     numbers: Literal["float32", "float16", "q8_0"] = "float32",
@@ -360,6 +361,7 @@ def export(
         artifact: what to write; it must not exist.
         workdir: what --workdir was when a model was trained.
         model: or a checkpoint: a short name, a hub name, a folder or a GGUF file.
+        senses: beside --workdir, another run around the same language model, to read what it reads.
         format: stablehlo (served by `serve`), onnx, transformers, or gguf (llama.cpp, Ollama).
         name: what to call it when it is served; the artifact's name unless given.
         numbers: how gguf and transformers store the weights (q8_0: gguf alone).
@@ -368,7 +370,7 @@ def export(
         raise UserError("export what? give either --workdir DIR or --model NAME")
     if artifact.exists():
         raise UserError(f"{artifact} exists already: give another place, or remove it")
-    found, card = (from_checkpoint(model), {"model": model}) if model else opened(workdir)
+    found, card = (from_checkpoint(model), {"model": model}) if model else opened(workdir, senses)
     name = name or artifact.resolve().stem
     if format == "stablehlo":
         write(artifact, name, found, card)
@@ -383,8 +385,10 @@ def export(
     print(f"wrote {artifact}, {size_of(artifact) / 1e6:,.1f} MB")
 
 
-def opened(workdir: Path) -> tuple[Predictor | Assistant, dict[str, Any]]:
-    """The model of a trained run, and what its card says.
+def opened(
+    workdir: Path, senses: Path | None = None
+) -> tuple[Predictor | Assistant, dict[str, Any]]:
+    """The model of a trained run, perhaps with another's senses, and what its card says.
 
     Raises:
         UserError: no run, or one of an experiment that offers neither way to export.
@@ -409,7 +413,12 @@ def opened(workdir: Path) -> tuple[Predictor | Assistant, dict[str, Any]]:
     measured = workdir / "report" / "metrics.json"
     if measured.exists():
         card["metrics"] = json.loads(measured.read_text())
-    return offered(settings, params), card
+    model = offered(settings, params)
+    if senses is not None:
+        if not isinstance(model, Assistant):
+            raise UserError(f"{workdir} is no model that is asked, and takes no --senses")
+        model, card["senses"] = model.with_senses(from_workdir(senses)), senses.resolve().name
+    return model, card
 
 
 def size_of(path: Path) -> int:

@@ -14,8 +14,10 @@ from fusion_jax.language.ask import Assistant
 KEPT = "served-"
 
 
-def servable(workdir: Path) -> Path | Callable[..., Any]:
+def servable(workdir: Path, senses: Path | None = None) -> Path | Callable[..., Any]:
     """The artifact of a trained run, kept in its folder, or what makes a host of its model.
+
+    `senses` is another run around the same language model, to read what that one reads.
 
     An artifact is written anew when a checkpoint or the code that exports and serves has changed.
     What has an `answer` and is no `Assistant`, such as a model that shows the facts it used, cannot
@@ -24,18 +26,19 @@ def servable(workdir: Path) -> Path | Callable[..., Any]:
     Raises:
         UserError: no run, or one that offers nothing to serve.
     """
-    if not workdir.is_dir():
-        raise UserError(f"{workdir}: no such folder; expected what --workdir was in training")
     digest = hashlib.sha256()
-    for path in sorted((workdir / "checkpoints").rglob("*")):
-        digest.update(f"{path.relative_to(workdir)} {path.stat().st_mtime_ns}\n".encode())
+    for run in filter(None, (workdir, senses)):
+        if not run.is_dir():
+            raise UserError(f"{run}: no such folder; expected what --workdir was in training")
+        for path in sorted((run / "checkpoints").rglob("*")):
+            digest.update(f"{path.relative_to(run)} {path.stat().st_mtime_ns}\n".encode())
     for path in sorted([Path(export.__file__), *export.RUNTIME.glob("*.*")]):
         digest.update(path.read_bytes())
     folder = workdir / f"{KEPT}{digest.hexdigest()[:12]}"
     if folder.exists():
         return folder
     print(f"opening {workdir} ...", flush=True)
-    model, card = export.opened(workdir)
+    model, card = export.opened(workdir, senses)
     name = workdir.resolve().name
     if not isinstance(model, Assistant | export.Predictor):
         if not hasattr(model, "answer"):

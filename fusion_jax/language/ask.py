@@ -14,7 +14,7 @@ from fusion_jax.data.pipeline import Transform
 from fusion_jax.errors import UserError
 from fusion_jax.language.chat import Chat, Message, text_stream
 from fusion_jax.language.decoder import Decoder
-from fusion_jax.language.fused import FusedLM, Layout
+from fusion_jax.language.fused import FusedLM, Layout, mark
 from fusion_jax.language.generate import stream
 from fusion_jax.language.prompt import Prompt, bucket, pad
 from fusion_jax.language.sampling import Sampling
@@ -77,7 +77,8 @@ class Assistant:
         stops: Sequence[str] = (),
         seed: int = 0,
     ) -> Iterator[str]:
-        """The answer in pieces. Files that the question has no mark for are put before it.
+        """The answer in pieces. Files that the question has no mark for are put before it, in the
+        order of `readers`.
 
         Raises:
             UserError: media that the model does not read; more marks than files; too long.
@@ -101,13 +102,15 @@ class Assistant:
         unread = sorted(set(media) - set(self.readers))
         if unread:
             raise UserError(f"this model does not read {unread}; it reads {sorted(self.readers)}")
-        for name, files in media.items():
-            missing = len(files) - question.count(f"<{name}>")
-            question = f"<{name}>" * max(missing, 0) + question
+        read = [name for name in self.readers if name in media]
+        missing = [max(len(media[name]) - question.count(f"<{name}>"), 0) for name in read]
+        marks = (f"<{name}>" * count for name, count in zip(read, missing, strict=True))
+        question = "".join(marks) + question
+        for name in read:
             if name in self.words:
                 before, *after = question.split(f"<{name}>")
-                if len(after) == len(files):  # else the layout says what is wrong
-                    said = (f"<{name}>{self.words[name](file)}" for file in files)
+                if len(after) == len(media[name]):  # else the layout says what is wrong
+                    said = (f"<{name}>{self.words[name](file)}" for file in media[name])
                     question = before + "".join(map("".join, zip(said, after, strict=True)))
         return question
 
@@ -161,6 +164,49 @@ class Assistant:
                 batch[name] = joined([self.readers[name](file) for file in files])
         return self._run({"params": self.params}, batch), self.model.decoder, self.params["decoder"]
 
+    def with_senses(self, other: "Assistant") -> "Assistant":
+        """This model, reading also what `other`, fused into the same language model, reads.
+
+        Nothing is trained: the other's connectors give vectors that the language model understands,
+        with this model's adapters in place of the other's.
+
+        Raises:
+            UserError: not two fused models around one decoder, or both read the same.
+        """
+        one, two = self.model, other.model
+        if not (isinstance(one, FusedLM) and isinstance(two, FusedLM)) or one.cross or two.cross:
+            raise UserError("only models with connectors into the prompt lend each other senses")
+        if one.decoder != two.decoder:
+            raise UserError("the two runs have different language models: train both on one")
+        if both := sorted(set(self.readers) & set(other.readers)):
+            raise UserError(f"both runs read {both}: leave --senses out")
+        model = one.clone(
+            connectors={**one.connectors, **two.connectors},
+            encoders={**one.encoders, **two.encoders},
+        )
+        lent = {
+            f"{part}_{name}"
+            for part, names in (("connectors", two.connectors), ("encoders", two.encoders))
+            for name in names
+        }
+        marks = {name: mark(model.connectors, name) for name in model.connectors}
+        layout = dataclasses.replace(
+            self.layout,
+            marks=marks,
+            lengths={**self.layout.lengths, **other.layout.lengths},
+            items={**self.layout.items, **other.layout.items},
+        )
+        return dataclasses.replace(
+            self,
+            model=model,
+            params={**self.params, **{name: other.params[name] for name in sorted(lent)}},
+            layout=layout,
+            readers={**self.readers, **other.readers},
+            words={**self.words, **other.words},
+            encoders={**self.encoders, **other.encoders},
+            data="; ".join(filter(None, (self.data, other.data))),
+        )
+
     @property
     def decoder(self) -> Decoder:
         """The language model itself."""
@@ -189,6 +235,7 @@ def ask(
     question: Annotated[str, tyro.conf.Positional],
     model: str | None = None,
     workdir: Path | None = None,
+    senses: Path | None = None,
     image: tuple[Path, ...] = (),
     audio: tuple[Path, ...] = (),
     max_tokens: int = 256,
@@ -206,6 +253,8 @@ def ask(
         question: what to ask; `<image>` and `<audio>` say where files stand, else before it.
         model: a checkpoint: a short name, a hub name, a folder or a GGUF file.
         workdir: or what --workdir was when a model was trained.
+        senses: with it, another run around the same language model: what that one reads is read
+            too, so that a question about a picture may be spoken.
         image: picture files.
         audio: sound files.
         max_tokens: at most so many tokens.
@@ -220,7 +269,7 @@ def ask(
     if (model is None) == (workdir is None):
         raise UserError("whom to ask? give either --model NAME or --workdir DIR")
     sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p)
-    assistant = from_checkpoint(model) if workdir is None else from_workdir(workdir)
+    assistant = from_checkpoint(model) if workdir is None else from_workdir(workdir, senses)
     pieces = assistant.answer(
         question,
         {"image": image, "audio": audio},
@@ -245,8 +294,8 @@ def from_checkpoint(name: str) -> Assistant:
     return Assistant(checkpoint.module, checkpoint.params, chat, config=checkpoint.config)
 
 
-def from_workdir(workdir: Path) -> Assistant:
-    """A model trained by an experiment that can be asked."""
+def from_workdir(workdir: Path, senses: Path | None = None) -> Assistant:
+    """A model trained by an experiment that can be asked, perhaps with another run's senses."""
     from fusion_jax.training import experiment, loop
 
     module, settings = experiment.reopen(workdir)
@@ -255,4 +304,9 @@ def from_workdir(workdir: Path) -> Assistant:
             f"{workdir} was trained by an experiment without assistant(settings, params)"
         )
     params = loop.restore_params(module.build(settings), settings, workdir)
-    return module.assistant(settings, params)
+    assistant = module.assistant(settings, params)
+    if senses is None:
+        return assistant
+    if not isinstance(assistant, Assistant):
+        raise UserError(f"{workdir} answers in its own way and takes no --senses")
+    return assistant.with_senses(from_workdir(senses))

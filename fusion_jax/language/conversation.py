@@ -79,6 +79,7 @@ class Conversation:
 def chat(
     model: str | None = None,
     workdir: Path | None = None,
+    senses: Path | None = None,
     max_tokens: int = 256,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -88,13 +89,14 @@ def chat(
     Args:
         model: a checkpoint: a short name, a hub name, a folder or a GGUF file.
         workdir: or what --workdir was when a model was trained.
+        senses: with it, another run around the same language model, to read what that one reads.
         max_tokens: at most so many tokens an answer.
         temperature: 0 always takes the most likely token.
         top_p: draw among the likeliest that hold this probability together.
     """
     if (model is None) == (workdir is None):
         raise UserError("whom to talk with? give either --model NAME or --workdir DIR")
-    assistant = from_checkpoint(model) if workdir is None else from_workdir(workdir)
+    assistant = from_checkpoint(model) if workdir is None else from_workdir(workdir, senses)
     if not isinstance(assistant, Assistant):
         raise UserError(f"{workdir} answers single questions: use `ask`")
     sampling = Sampling(temperature=temperature, top_p=top_p)

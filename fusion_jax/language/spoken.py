@@ -1,6 +1,6 @@
-"""A published language model that hears and sees, of which a little is trained, and what it says.
+"""A published language model that hears, of which a little is trained, and what it says.
 
-spoken = SpokenLM.of(checkpoint, hearing, spelling, sight=sight, ranks={"query": 8})
+spoken = SpokenLM.of(checkpoint, hearing, spelling, ranks={"query": 8})
 spoken.turns([Turn("<audio>", "A badger is ...", row=3)], length=96)      # to train on
 spoken.write(params, ["<audio>"], [3], max_tokens=24)                     # what it answers
 """

@@ -25,7 +25,7 @@ def opening(monkeypatch):
         folder.mkdir()
         state["written"].append(name)
 
-    monkeypatch.setattr(export, "opened", lambda _: (state["model"], {"about": "a run"}))
+    monkeypatch.setattr(export, "opened", lambda *_: (state["model"], {"about": "a run"}))
     monkeypatch.setattr(export, "write", write)
     return state
 
@@ -36,6 +36,18 @@ def test_a_run_is_exported_again_only_when_it_went_on(workdir, opening):
     os.utime(workdir / "checkpoints" / "8" / "params", ns=(1, 1))
     second = kept.servable(workdir)
     assert second != first and not first.exists() and len(opening["written"]) == 2
+
+
+def test_a_run_with_the_senses_of_another_is_exported_again_when_either_went_on(
+    workdir, opening, tmp_path_factory
+):
+    other = tmp_path_factory.mktemp("other")
+    (other / "checkpoints").mkdir()
+    alone = kept.servable(workdir)
+    both = kept.servable(workdir, other)
+    assert both != alone and kept.servable(workdir, other) == both
+    (other / "checkpoints" / "9").write_text("")
+    assert kept.servable(workdir, other) != both and len(opening["written"]) == 3
 
 
 def test_what_answers_by_itself_is_not_exported(workdir, opening):

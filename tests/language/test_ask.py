@@ -66,6 +66,49 @@ def test_files_stand_at_their_marks_or_before(assistant, tmp_path):
         assistant.answer("w5", {"audio": files})
 
 
+def hearing(assistant, decoder=None):
+    """Another run around the same language model that reads sound, in longer items."""
+    decoder = decoder or assistant.model.decoder
+    model = FusedLM(decoder, {"audio": Projection(tiny.WIDTH)})
+    media = {"audio": Tokens(np.zeros((1, 1, 3, 3), np.float32), np.ones((1, 1, 3), bool))}
+    base = {"decoder": assistant.params["decoder"]}
+    params = init_around(model, jax.random.key(1), {"text": pad([[1]])} | media, base)
+
+    def listen(file):
+        two = read(file)
+        values = np.pad(two.values, [(0, 0), (0, 0), (0, 1), (0, 0)])
+        return Tokens(values, np.ones((1, 1, 3), bool))
+
+    layout = model.layout(jax.random.key(0), media)
+    return dataclasses.replace(
+        assistant, model=model, params=params, layout=layout, readers={"audio": listen}
+    )
+
+
+def test_a_run_with_the_senses_of_another_reads_what_both_read(assistant, tmp_path):
+    files = [tmp_path / "picture", tmp_path / "sound"]
+    files[0].write_bytes(b"abcdef")
+    files[1].write_bytes(b"zyxwvu")
+    ears = hearing(assistant)
+    both = assistant.with_senses(ears)
+    seen, heard = {"image": files[:1]}, {"audio": files[1:]}
+
+    def answer(who, question, media):
+        return "".join(who.answer(question, media, max_tokens=10))
+
+    for asked in ("w5 w6", "w7"):
+        assert answer(both, asked, {}) == answer(assistant, asked, {})
+        assert answer(both, asked, seen) == answer(assistant, asked, seen)
+        assert answer(both, asked, heard) == answer(ears, asked, heard)
+    said = answer(both, "", heard | seen)
+    assert said == answer(both, "<image><audio>", seen | heard)
+    assert said not in (answer(both, "<image>", seen), answer(both, "<audio>", heard))
+    with pytest.raises(UserError, match=r"both runs read \['audio'\]"):
+        both.with_senses(ears)
+    with pytest.raises(UserError, match="different language models"):
+        assistant.with_senses(hearing(assistant, tiny.decoder(window=5)))
+
+
 def test_words_about_a_file_follow_its_mark(assistant, tmp_path):
     files = []
     for content in (b"abcdef", b"zyxwvu"):
