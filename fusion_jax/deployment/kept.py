@@ -30,6 +30,7 @@ def servable(workdir: Path, senses: Path | None = None) -> Path | Callable[..., 
     for run in filter(None, (workdir, senses)):
         if not run.is_dir():
             raise UserError(f"{run}: no such folder; expected what --workdir was in training")
+        digest.update(b"run\n")
         for path in sorted((run / "checkpoints").rglob("*")):
             digest.update(f"{path.relative_to(run)} {path.stat().st_mtime_ns}\n".encode())
     for path in sorted([Path(export.__file__), *export.RUNTIME.glob("*.*")]):

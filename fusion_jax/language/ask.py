@@ -176,7 +176,8 @@ class Assistant:
         one, two = self.model, other.model
         if not (isinstance(one, FusedLM) and isinstance(two, FusedLM)) or one.cross or two.cross:
             raise UserError("only models with connectors into the prompt lend each other senses")
-        if one.decoder != two.decoder:
+        words = [run.params["decoder"]["embedding"]["embedding"] for run in (self, other)]
+        if one.decoder != two.decoder or not np.array_equal(*words):
             raise UserError("the two runs have different language models: train both on one")
         if both := sorted(set(self.readers) & set(other.readers)):
             raise UserError(f"both runs read {both}: leave --senses out")

@@ -107,6 +107,9 @@ def test_a_run_with_the_senses_of_another_reads_what_both_read(assistant, tmp_pa
         both.with_senses(ears)
     with pytest.raises(UserError, match="different language models"):
         assistant.with_senses(hearing(assistant, tiny.decoder(window=5)))
+    changed = jax.tree.map(lambda leaf: leaf + 1, ears.params)
+    with pytest.raises(UserError, match="different language models"):
+        assistant.with_senses(dataclasses.replace(ears, params=changed))
 
 
 def test_words_about_a_file_follow_its_mark(assistant, tmp_path):
