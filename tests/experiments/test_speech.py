@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import io
 import json
 import sys
 from pathlib import Path
@@ -49,6 +50,16 @@ def test_no_held_thing_is_said_or_written_in_training(corpus):
     assert {noise for _, language, noise in held if language == "fr"} == {None, 20.0, 10.0, 0.0}
 
 
+def test_what_is_heard_says_the_caption_whole(corpus):
+    """Some recordings read a whole sentence, of whose caption the first clause is kept."""
+    source = stamps.load()
+    for (row, language, _), number in corpus.spoken.items():
+        whole = concepts.normalize(source[row]["text"][language])
+        assert whole == concepts.normalize(corpus.utterances[number].text)
+        sound = io.BytesIO(source[row]["audio"][language])
+        assert soundfile.info(sound).duration <= translation.Settings.seconds
+
+
 def test_draws_are_of_training_and_depend_on_seed_and_index_alone(corpus):
     turns = type("Turns", (), {"example": staticmethod(lambda turn, number: (turn, number))})()
     drawn = translation.Drawn(corpus, turns, (0.3, 0.3, 0.25, 0.15), 2.0, seed=0)
@@ -57,7 +68,6 @@ def test_draws_are_of_training_and_depend_on_seed_and_index_alone(corpus):
     other = dataclasses.replace(drawn, seed=1)
     assert found[:50] != [other[index] for index in range(50)]
     held = {text for row in corpus.rows["held"] for text in corpus.captions[row].values()}
-    held -= {text for row in corpus.rows["train"] for text in corpus.captions[row].values()}
     ways = np.zeros(2)
     for turn, _ in found:
         asked = turn.content.split(": ", 1)[1].removeprefix("<audio>").strip()
@@ -92,6 +102,42 @@ def test_published_sets_keep_their_splits(tmp_path):
     assert translation.read_corpus(held).captions[2]["en"] == "An owl 2."
     with pytest.raises(UserError, match="expected one of covost2, must_c"):
         translation.read_corpus(translation.Settings(published="librispeech x"))
+
+
+class Knowing:
+    """In place of a model: given text it writes the truth, from speech alone it writes the source.
+
+    Captions of one language stand for one row each, so that the truth can be looked up.
+    """
+
+    def __init__(self, corpus):
+        self.corpus, self.tuned = corpus, self
+
+    def merged(self, params):
+        return params
+
+    def write(self, params, asked, rows, most):
+        said = [row is not None and self.corpus.utterances[row].text for row in rows]
+        alone = [ask.endswith("<audio>") for ask in asked]
+        return [(text if only else ask) for text, only, ask in zip(said, alone, asked, strict=True)]
+
+    def text(self, ids):
+        return ids
+
+    def spell(self, params, rows):
+        return [self.corpus.utterances[row].text for row in rows]
+
+
+def test_the_report_leaves_out_what_there_is_none_of(corpus, tmp_path, capsys):
+    s = translation.Settings(languages=("en", "fr", "da", "ru"), most=12)
+    found = translation.report(s, corpus, Knowing(corpus), {}, tmp_path)
+    row = "Into English, chrF/all that were heard"
+    assert found[f"{row}/speech"] == found[f"{row}/copy the source"] > found[f"{row}/text"]
+    assert found["Spelled by the listener, character errors/fr/listener"] == 0
+    assert "Both against speech alone: chrF" in capsys.readouterr().out
+    silent = dataclasses.replace(corpus, spoken={}, utterances=[])
+    found = translation.report(s, silent, Knowing(silent), {}, tmp_path)
+    assert found and all(name.startswith("From English") for name in found)
 
 
 def test_the_nearest_caption_is_of_training(corpus):
@@ -144,6 +190,12 @@ def test_dialogue_asks_about_other_things_than_it_is_tested_on(corpus, monkeypat
         texts = [found.utterances[row].text for row in rows]
         assert texts and trained.isdisjoint(map(concepts.normalize, texts)), kind
         assert all(found.utterances[row].synthetic == kind.startswith("syn") for row in rows)
+    things = dialogue.questions.read_things(stamps.load())
+    sides = dialogue.questions.splits(things, s.seed)
+    nouns = {things[row].noun for row in sides["test"]}
+    nouns = {noun for noun in nouns if noun and len(noun) > 2}  # questions themselves say "I"
+    words = {word for text in trained for word in text.split()}
+    assert len(nouns) > 100 and not words & (nouns | {f"{noun}s" for noun in nouns})
     again = dialogue.read_corpus(s)
     assert [u.text for u in again.utterances] == [u.text for u in found.utterances]
     assert all(
