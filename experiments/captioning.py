@@ -60,8 +60,8 @@ class Settings(Base):
     tower: str = "efficientnet-lite2"
     dropout: float = 0.3
     """Of the connector."""
-    guesses: int = 2
-    """ImageNet classes that the tower names in the prompt; 0 for a tower without a classifier."""
+    guesses: int | None = None
+    """ImageNet classes that the tower names in the prompt; None: two, if it is a classifier."""
     lora_rank: int = 8
     """0: no adapters."""
     lora: str = "attention/(query|value)"

@@ -44,6 +44,7 @@ from fusion_jax.data.pictures import Pictures, open_pictures
 from fusion_jax.data.pipeline import Batches, Mixture
 from fusion_jax.data.questions import NO, YES, Question, Thing
 from fusion_jax.encoders.projection import Project
+from fusion_jax.errors import UserError
 from fusion_jax.evaluation.accuracy import accuracy, class_mean_accuracy
 from fusion_jax.evaluation.lineups import LINEUP, rank_captions
 from fusion_jax.evaluation.ridge import ridge
@@ -79,8 +80,8 @@ class Settings(Base):
     """The linear one starts at the words that ridge regression expects of a picture."""
     dropout: float = 0.3
     """Of the connector."""
-    guesses: int = 2
-    """ImageNet classes that the tower names in the prompt; 0 for a tower without a classifier."""
+    guesses: int | None = None
+    """ImageNet classes that the tower names in the prompt; None: two, if it is a classifier."""
     lora_rank: int = 8
     """0: no adapters."""
     lora: str = "attention/(query|value)"
@@ -136,6 +137,8 @@ def stream(s: Settings, things: Sequence[Thing], writing: Writing) -> Batches:
     names = sorted({question.answer for question in asked} - {YES, NO})
     numbers = {name: index for index, name in enumerate(names)}
     parts, shares = [], []
+    if len(s.shares) != len(questions.KINDS):
+        raise UserError(f"--shares {s.shares}: expected {len(questions.KINDS)}, one a kind")
     for kind, share in zip(questions.KINDS, s.shares, strict=True):
         if those := [question for question in asked if question.kind == kind]:
             parts.append(Asked(those, writing, numbers, s.length, s.views, s.blind, s.seed))

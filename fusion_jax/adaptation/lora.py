@@ -130,8 +130,10 @@ def init(rng: jax.Array, params: Params, ranks: Mapping[str, int], *, dora: bool
         model starts as the base model; kernels stacked by `scan` have stacked adapters.
 
     Raises:
-        UserError: a pattern that chooses nothing.
+        UserError: a pattern that chooses nothing; a rank below 1.
     """
+    if small := {pattern: rank for pattern, rank in ranks.items() if rank < 1}:
+        raise UserError(f"ranks {small}: expected 1 or more; leave a pattern out for no adapters")
     adapters, unused = {}, set(ranks)
     kernels = {path: leaf for path, leaf in flatten_dict(params).items() if _is_dense(path, leaf)}
     for index, (path, kernel) in enumerate(sorted(kernels.items())):

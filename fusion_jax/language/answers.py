@@ -13,9 +13,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from tqdm import tqdm
 
 from fusion_jax.data.pipeline import Number, Padded, Transform
 from fusion_jax.data.questions import Question
+from fusion_jax.errors import UserError
 from fusion_jax.language.ask import Assistant, Encoder
 from fusion_jax.language.chat import Chat
 from fusion_jax.language.fused import Batch, FusedLM, Layout, Params
@@ -26,11 +28,16 @@ from fusion_jax.language.tuned import Tuned
 from fusion_jax.pretrained.load import Pretrained
 from fusion_jax.tokens import Tokens
 
+MOST_CUT = 0.1
+"""Share of the training rows whose end may be cut."""
 PLAIN = (
-    "{% for message in messages %}{% if message.role == 'user' %}{{ message.content }}\n"
+    "{{ begin }}{% for message in messages %}{% if message.role == 'user' %}{{ message.content }}\n"
     "{% else %}{{ message.content }}{{ eos_token }}{% endif %}{% endfor %}"
 )
-"""A chat template of a question and an answer in a line each: few tokens, and for any model."""
+"""A chat template of a question and an answer in a line each: few tokens, and for any model.
+
+`begin` is what the model's tokenizer puts before a text, see `Chat.special`.
+"""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -91,6 +98,19 @@ class Asked:
     blind: float = 0.0
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        """Raises UserError where `length` cuts answers off (looks at some rows, evenly)."""
+        if not len(self):
+            return
+        some = range(0, len(self), max(len(self) // 256, 1))
+        lengths = [len(self._written(index)[0]) for index in some]
+        cut = sum(length > self.length for length in lengths) / len(lengths)
+        if cut > MOST_CUT:
+            raise UserError(
+                f"{cut:.0%} of the answers do not fit into rows of {self.length} tokens: give "
+                f"--length {bucket(max(lengths))}"
+            )
+
     @property
     def transforms(self) -> dict[str, Transform]:
         """What a batch holds: text and weight [b, length], image [b, t, d] and the numbers [b]."""
@@ -105,6 +125,18 @@ class Asked:
         return len(self.questions) * self.views
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        question = self.questions[index // self.views]
+        ids, weights, row, view = self._written(index)
+        return {
+            "id": question.row,
+            "text": np.asarray(ids, np.int32),
+            "weight": np.asarray(weights, np.float32),
+            "image": None if row is None else self.writing.sight.tokens(row, view),
+            "answer": self.numbers.get(question.answer, -1),
+        }
+
+    def _written(self, index: int) -> tuple[list[int], list[float], int | None, int]:
+        """Ids, their weights, and the row and view of the picture that is shown, if any."""
         question, view = self.questions[index // self.views], index % self.views
         blind = np.random.default_rng([self.seed, index]).random() < self.blind
         row, writing = None if blind else question.row, self.writing
@@ -112,14 +144,7 @@ class Asked:
             {"role": "user", "content": writing.content(question.text, row, view)},
             {"role": "assistant", "content": question.answer},
         ]
-        ids, weights = writing.chat.training(messages, writing.layout)
-        return {
-            "id": question.row,
-            "text": np.asarray(ids, np.int32),
-            "weight": np.asarray(weights, np.float32),
-            "image": None if row is None else writing.sight.tokens(row, view),
-            "answer": self.numbers.get(question.answer, -1),
-        }
+        return (*writing.chat.training(messages, writing.layout), row, view)
 
 
 def as_items(batch: Batch) -> Batch:
@@ -238,7 +263,8 @@ class Answerer:
         prompts = {each: self.writing.prompt(*each) for each in asked}
         order = sorted(prompts, key=lambda each: len(prompts[each]))  # little padding
         found = {}
-        for start in range(0, len(order), self.batch_size):
+        starts = range(0, len(order), self.batch_size)
+        for start in tqdm(starts, desc="asking", unit="batch", leave=False):
             batch = order[start : start + self.batch_size]
             filled = batch + batch[:1] * (self.batch_size - len(batch))
             ids = [prompts[each] for each in filled]

@@ -149,7 +149,8 @@ class Assistant:
             items = {name: len(media.get(name, ())) for name in layout.items}
             layout = dataclasses.replace(layout, items=items)
         if self.chat.template is None:
-            return self.chat.encode("\n".join(m["content"] for m in messages), layout)
+            text = "\n".join(m["content"] for m in messages)
+            return self.chat.encode(self.chat.special.get("begin", "") + text, layout)
         return self.chat.prompt(messages, layout)
 
     def prompt(

@@ -8,10 +8,9 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
+from fusion_jax.deployment.runtime import template
 from fusion_jax.errors import UserError
 from fusion_jax.language.fused import Layout
 
@@ -26,7 +25,8 @@ class Chat:
     Attributes:
         tokenizer: of the checkpoint.
         template: jinja, as shipped; it is run in a sandbox. None: a model that knows no turns.
-        special: {"bos_token": "<s>", ...} as templates use them.
+        special: {"bos_token": "<s>", ...} as templates use them; "begin" is the bos_token where
+            the tokenizer itself puts it before a text, else "".
         stop_ids: ids that end an answer.
     """
 
@@ -47,6 +47,9 @@ class Chat:
                 number = number[0]
             if number is not None:
                 special[name] = checkpoint.tokenizer.id_to_token(number) or ""
+        begins = [checkpoint.tokenizer.id_to_token(i) for i in checkpoint.tokenizer.encode("").ids]
+        begun = begins[:1] == [special.get("bos_token")]
+        special["begin"] = special["bos_token"] if begun else ""
         stops = config.get("eos_token_id", ())
         stops = tuple(stops) if isinstance(stops, list | tuple) else (stops,)
         stops = tuple(stop for stop in stops if stop is not None)
@@ -60,14 +63,10 @@ class Chat:
         """
         if self.template is None:
             raise UserError("the checkpoint has no chat template: give plain text instead")
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _raise
         try:
-            return environment.from_string(self.template).render(
-                messages=messages, add_generation_prompt=answer, **self.special
-            )
-        except (jinja2.TemplateError, TypeError, ArithmeticError, LookupError) as error:
-            raise UserError(f"the chat template cannot write these messages: {error}") from error
+            return template.write(self.template, messages, self.special, answer=answer)
+        except ValueError as error:
+            raise UserError(str(error)) from error
 
     def encode(self, text: str, layout: Layout | None = None) -> list[int]:
         """Text to ids, special tokens by their text; marks such as `<image>` by the layout."""
@@ -110,10 +109,6 @@ class Chat:
             write(said, 1.0)
             written = before + said
         return ids, weights
-
-
-def _raise(message: str) -> None:
-    raise jinja2.TemplateError(message)
 
 
 def text_stream(

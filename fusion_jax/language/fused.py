@@ -119,10 +119,11 @@ class FusedLM(nn.Module):
                 mask = mask & ~here
                 items, length = batch[name].mask.shape[1], media.mask.shape[1]
                 each = jnp.arange(length, dtype=jnp.int32) // (length // items) + 1
+                present = rearrange(media.mask, "b (m n) -> b m n", m=items).any(axis=-1)
                 context = {
                     "context": Tokens(fill(media), media.mask),
                     "context_items": jnp.broadcast_to(each[None], media.mask.shape),
-                    "query_items": jnp.cumsum(here, axis=1, dtype=jnp.int32),
+                    "query_items": looked_at(here, present, batch.get("segment")),
                 }
                 continue
             order = (jnp.cumsum(here, axis=1) - 1).clip(0, media.mask.shape[1] - 1)
@@ -181,6 +182,25 @@ class FusedLM(nn.Module):
             lengths[self.cross] = 1
         marks = {name: mark(self.connectors, name) for name in lengths}
         return Layout(marks, lengths, items, self.decoder.context_length)
+
+
+def looked_at(marks: jax.Array, present: jax.Array, segments: Tokens | None) -> jax.Array:
+    """Which item each token looks at: the last that is there before it in its segment, or 0.
+
+    Args:
+        marks: bool [b, t], where an item is mentioned; the first takes item 1.
+        present: bool [b, m], whether there is such an item.
+        segments: of packed rows, int32 [b, t].
+    """
+    number = jnp.cumsum(marks, axis=1, dtype=jnp.int32)
+    found = jnp.take_along_axis(present, (number - 1).clip(0, present.shape[1] - 1), axis=1)
+    item = jax.lax.cummax(jnp.where(marks & found, number, 0), axis=1)
+    if segments is None:
+        return item
+    ids = fill(segments)
+    starts = jnp.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (1, 0)))
+    before = jax.lax.cummax(jnp.where(starts, number - marks.astype(jnp.int32), 0), axis=1)
+    return jnp.where(item > before, item, 0)
 
 
 def mark(connectors: Mapping[str, Any], name: str) -> int:

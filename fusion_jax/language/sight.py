@@ -28,6 +28,8 @@ from fusion_jax.pretrained.load import load
 from fusion_jax.pretrained.tower import Tower, open_tower
 from fusion_jax.tokens import Tokens, shorten
 
+USUAL = 2
+"""Guesses of a tower that has any."""
 CLASS_NAMES = tuple(label.split(",")[0] for label in IMAGENET_LABELS_LIST)
 
 
@@ -47,7 +49,10 @@ class Guesses:
     @classmethod
     def of(cls, name: str, count: int) -> "Guesses":
         """Of a published classifier. UserError where it is none, or not of ImageNet's classes."""
-        head = load(name, "classifier").params["classifier"]
+        try:
+            head = load(name, "classifier").params["classifier"]
+        except UserError as error:
+            raise UserError(f"{error}. Without a classifier, ask for 0 guesses") from error
         kernel, bias = (np.asarray(head[part], np.float32) for part in ("kernel", "bias"))
         if len(bias) != len(IMAGENET_LABELS_LIST):
             raise UserError(
@@ -169,7 +174,12 @@ def nine(tokens: Tokens) -> Tokens:
 
 
 def open_sight(
-    source: features.ChecksummedSource, tower: str, *, rows: list[int], views: int, guesses: int
+    source: features.ChecksummedSource,
+    tower: str,
+    *,
+    rows: list[int],
+    views: int,
+    guesses: int | None = None,
 ) -> Sight:
     """Encodes the pictures of `source`, unless that was done before.
 
@@ -177,12 +187,18 @@ def open_sight(
         tower: a published encoder of pictures, by name, hub id or folder.
         rows: those over which tokens are standardized.
         views: of each picture, the first the whole of it.
-        guesses: how many ImageNet classes are named; 0 for a tower without a classifier.
+        guesses: how many ImageNet classes are named; None: two by a tower that classifies them.
 
     Raises:
         UserError: guesses of a tower that has none; see `open_tower`.
     """
     published = open_tower(tower, "image")
+    try:
+        named = None if guesses == 0 else Guesses.of(tower, USUAL if guesses is None else guesses)
+    except UserError:
+        if guesses is not None:
+            raise
+        named = None
     frozen = features.freeze(Views(source, views), {"image": published.frozen(nine)})
     _, kept = frozen.fields["image"]
     padded = Padded("image", (kept.longest, kept.width), np.float32)
@@ -190,5 +206,5 @@ def open_sight(
         frozen,
         standardized(padded, frozen, rows),
         published,
-        Guesses.of(tower, guesses) if guesses else None,
+        named,
     )

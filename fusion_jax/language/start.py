@@ -13,6 +13,8 @@ from fusion_jax.data.questions import Thing
 from fusion_jax.language.sight import Sight
 from fusion_jax.pretrained.load import Pretrained
 
+MOST = 2000
+
 
 def word_connector(
     things: Sequence[Thing],
@@ -27,7 +29,7 @@ def word_connector(
     What it says is scaled so that its part beside the mean is as long as a word vector.
 
     Args:
-        things: of training.
+        things: of training; of more than MOST some are fitted, evenly.
         checkpoint: of the decoder whose word vectors are meant.
         views: of each picture that are fitted.
         penalty: of the squared weights.
@@ -40,7 +42,7 @@ def word_connector(
         return table[ids].mean(axis=0, dtype=np.float64)
 
     inputs, targets = [], []
-    for thing in things:
+    for thing in things[:: -(-len(things) // MOST)]:
         said = [text for text in (_bare(thing.caption), thing.category) if text]
         for view in range(views if said else 0):
             tokens = sight.tokens(thing.row, view)

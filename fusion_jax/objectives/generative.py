@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from fusion_jax.language.mixture import load_balancing_loss
 from fusion_jax.objectives.combine import Batch, Loss, Metrics, Objective, Params
 from fusion_jax.objectives.rows import row_mean
 from fusion_jax.rows import by_rows
@@ -20,6 +21,8 @@ def causal_lm(
     chunk: int = 16,
     also: Loss | None = None,
     label_smoothing: float = 0.0,
+    balance: float = 0.0,
+    chosen: int = 2,
     train: bool = True,
 ) -> Objective:
     """Cross-entropy of each answer token given what comes before, the mean over answer tokens.
@@ -38,12 +41,18 @@ def causal_lm(
             question, answer and picture into one space.
         label_smoothing: share of each target that is spread evenly over the vocabulary (Szegedy et
             al. 2016); `perplexity` is without it.
+        balance: weight of `load_balancing_loss`, for a mixture of experts of which each token goes
+            through `chosen`; reported as `balance`, which is `chosen` where they are used evenly.
         train: whether dropout is on.
     """
 
     def causal_lm(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Metrics]:
         rngs = {"dropout": rng} if train else {}
-        outputs = model.apply({"params": params}, batch, train=train, rngs=rngs)
+        apply = partial(model.apply, {"params": params}, batch, train=train, rngs=rngs)
+        if balance:
+            outputs, sown = apply(mutable=["intermediates"])
+        else:
+            outputs = apply()
 
         def logits(hidden: jax.Array) -> jax.Array:
             return model.apply({"params": params}, hidden, method="logits")
@@ -60,6 +69,10 @@ def causal_lm(
             extra, more = also(outputs, batch)
             metrics |= more | {"causal_lm": loss}
             loss += extra
+        if balance:
+            uneven = load_balancing_loss(sown["intermediates"], outputs.mask, chosen)
+            metrics |= {"balance": uneven, "causal_lm": loss}
+            loss += balance * uneven
         return loss, metrics
 
     return causal_lm

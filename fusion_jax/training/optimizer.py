@@ -1,8 +1,12 @@
-"""The optimizer that small experiments share."""
+"""The optimizer that small experiments share, and optimizers that differ by path."""
+
+import re
+from collections.abc import Mapping
 
 import jax
 import optax
 
+from fusion_jax.errors import UserError
 from fusion_jax.training.partition import Params
 from fusion_jax.training.step import parameter_ema
 
@@ -21,6 +25,31 @@ def averaged_adamw(
         optax.adamw(schedule, weight_decay=weight_decay, mask=_matrices),
         parameter_ema(average),
     )
+
+
+def by_path(optimizers: Mapping[str, optax.GradientTransformation]) -> optax.GradientTransformation:
+    """An optimizer for each group of params, such as a learning rate for each part of a model.
+
+        by_path({"connectors": optax.adamw(1e-3), "lora": optax.adamw(1e-4), "": optax.adamw(1e-5)})
+
+    Args:
+        optimizers: {pattern: optimizer}; the first pattern that is found in a param's path has it.
+
+    Raises:
+        UserError: when it is started, of a param that no pattern is found in.
+    """
+
+    def label(path: tuple, _: jax.Array) -> str:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        found = next((pattern for pattern in optimizers if re.search(pattern, name)), None)
+        if found is None:
+            raise UserError(f"no optimizer for {name}: add a pattern to {sorted(optimizers)}")
+        return found
+
+    def labels(params: Params) -> Params:
+        return jax.tree_util.tree_map_with_path(label, params)
+
+    return optax.multi_transform(dict(optimizers), labels)
 
 
 def _matrices(params: Params) -> Params:

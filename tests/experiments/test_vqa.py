@@ -62,7 +62,7 @@ def flags(tmp_path_factory):
         save(folder / name, params, config, tokenizer=tokenizer if name == "lm" else None)
     return [
         *("--table", str(folder / "mine.jsonl"), "--tower", str(folder / "tower")),
-        *("--language-model", str(folder / "lm"), "--lora", "attention/query", "--guesses", "0"),
+        *("--language-model", str(folder / "lm"), "--lora", "attention/query"),
         *("--steps", "2", "--batch-size", "8", "--views", "2", "--no-tensorboard"),
     ]
 
@@ -98,3 +98,10 @@ def test_trains_reports_and_answers(flags, experiment, expected, tmp_path, monke
     assert "nowhere.png" in capsys.readouterr().err.splitlines()[-1]
     assert main([*question, "--audio", picture]) == 2
     assert "does not read" in capsys.readouterr().err.splitlines()[-1]
+    for flag, value, told in (
+        ("--guesses", "2", "ask for 0 guesses"),  # the tower is no classifier
+        ("--length", "6", "do not fit into rows of 6 tokens: give --length "),
+    ):
+        workdir = str(tmp_path / flag)
+        assert main(["train", source, *flags, flag, value, "--workdir", workdir]) == 2
+        assert told in capsys.readouterr().err.splitlines()[-1]

@@ -1,13 +1,17 @@
 """Chat templates against transformers' rendering, training weights, and streamed text."""
 
+import dataclasses
 import itertools
+import types
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from tokenizers import decoders as token_decoders
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from fusion_jax.errors import UserError
+from fusion_jax.language.answers import PLAIN
+from fusion_jax.language.ask import Assistant
 from fusion_jax.language.chat import Chat, text_stream
 from fusion_jax.language.fused import Layout
 
@@ -24,6 +28,11 @@ LLAMA = """{{ bos_token }}{% for message in messages %}
     {%- else %}
         {{- message['content'] + eos_token }}
     {%- endif %}
+{% endfor %}"""
+WRITTEN_FOR_TRANSFORMERS = """{% for message in messages %}
+    {%- if loop.index0 == 1 and messages | length == 3 %}{% continue %}{% endif %}
+    {{- message | tojson }}{{ {'a': 1} | tojson(indent=2) }}
+    {%- generation %}{{ message['content'] }}{% endgeneration %}
 {% endfor %}"""
 TURNS = [
     {"role": "user", "content": "Who? "},
@@ -43,7 +52,7 @@ def tokenizer():
     return tokenizer
 
 
-@pytest.mark.parametrize("template", [CHATML, LLAMA])
+@pytest.mark.parametrize("template", [CHATML, LLAMA, WRITTEN_FOR_TRANSFORMERS])
 def test_renders_as_transformers(tokenizer, template):
     special = {"bos_token": "<s>", "eos_token": "</s>"}
     chat = Chat(tokenizer, template, special, ())
@@ -52,6 +61,24 @@ def test_renders_as_transformers(tokenizer, template):
             [TURNS[:count]], chat_template=template, add_generation_prompt=answer, **special
         )
         assert chat.render(TURNS[:count], answer=answer) == expected[0]
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_a_text_begins_as_the_tokenizer_begins_it(tokenizer, adds):
+    """With <s> where the tokenizer adds one: a model without turns expects it."""
+    own = Tokenizer.from_str(tokenizer.to_str())
+    own.add_special_tokens([AddedToken("<s>")])
+    begin = own.token_to_id("<s>")
+    if adds:
+        own.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", begin)])
+    config = {"bos_token_id": begin, "eos_token_id": 1}
+    checkpoint = types.SimpleNamespace(tokenizer=own, config=config, chat_template=None)
+    chat = Chat.of(checkpoint)
+    asked = [{"role": "user", "content": "Who?"}]
+    found = Assistant(None, {}, chat).ids(asked, {})
+    assert found == own.encode("Who?").ids and (found[0] == begin) == adds
+    plain = dataclasses.replace(chat, template=PLAIN).prompt(asked)
+    assert plain == own.encode("Who?\n").ids
 
 
 def test_only_what_the_assistant_says_has_weight(tokenizer):
@@ -75,6 +102,7 @@ def test_templates_cannot_escape_and_fail_clearly(tokenizer):
         ("{% for %}", "template"),
         (LLAMA, "roles must alternate"),
         ("{{ messages[9].content + 1 }}", "template"),
+        ("{{ 'a'.index('b') }}", "template"),
         (None, "no chat template"),
     ):
         with pytest.raises(UserError, match=message):

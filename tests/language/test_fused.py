@@ -11,7 +11,7 @@ import pytest
 
 from fusion_jax.errors import UserError
 from fusion_jax.language.connectors import Patches, Projection, Resampler, with_cross_attention
-from fusion_jax.language.fused import FusedLM, init_around
+from fusion_jax.language.fused import FusedLM, init_around, looked_at
 from fusion_jax.language.generate import choose, generate
 from fusion_jax.language.prompt import pad
 from fusion_jax.tokens import Tokens
@@ -188,6 +188,26 @@ def test_each_word_looks_at_the_picture_before_it():
         moved = np.abs(after - before).max(axis=(0, 2)) > 1e-4
         keep = np.array(mask[0])
         assert moved[keep].tolist() == np.array(changed, bool)[keep].tolist()
+
+
+def test_each_word_looks_at_the_last_picture_that_is_there_in_its_own_segment():
+    """Against a loop, for cross-attention: absent items and packed neighbours are passed over."""
+    rng = np.random.default_rng(0)
+    marks, present = rng.random((40, 12)) < 0.3, rng.random((40, 12)) < 0.6
+    segments = np.sort(rng.integers(1, 4, marks.shape), axis=1).astype(np.int32)
+    for packed in (False, True):
+        own = segments if packed else np.ones_like(segments)
+        expected = np.zeros(marks.shape, int)
+        for row, place in np.ndindex(*marks.shape):
+            number = 0
+            for at in range(place + 1):
+                number += marks[row, at]
+                same = own[row, at] == own[row, place]
+                if marks[row, at] and same and present[row, number - 1]:
+                    expected[row, place] = number
+        given = Tokens(jnp.asarray(segments), jnp.ones(segments.shape, bool)) if packed else None
+        found = looked_at(jnp.asarray(marks), jnp.asarray(present), given)
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_pictures_go_in_raw_or_through_an_encoder():

@@ -3,10 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
+from . import template
 from .artifact import Artifact, BadInput
 
 MARK = "\0"
@@ -19,12 +18,8 @@ class Conversation:
     def __init__(self, artifact: Artifact):
         self.tokenizer = Tokenizer.from_file(str(artifact.folder / "tokenizer.json"))
         self.special: dict[str, str] = artifact.manifest["special"]
-        template = artifact.folder / "chat_template.jinja"
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _refuse
-        self.template = None
-        if template.exists():
-            self.template = environment.from_string(template.read_text())
+        shipped = artifact.folder / "chat_template.jinja"
+        self.template = shipped.read_text() if shipped.exists() else None
 
     def ids(self, messages: Sequence[Mapping[str, Any]], lengths: Sequence[int]) -> list[int]:
         """Messages {"role", "content"} -> ids, with -1, -2 ... in place of each MARK's vectors.
@@ -37,13 +32,12 @@ class Conversation:
         """
         if self.template is None:
             text = "\n".join(message["content"] for message in messages)
+            text = self.special.get("begin", "") + text
         else:
             try:
-                text = self.template.render(
-                    messages=messages, add_generation_prompt=True, **self.special
-                )
-            except (jinja2.TemplateError, TypeError, ArithmeticError, LookupError) as error:
-                raise BadInput(f"the chat template cannot write these messages: {error}") from error
+                text = template.write(self.template, messages, self.special)
+            except ValueError as error:
+                raise BadInput(str(error)) from error
         first, *rest = text.split(MARK)
         if len(rest) != len(lengths):
             raise BadInput("the chat template of this model drops media from these messages")
@@ -56,10 +50,6 @@ class Conversation:
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids if text else []
-
-
-def _refuse(message: str) -> None:
-    raise jinja2.TemplateError(message)
 
 
 class TextOf:
