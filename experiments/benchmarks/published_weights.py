@@ -1,0 +1,86 @@
+"""Do real weights say the same here as through the libraries that they were published for?
+
+    python -m experiments.benchmarks.published_weights     (needs the test extra)
+
+SmolLM2-135M-Instruct: logits of the stamps' captions, against `transformers` on the same GGUF file.
+Moonshine Tiny: transcripts of the stamps' English recordings, against ONNX Runtime on its makers'
+file, which computes in int8 and rounds what enters each product; here nothing is rounded.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import transformers
+
+from experiments.benchmarks.onnx_recogniser import onnx_recogniser
+from fusion_jax.data import stamps
+from fusion_jax.data.audio import SAMPLE_RATE, decode
+from fusion_jax.language.prompt import Prompt, text_mask
+from fusion_jax.pretrained.fetch import fetch
+from fusion_jax.pretrained.load import load
+from fusion_jax.tokens import Tokens
+
+CAPTIONS = 50
+
+
+def language_model() -> None:
+    """SmolLM2's logits beside transformers'."""
+    name = "smollm2-135m-instruct"
+    opened, folder = load(name), fetch(name)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file="model.gguf", dtype=torch.float32
+    ).eval()
+    source = stamps.load()
+    texts = [source[row]["text"].get("en") for row in range(len(source))]
+    texts = [text for text in texts if text][:: len(texts) // CAPTIONS][:CAPTIONS]
+    apply = jax.jit(lambda params, ids, mask: opened.module.apply({"params": params}, ids, mask))
+    worst, largest, same = 0.0, 0.0, 0
+    for text in texts:
+        ids = opened.tokenizer.encode(text).ids
+        prompt = Prompt.of([ids], 64)
+        found, _ = apply(opened.params, prompt.ids, text_mask(jnp.asarray(prompt.mask)))
+        ours = np.asarray(opened.module.apply({"params": opened.params}, found, method="logits"))
+        with torch.no_grad():
+            theirs = model(torch.tensor([ids])).logits[0].numpy()
+        ours = ours[0, -len(ids) :]
+        worst, largest = max(worst, np.abs(ours - theirs).max()), max(largest, np.abs(theirs).max())
+        same += int((ours.argmax(-1) == theirs.argmax(-1)).all())
+    print(
+        f"{name}: logits of {len(texts)} captions differ from transformers' by {worst:.1e}, "
+        f"at most, where the largest is {largest:.0f}; every likeliest token the same in {same} of them"
+    )
+
+
+def recogniser() -> None:
+    """Moonshine's transcripts beside ONNX Runtime's."""
+    opened, theirs = load("moonshine-tiny", "recogniser"), onnx_recogniser()
+    transcribe = jax.jit(
+        lambda params, sound: opened.module.apply({"params": params}, sound, method="transcribe")
+    )
+    source = stamps.load()
+    same = total = 0
+    for row in range(len(source)):
+        recording = (source[row].get("audio") or {}).get("en")
+        if recording is None:
+            continue
+        samples = decode(recording)
+        length = -(-len(samples) // SAMPLE_RATE) * SAMPLE_RATE
+        sound = np.zeros((1, length), np.float32)
+        sound[0, : len(samples)] = samples
+        found = transcribe(opened.params, Tokens(sound, np.arange(length)[None] < len(samples)))
+        ids = np.asarray(found.values[0])[np.asarray(found.mask[0])].tolist()
+        same += opened.tokenizer.decode(ids).strip() == theirs(samples)
+        total += 1
+    print(f"moonshine-tiny: {same} of {total} English transcripts are ONNX Runtime's to the letter")
+
+
+def main() -> None:
+    """Both."""
+    transformers.logging.set_verbosity_error()
+    language_model()
+    recogniser()
+
+
+if __name__ == "__main__":
+    main()
