@@ -4,8 +4,8 @@
 
 The cascade is what one would pick instead: Moonshine Tiny through ONNX Runtime (int8, as published)
 writes the words down, and SmolLM2 is asked them here. Both read the same held-out recordings, one
-at a time, in turns; what compiles has been compiled on the same recordings before. "Agreement" is chrF
-of the first tokens of an answer against the answer to the same question typed.
+at a time, in turns; what compiles has been compiled on the same recordings before. "Agreement" is
+chrF of the first tokens of an answer against the answer to the same question typed.
 """
 
 import dataclasses
