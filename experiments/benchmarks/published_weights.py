@@ -47,8 +47,8 @@ def language_model() -> None:
         worst, largest = max(worst, np.abs(ours - theirs).max()), max(largest, np.abs(theirs).max())
         same += int((ours.argmax(-1) == theirs.argmax(-1)).all())
     print(
-        f"{name}: logits of {len(texts)} captions differ from transformers' by {worst:.1e}, "
-        f"at most, where the largest is {largest:.0f}; every likeliest token the same in {same} of them"
+        f"{name} beside transformers: logits of {len(texts)} captions differ by up to {worst:.1e}, "
+        f"of which the largest is {largest:.0f}; in {same} of them every likeliest token is the same"
     )
 
 
