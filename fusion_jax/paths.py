@@ -7,6 +7,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from fusion_jax.errors import UserError
+
+LARGEST_MEDIUM = 256_000_000
+"""Bytes of a picture or of half a minute of sound, however it is written; films have more."""
+
 
 def cache_dir() -> Path:
     """$FUSION_JAX_HOME, else ~/.cache/fusion_jax; it need not exist yet."""
@@ -19,6 +24,24 @@ def write_file(path: Path, text: str) -> None:
     draft = path.with_suffix(".tmp")
     draft.write_text(text)
     os.replace(draft, path)
+
+
+def read_medium(file: Path) -> bytes:
+    """All of a picture or a recording.
+
+    Raises:
+        UserError: it cannot be read, or is larger than `LARGEST_MEDIUM`.
+    """
+    try:
+        size = file.stat().st_size
+        if size > LARGEST_MEDIUM:
+            raise UserError(
+                f"{file} has {size / 1e6:,.0f} MB, and files of at most "
+                f"{LARGEST_MEDIUM / 1e6:.0f} MB are read: cut it"
+            )
+        return file.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}") from error
 
 
 @contextlib.contextmanager

@@ -48,7 +48,7 @@ def language_model() -> None:
         same += int((ours.argmax(-1) == theirs.argmax(-1)).all())
     print(
         f"{name} beside transformers: logits of {len(texts)} captions differ by up to {worst:.1e}, "
-        f"of which the largest is {largest:.0f}; in {same} of them every likeliest token is the same"
+        f"of which the largest is {largest:.0f}; in {same} of them all likeliest tokens agree"
     )
 
 

@@ -130,7 +130,8 @@ def text_stream(
             return
         ready = len(text.rstrip("\ufffd"))
         for stop in stops:
-            held = (n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n]))
+            most = min(len(stop) - 1, len(text))
+            held = (n for n in range(most, 0, -1) if text.endswith(stop[:n]))
             ready = min(ready, len(text) - next(held, 0))
         if ready > shown:
             yield text[shown:ready]

@@ -19,6 +19,9 @@ from fusion_jax.language.sampling import Sampling
 HELP = """Type a question and Enter. /image FILE and /audio FILE go with what you type next, or are
 the whole turn if you then press Enter alone. /new forgets what was said, /quit or Ctrl-D ends."""
 
+Turn = tuple[dict[str, str], Mapping[str, Sequence[Path]], str]
+"""What was asked, its files, and the answer."""
+
 
 class Conversation:
     """What was said, as far as the model's context holds it.
@@ -31,49 +34,52 @@ class Conversation:
         self, assistant: Assistant, max_tokens: int = 256, sampling: Sampling | None = None
     ):
         self.assistant, self.max_tokens, self.sampling = assistant, max_tokens, sampling
-        self.turns: list[tuple[dict[str, str], Mapping[str, Sequence[Path]], str]] = []
+        self.turns: list[Turn] = []
 
     def say(self, text: str, media: Mapping[str, Sequence[Path]] | None = None) -> Iterator[str]:
         """The answer in pieces. The oldest turns are forgotten when they no longer fit.
 
-        A turn that fails is not remembered.
+        A turn that fails is not remembered, and forgets none.
 
         Raises:
             UserError: as `Assistant.answer`.
         """
         media = media or {}
         said = {"role": "user", "content": self.assistant.marked(text, media)}
-        messages, files = self._that_fit(said, media)
+        kept, messages, files = self._that_fit(said, media)
         pieces = []
         for piece in self.assistant.reply(
             messages, files, max_tokens=self.max_tokens, sampling=self.sampling
         ):
             pieces.append(piece)
             yield piece
-        self.turns.append((said, media, "".join(pieces)))
+        self.turns = [*kept, (said, media, "".join(pieces))]
 
     def _that_fit(
         self, said: dict[str, str], media: Mapping[str, Sequence[Path]]
-    ) -> tuple[list[dict[str, str]], dict[str, list[Path]]]:
-        """As many of the latest turns as the context holds beside an answer, and this one."""
+    ) -> tuple[list[Turn], list[dict[str, str]], dict[str, list[Path]]]:
+        """As many of the latest turns as the context holds beside an answer; their messages and
+        files, and those of this one.
+        """
         room = self.assistant.decoder.context_length or sys.maxsize
+        kept = list(self.turns)
         while True:
             messages: list[dict[str, str]] = []
             files: dict[str, list[Path]] = {}
-            for asked, had, answer in [*self.turns, (said, media, "")]:
+            for asked, had, answer in [*kept, (said, media, "")]:
                 messages += [asked, {"role": "assistant", "content": answer}]
                 for name, some in had.items():
                     files.setdefault(name, []).extend(some)
             messages.pop()
             try:
                 if len(self.assistant.ids(messages, files)) + self.max_tokens <= room:
-                    return messages, files
+                    return kept, messages, files
             except UserError:
-                if not self.turns:
+                if not kept:
                     raise
-            if not self.turns:
-                return messages, files  # the model itself says that this is too long
-            del self.turns[0]
+            if not kept:
+                return kept, messages, files  # the model itself says that this is too long
+            del kept[0]
 
 
 def chat(

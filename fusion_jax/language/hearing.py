@@ -19,6 +19,7 @@ from fusion_jax.data.pipeline import Padded, Transform
 from fusion_jax.errors import UserError
 from fusion_jax.language.chat import Chat
 from fusion_jax.language.fused import Batch, Layout
+from fusion_jax.paths import read_medium
 from fusion_jax.pretrained.tower import Tower, open_tower
 from fusion_jax.tokens import Tokens
 
@@ -101,13 +102,9 @@ def load_speech(file: Path) -> np.ndarray:
     """A recording of somebody speaking, mono float32 at 16 kHz.
 
     Raises:
-        UserError: unreadable, or shorter than SHORTEST, longer than LONGEST, or silent.
+        UserError: unreadable or huge, or shorter than SHORTEST, longer than LONGEST, or silent.
     """
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror}") from error
-    samples = audio.decode(content, str(file), LONGEST + 1)
+    samples = audio.decode(read_medium(file), str(file), LONGEST + 1)
     seconds = len(samples) / audio.SAMPLE_RATE
     if seconds > LONGEST:
         raise UserError(f"{file} is longer than the {LONGEST:.0f} s that are heard at once: cut it")

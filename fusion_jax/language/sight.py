@@ -24,6 +24,7 @@ from fusion_jax.data import features
 from fusion_jax.data.pipeline import Padded
 from fusion_jax.data.views import Standardized, Views, standardized
 from fusion_jax.errors import UserError
+from fusion_jax.paths import read_medium
 from fusion_jax.pretrained.load import load
 from fusion_jax.pretrained.tower import Tower, open_tower
 from fusion_jax.tokens import Tokens, shorten
@@ -118,7 +119,7 @@ class Sight:
         """A picture file as one item of a prompt: values [1, 1, t, d], mask [1, 1, t].
 
         Raises:
-            UserError: it cannot be read as a picture.
+            UserError: it cannot be read as a picture; it is huge.
         """
         values = self.scale({"image": self._encoded(file)}, None)[None, None]
         return Tokens(values, np.ones(values.shape[:3], bool))
@@ -158,10 +159,7 @@ class Sight:
         return "" if self.guesses is None else self.guesses(tokens) + ".\n"
 
     def _encoded(self, file: Path) -> np.ndarray:
-        try:
-            content = file.read_bytes()
-        except OSError as error:
-            raise UserError(f"cannot read {file}: {error.strerror}") from error
+        content = read_medium(file)
         picture = self.tower.transform({"image": content, "name": str(file)}, None)
         encoded = self.tower.encode(Tokens(picture[None], np.ones(1, bool)))
         # Rounded as what is kept beside the data.

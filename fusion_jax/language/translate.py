@@ -5,6 +5,7 @@ python -m fusion_jax translate --workdir runs/translation --from fr --to es "un 
 python -m fusion_jax translate --workdir runs/translation --to en recording.ogg "un chat"
 """
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -38,6 +39,8 @@ NAMES = {
 }
 """Of languages, as they stand in prompts; others stand there by their code."""
 SOUNDS = (".ogg", ".oga", ".opus", ".wav", ".flac", ".mp3", ".aif", ".aiff")
+OTHERS = (".m4a", ".aac", ".wma", ".amr", ".mp4", ".webm", ".mkv", ".mov", ".avi", ".jpg", ".png")
+"""Endings of files that are not heard."""
 
 
 def instruction(to: str, source: str | None, text: str | None, spoken: bool) -> str:
@@ -69,8 +72,8 @@ def translate(
         source: code of the language that is given, if you know it.
         max_tokens: at most so many tokens.
     """
-    files = [Path(each) for each in sources if is_sound(each)]
-    texts = [each for each in sources if not is_sound(each)]
+    files = [Path(each) for each in sources if is_file(each)]
+    texts = [each for each in sources if not is_file(each)]
     if len(files) > 1 or len(texts) > 1 or not sources:
         raise UserError(
             f"expected a text, a sound file ({', '.join(SOUNDS)}) or one of each, and not "
@@ -95,6 +98,6 @@ def pieces(
     return assistant.answer(asked, {"audio": files}, max_tokens=max_tokens)
 
 
-def is_sound(given: str) -> bool:
-    """Whether that names a sound file, by its ending: a missing file is no text."""
-    return given.lower().endswith(SOUNDS)
+def is_file(given: str) -> bool:
+    """Whether that is a file, or ends as one does: a missing file is no text."""
+    return os.path.isfile(given) or given.lower().endswith((*SOUNDS, *OTHERS))

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import httpx
 import numpy as np
@@ -21,6 +22,9 @@ import uvicorn
 from PIL import Image
 
 from fusion_jax.deployment import export
+from fusion_jax.deployment.runtime import inference_protocol
+from fusion_jax.deployment.runtime.artifact import BadInput
+from fusion_jax.deployment.runtime.conversation import TextOf
 from fusion_jax.deployment.runtime.host import Host, Limits
 from fusion_jax.deployment.runtime.metrics import Metrics
 from fusion_jax.deployment.runtime.server import Server
@@ -163,6 +167,8 @@ BAD = {
     "an unknown part": (ask([{"type": "video"}]), 400),
     "two answers": (ask(n=2), 400),
     "a hot answer": (ask(temperature=1e30), 400),
+    "a long stop": (ask(stop="x" * 257), 400),
+    "many stops": (ask(stop=list("abcde")), 400),
 }
 
 
@@ -182,6 +188,40 @@ def test_the_key_and_a_body_that_never_comes(client, process):
         head = f"POST {route} HTTP/1.1\r\nhost: a\r\nx-api-key: secret\r\ncontent-length: 9\r\n\r\n"
         slow.sendall(head.encode())
         assert b"408" in slow.recv(100)
+
+
+class Compared(str):
+    """A stop string that counts how many of its beginnings are looked for."""
+
+    def __getitem__(self, part):
+        self.counts.append(part.stop)
+        return super().__getitem__(part)
+
+
+def test_no_more_of_a_stop_is_looked_for_than_was_written():
+    letters = types.SimpleNamespace(decode=lambda ids, **_: "".join(map(chr, ids)))
+    stop = Compared("x" * 250)
+    stop.counts = []
+    assert TextOf(letters, [stop]).push(b"oxx") == "o" and stop.counts == [3, 2]
+
+
+def test_strings_as_bytes_are_counted_before_they_are_kept():
+    sent = {"name": "text", "shape": [10**6], "datatype": "BYTES"}
+    sent["parameters"] = {"binary_data_size": 4 * 10**6}
+    request = inference_protocol.InferRequest(inputs=[sent])
+    started = time.process_time()
+    with pytest.raises(BadInput, match="more than 256 rows"):
+        inference_protocol.arrays(request, bytes(4 * 10**6))
+    assert time.process_time() - started < 1
+    sent |= {"shape": [2], "parameters": {"binary_data_size": 11}}
+    request = inference_protocol.InferRequest(inputs=[sent])
+    two = b"\1\0\0\0a\2\0\0\0bc"
+    assert inference_protocol.arrays(request, two)["text"].tolist() == [b"a", b"bc"]
+    for broken in (two[:-1], b"\1\0\0"):
+        sent |= {"parameters": {"binary_data_size": len(broken)}}
+        request = inference_protocol.InferRequest(inputs=[sent])
+        with pytest.raises(BadInput, match="breaks off"):
+            inference_protocol.arrays(request, broken)
 
 
 def metric(client, name):

@@ -157,6 +157,15 @@ def test_instructions_and_what_is_no_source():
         translate(("a.ogg", "b.wav"), Path("nowhere"), "en")
 
 
+def test_what_is_a_file_or_ends_as_one_is_not_translated_as_words(tmp_path):
+    (tmp_path / "chat").touch()
+    for files in (("talk.mp4", "Photo.JPG"), ("my talk.m4a", str(tmp_path / "chat"))):
+        with pytest.raises(UserError, match="0 texts and 2 files"):
+            translate(files, Path("nowhere"), "en")
+    with pytest.raises(UserError, match="2 texts and 0 files"):
+        translate(("un chat. " * 500, "mp4"), Path("nowhere"), "en")
+
+
 def test_own_questions_are_dealt_out_with_their_answers(corpus, tmp_path):
     lines = []
     for number in range(20):

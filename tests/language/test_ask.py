@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import soundfile
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from fusion_jax.errors import UserError
@@ -17,12 +18,14 @@ from fusion_jax.language.connectors import Projection
 from fusion_jax.language.conversation import Conversation, talk
 from fusion_jax.language.fused import FusedLM, init_around
 from fusion_jax.language.generate import generate
+from fusion_jax.language.hearing import load_speech
 from fusion_jax.language.prompt import pad
 from fusion_jax.tokens import Tokens
 
 spec = importlib.util.spec_from_file_location("tiny", Path(__file__).with_name("tiny.py"))
 tiny = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tiny)
+tiny.LAYERS = 1  # less to compile
 
 
 def read(file: Path) -> Tokens:
@@ -164,6 +167,46 @@ def test_turns_follow_each_other_and_the_oldest_are_forgotten(assistant, tmp_pat
     assert third == "".join(
         assistant.reply([{"role": "user", "content": "w8 w9 w3 "}], {}, max_tokens=4)
     )
+
+
+def test_a_turn_that_fails_forgets_nothing(assistant):
+    talked = Conversation(assistant, max_tokens=4)
+    talked.turns = before = [({"role": "user", "content": "w5"}, {}, "w6")]
+    with pytest.raises(UserError, match="the prompt takes 120 tokens"):
+        "".join(talked.say("w5 " * 120))
+    assert talked.turns is before and len(before) == 1
+
+
+def test_five_turns_with_two_media_and_one_that_is_refused(assistant, tmp_path):
+    """What is said last follows all that was said and shown, and nothing of what failed."""
+    (tmp_path / "picture").write_bytes(b"abcdef")
+    soundfile.write(tmp_path / "question.wav", np.sin(np.arange(4000) / 9), 16_000)
+    with soundfile.SoundFile(tmp_path / "long.flac", "w", 8_000, 1) as file:
+        for _ in range(30):
+            file.write(np.zeros(60 * 8_000))
+    both = assistant.with_senses(hearing(assistant))
+    listen = both.readers["audio"]
+
+    def heard(file):
+        load_speech(file)
+        return listen(file)
+
+    template = "{% for m in messages %}{{ m.content }} w3 {% endfor %}"
+    chat_of = Chat(assistant.chat.tokenizer, template, {}, ())
+    both = dataclasses.replace(both, chat=chat_of, readers={**both.readers, "audio": heard})
+    lines = (
+        "w5\n/image {0}/picture\nw6\n/audio {0}/long.flac\n\n/audio {0}/question.wav\n\nw7\nw8\n"
+    )
+    out = io.StringIO()
+    talk(Conversation(both, max_tokens=3), io.StringIO(lines.format(tmp_path)), out)
+    *said, last = [line for line in out.getvalue().splitlines() if not line.startswith("error")]
+    told = [line for line in out.getvalue().splitlines() if line.startswith("error")]
+    assert len(told) == 1 and "longer than the 30 s that are heard at once" in told[0]
+    asked = ("w5", "<image>w6", "<audio>", "w7")
+    before = "".join(f"{a} w3 {b} w3 " for a, b in zip(asked, said, strict=True))
+    media = {"image": [tmp_path / "picture"], "audio": [tmp_path / "question.wav"]}
+    message = {"role": "user", "content": f"{before}w8"}
+    assert last == "".join(both.reply([message], media, max_tokens=3))
 
 
 def test_lines_are_turns_and_a_wrong_one_is_told(assistant, tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import tracemalloc
 from pathlib import Path
 
 import jax
@@ -17,6 +18,7 @@ from fusion_jax.language.chat import Chat
 from fusion_jax.language.fused import FusedLM
 from fusion_jax.language.hearing import Dictation, Hearing, Turn, as_items, load_speech
 from fusion_jax.language.listener import Listener, Spelling
+from fusion_jax.language.sight import Sight
 from fusion_jax.language.spoken import SpokenLM
 from fusion_jax.language.tuned import Tuned
 from fusion_jax.objectives.recognition import answer_and_spell
@@ -55,6 +57,26 @@ def test_what_is_no_speech_is_told(tmp_path, write, told):
     write(tmp_path / "a.wav")
     with pytest.raises(UserError, match=told):
         load_speech(tmp_path / "a.wav")
+
+
+def test_half_an_hour_is_refused_before_it_is_decoded(tmp_path):
+    with soundfile.SoundFile(tmp_path / "a.flac", "w", 8_000, 1) as file:
+        for _ in range(30):
+            file.write(np.zeros(60 * 8_000))
+    tracemalloc.start()
+    with pytest.raises(UserError, match="longer than the 30 s"):
+        load_speech(tmp_path / "a.flac")
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 10_000_000  # all of it has 58 MB as numbers
+
+
+def test_a_film_is_not_read(tmp_path):
+    with (tmp_path / "film.mkv").open("wb") as file:
+        file.truncate(10**10)  # takes no place on the disk
+    for read in (load_speech, Sight(None, None, None, None).read):
+        with pytest.raises(UserError, match="has 10,000 MB, and files of at most 256 MB"):
+            read(tmp_path / "film.mkv")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

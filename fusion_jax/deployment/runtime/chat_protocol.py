@@ -44,6 +44,7 @@ class AudioPart(BaseModel):
 
 
 Part = Annotated[TextPart | ImagePart | AudioPart, Field(discriminator="type")]
+Stop = Annotated[str, Field(max_length=256)]
 
 
 class Message(BaseModel):
@@ -66,7 +67,7 @@ class ChatRequest(BaseModel):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: str | list[str] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Literal[1] | None = None

@@ -75,7 +75,8 @@ class TextOf:
         else:
             ready = len(text.rstrip("\ufffd"))
             for stop in self.stops:
-                held = (n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n]))
+                most = min(len(stop) - 1, len(text))
+                held = (n for n in range(most, 0, -1) if text.endswith(stop[:n]))
                 ready = min(ready, len(text) - next(held, 0))
         piece, self.shown = text[self.shown : ready], max(ready, self.shown)
         return piece

@@ -99,13 +99,15 @@ def arrays(request: InferRequest, binary: bytes) -> dict[str, np.ndarray]:
 
 def _from_bytes(tensor: InputTensor, content: bytes) -> np.ndarray:
     if tensor.datatype == "BYTES":
-        items = []
-        while content:
-            size = int.from_bytes(content[:4], "little")
-            if len(content) < 4 + size:
+        items, at = [], 0
+        while at < len(content):
+            start = at + 4
+            at = start + int.from_bytes(content[at:start], "little")
+            if len(content) < at:
                 raise BadInput(f"input {tensor.name}: a string breaks off")
-            items.append(content[4 : 4 + size])
-            content = content[4 + size :]
+            if len(items) == MOST_ROWS:
+                raise BadInput(f"input {tensor.name}: more than {MOST_ROWS} rows")
+            items.append(content[start:at])
         return _objects(items)
     dtype = np.dtype(_dtype(tensor))
     if len(content) % dtype.itemsize:
