@@ -17,6 +17,7 @@ USAGE = """usage: python -m fusion_jax COMMAND ...
   show-sharding [EXPERIMENT.py] --mesh ...    which part of each param a device holds
   compress --workdir DIR --recipe int8        write a smaller workdir, and compare
   fetch NAME                                  bring a pretrained checkpoint or data set
+  build-data "ROWS-*.jsonl" --name NAME       make a data set of millions of rows
   ask --model NAME | --workdir DIR QUESTION   ask a language model
   chat --model NAME | --workdir DIR           talk with one: text, speech, pictures
   translate --workdir DIR --to LANG TEXT|FILE translate text, speech, or both
@@ -30,7 +31,7 @@ def train(arguments: list[str]) -> None:
     if not arguments or arguments[0].startswith("-"):
         raise UserError("which experiment? python -m fusion_jax train experiments/NAME.py ...")
     from fusion_jax.training import experiment as experiments
-    from fusion_jax.training import hosts, loop, runtime, seeds
+    from fusion_jax.training import hosts, loop, runtime, seeds, together
 
     source = Path(arguments[0])
     module = experiments.load_file(source)
@@ -51,10 +52,19 @@ def train(arguments: list[str]) -> None:
         if settings.seeds == 1:
             run(settings, workdir)
             return
-        found = {
-            seed: run(dataclasses.replace(settings, seed=seed), workdir / f"seed-{seed}")
+        each = {
+            seed: (dataclasses.replace(settings, seed=seed), workdir / f"seed-{seed}")
             for seed in range(settings.seed, settings.seed + settings.seeds)
         }
+        found = None
+        if settings.together:
+            for own, folder in each.values():
+                experiments.open_workdir(folder, source, own)
+            found = together.train(
+                {seed: together.Run(module.build(s), s, at) for seed, (s, at) in each.items()}
+            )
+        if found is None:
+            found = {seed: run(*pair) for seed, pair in each.items()}
         seeds.summarise(found, workdir)
 
 
@@ -115,6 +125,13 @@ def fetch(arguments: list[str]) -> None:
         return name
 
     print(bring(tyro.cli(parse, args=arguments, prog="python -m fusion_jax fetch")))
+
+
+def build_data(arguments: list[str]) -> None:
+    """Makes a TFDS data set of JSONL files, by Apache Beam."""
+    from fusion_jax.data import beam
+
+    print(tyro.cli(beam.build, args=arguments, prog="python -m fusion_jax build-data"))
 
 
 def ask(arguments: list[str]) -> None:
@@ -195,6 +212,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "show-sharding": show_sharding,
     "compress": compress,
     "fetch": fetch,
+    "build-data": build_data,
     "ask": ask,
     "chat": chat,
     "translate": translate,

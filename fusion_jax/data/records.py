@@ -3,6 +3,7 @@
     source = records.read_table("things.jsonl", classes=["cat", "dog"])
     train = Subset(source, concepts.splits(source, seed=0)["train"])
     source = records.tfds_source("mnist", "train", {"image": "image", "label": "label"})
+    source = records.tfds_source("s3://bucket/tfds/mnist/3.0.1", "train", {"image": "image"})
 
 A table has the columns image, audio, text and label, any of which may be absent in any row; paths
 are relative to the table. Other names are mapped: `columns={"image": "photo_path"}`.
@@ -15,6 +16,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import types
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +28,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core.features import audio_feature
 from tqdm import tqdm
 
-from fusion_jax.data import audio, concepts, image
+from fusion_jax.data import audio, concepts, image, remote
 from fusion_jax.data.disk import needs_room
 from fusion_jax.errors import UserError
 
@@ -141,7 +143,7 @@ def read_table(
     path = Path(path).expanduser()
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected a .jsonl or .csv table")
-    readers = {".jsonl": _read_jsonl, ".csv": _read_csv}
+    readers = {".jsonl": read_jsonl, ".csv": _read_csv}
     if path.suffix not in readers:
         raise UserError(f"{path}: expected a name that ends in .jsonl or .csv")
     try:
@@ -171,7 +173,7 @@ def read_table(
 
     wrong: dict[int, str] = {}
     for i, (line, fields) in enumerate(found):
-        if reason := _wrong(path, line, fields, allowed):
+        if reason := what_is_wrong(path, line, fields, allowed):
             wrong[i] = reason
     if wrong and damaged == "error":
         raise UserError(next(iter(wrong.values())))
@@ -187,7 +189,8 @@ def read_table(
     return Table(path, rows, allowed, tuple(wrong[i] for i in sorted(wrong)))
 
 
-def _read_jsonl(path: Path) -> list[tuple[int, dict[str, Any]]]:
+def read_jsonl(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """(number from 1, object) of each line; UserError at one that is no JSON object."""
     lines = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         if not line.strip():
@@ -208,9 +211,10 @@ def _read_csv(path: Path) -> list[tuple[int, dict[str, Any]]]:
         return [(reader.line_num, fields) for fields in reader]
 
 
-def _wrong(
+def what_is_wrong(
     path: Path, line: int, fields: Mapping[str, Any], classes: tuple[str, ...]
 ) -> str | None:
+    """The first thing that is wrong with a row, or None."""
     for field in ("image", "audio", "text"):
         if field in fields and not isinstance(fields[field], str):
             return f"{path} row {line}: {field} is {fields[field]!r}; expected a string"
@@ -235,12 +239,20 @@ def _read(path: Path, where: str) -> bytes:
 class TfdsSource:
     """A TFDS split with its features renamed; see `tfds_source`."""
 
-    def __init__(self, builder: tfds.core.DatasetBuilder, split: str, mapping: Mapping[str, str]):
+    def __init__(
+        self,
+        builder: tfds.core.DatasetBuilder,
+        split: str,
+        mapping: Mapping[str, str],
+        url: str | None = None,
+    ):
         features = dict(builder.info.features.items())
         top = set(mapping.values()) & set(features)  # a nested picture is left to TFDS to decode
         pictures = [name for name in top if isinstance(features[name], tfds.features.Image)]
         skip = {name: tfds.decode.SkipDecoding() for name in pictures}
         self._rows = builder.as_data_source(split, decoders=skip or None)
+        if url is not None:
+            self._rows.data_source = remote.Shards(url, builder, split)
         self._mapping = dict(mapping)
         sound = features.get(mapping.get("audio"))
         self._rate = getattr(sound, "sample_rate", None) or audio.SAMPLE_RATE
@@ -259,6 +271,8 @@ class TfdsSource:
         example: dict[str, Any] = {"id": int(row), "name": f"{self._name} row {row}"}
         for field, name in self._mapping.items():
             value = functools.reduce(lambda part, key: part[key], name.split("/"), stored)
+            if isinstance(value, bytes) and not value:  # how an absent one is stored
+                continue
             if field == "audio" and not isinstance(value, bytes):
                 samples = np.asarray(value)
                 if samples.dtype == np.int64:  # TFDS's default for what is 16-bit sound
@@ -288,19 +302,26 @@ def tfds_source(
     """Any TFDS data set by name, prepared on first use, without TensorFlow.
 
     Args:
-      name: "mnist", "coco_captions/2017", ...
+      name: "mnist", "coco_captions/2017", ... or the address of one that is prepared as
+        array_record files on object storage, "gs://bucket/tfds/coco_captions/2017/1.1.0".
       split: "train", "test[:10%]", ...
       mapping: {field of our examples: feature of the data set}; "captions/text" is the feature
         text inside captions.
-      data_dir: where TFDS keeps it; without it TFDS's own place.
+      data_dir: where TFDS keeps it; without it TFDS's own place. May be an address too.
 
     Raises:
       UserError: an unknown data set, split or feature, or one that cannot be prepared here.
     """
+    url = name if remote.is_remote(name) else None
+    if remote.is_remote(data_dir):
+        url = "/".join([str(data_dir).rstrip("/"), *re.split("[/:]", name)])
     try:
-        builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
-        with needs_room(Path(builder.data_path)):
-            builder.download_and_prepare()
+        if url is not None:
+            builder = remote.builder(url)
+        else:
+            builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+            with needs_room(Path(builder.data_path)):
+                builder.download_and_prepare()
     except tfds.core.DatasetNotFoundError as error:
         raise UserError(f"TFDS has no data set {name!r} ({str(error).splitlines()[0]})") from error
     except ImportError as error:
@@ -315,4 +336,4 @@ def tfds_source(
         )
     if split.partition("[")[0] not in builder.info.splits:
         raise UserError(f"{name} has no split {split!r}; it has {sorted(builder.info.splits)}")
-    return TfdsSource(builder, split, mapping)
+    return TfdsSource(builder, split, mapping, url)

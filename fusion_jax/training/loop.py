@@ -21,6 +21,7 @@ from fusion_jax.paths import write_file
 from fusion_jax.training.checkpoint import Checkpoints, check_model
 from fusion_jax.training.clock import Clock, speed
 from fusion_jax.training.experiment import Experiment
+from fusion_jax.training.matmuls import rounded_matmuls
 from fusion_jax.training.metrics import MetricsFile
 from fusion_jax.training.partition import Params
 from fusion_jax.training.settings import Settings
@@ -75,7 +76,7 @@ def _train(
 
     # ------------------------------------------------------------------------------ the step
     step_fn = compile_step(
-        experiment.objective,
+        rounded_matmuls(experiment.objective, settings.matmuls),
         experiment.optimizer,
         mesh,
         plan.state_shardings,
@@ -106,7 +107,7 @@ def _train(
             step, arrays, ids = pending.popleft()
             metrics = {f"train/{name}": float(v) for name, v in jax.device_get(arrays).items()}
             if not all(map(math.isfinite, (metrics["train/loss"], metrics["train/grad_norm"]))):
-                raise UserError(_not_finite(step, metrics, ids, checkpoints))
+                raise UserError(not_finite(step, metrics, ids, checkpoints))
             if due(step, settings.log_every):
                 metrics_file.write(step, metrics)
                 rate = settings.batch_size * clock.rate(step)
@@ -231,9 +232,10 @@ def interruption() -> Iterator[Any]:
             signal.signal(number, handler)
 
 
-def _not_finite(
+def not_finite(
     step: int, metrics: dict[str, float], ids: np.ndarray | None, checkpoints: Checkpoints
 ) -> str:
+    """What to tell of a loss that is no number: where it came up, and where to go on."""
     checkpoints.wait()
     saved = checkpoints.latest()
     where = "none was saved" if saved is None else str(checkpoints.folder / str(saved))

@@ -24,6 +24,8 @@ class Settings:
     """Micro-batches a step, to save memory."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What the matrices and activations of an opened language model are kept and computed in."""
+    matmuls: Literal["full", "int8", "fp8"] = "full"
+    """Training products of attention and MLPs in 8 bits, on hardware that is faster so."""
     scan: bool = False
     """Loop over such a model's layers, stacked: compiles in the time of one or two."""
 
@@ -33,6 +35,8 @@ class Settings:
     """Delete what the workdir holds and start anew."""
     seeds: int = runtime(1)
     """Train so many seeds, from --seed on, and print mean and spread."""
+    together: bool = runtime(False)
+    """Step all of those seeds at once, in one program, if memory allows."""
     mesh: str = runtime("data=-1")
     """Devices along each axis: data=-1,fsdp=1,tensor=1."""
     engine: Literal["jit", "pmap"] = runtime("jit")

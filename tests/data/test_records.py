@@ -2,13 +2,17 @@
 
 import io
 import json
+import pickle
+import shutil
+import types
 
+import fsspec
 import numpy as np
 import pytest
 import soundfile
 import tensorflow_datasets as tfds
 
-from fusion_jax.data import audio, concepts, image, records
+from fusion_jax.data import audio, concepts, image, records, remote
 from fusion_jax.data.audio import Waveforms
 from fusion_jax.data.image import Pictures
 from fusion_jax.data.pipeline import Batches
@@ -177,3 +181,47 @@ def test_any_tfds_data_set_by_name(tmp_path, monkeypatch):
         records.tfds_source("tiny_sounds", "test", mapping, data_dir=tmp_path)
     with pytest.raises(UserError, match="no data set"):
         records.tfds_source("no_such_set", "train", mapping, data_dir=tmp_path)
+
+
+def test_a_data_set_on_object_storage_is_read_as_on_disk(tmp_path, monkeypatch):
+    monkeypatch.setenv("FUSION_JAX_HOME", str(tmp_path / "home"))
+    TinySounds(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    mapping = {"text": "captions/text", "label": "kind"}
+    storage = fsspec.filesystem("memory")
+    storage.put(str(tmp_path / "tiny_sounds"), "/bucket/tiny_sounds", recursive=True)
+    here = records.tfds_source("tiny_sounds", "train", mapping, data_dir=tmp_path)
+    there = [
+        records.tfds_source("memory://bucket/tiny_sounds/1.0.0", "train", mapping),
+        records.tfds_source("tiny_sounds", "train", mapping, data_dir="memory://bucket"),
+    ]
+    cached = tmp_path / "home" / "remote"
+    assert not list(cached.rglob("*.array_record*"))  # no row was asked for yet
+    for source in there:
+        assert len(source) == len(here) == 3 and source.classes == here.classes
+        assert [source[row] for row in range(3)] == [here[row] for row in range(3)]
+        again = pickle.loads(pickle.dumps(source))
+        assert again[2] == here[2]
+    assert len(list(cached.rglob("*.array_record*"))) == 2
+    storage.rm("/bucket", recursive=True)
+    assert there[0][1] == here[1]  # the copy
+    part = records.tfds_source("tiny_sounds", "train[1:2]", mapping, data_dir=tmp_path)
+    storage.put(str(tmp_path / "tiny_sounds"), "/bucket/tiny_sounds", recursive=True)
+    same = records.tfds_source("tiny_sounds", "train[1:2]", mapping, data_dir="memory://bucket")
+    assert len(same) == 1 and same[0] == part[0]
+    with pytest.raises(IndexError):
+        same._rows.data_source[1]
+    monkeypatch.setattr(remote.shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=1))
+    shutil.rmtree(cached)
+    with pytest.raises(UserError, match="has room for 0"):
+        records.tfds_source("tiny_sounds", "train", mapping, data_dir="memory://bucket")
+    storage.rm("/bucket", recursive=True)
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [("memory://nothing/here", "holds no data set"), ("nowhere://x", "expected an address like")],
+)
+def test_a_wrong_address_is_told(address, message, tmp_path, monkeypatch):
+    monkeypatch.setenv("FUSION_JAX_HOME", str(tmp_path))
+    with pytest.raises(UserError, match=message):
+        records.tfds_source(address, "train", {"text": "text"})
