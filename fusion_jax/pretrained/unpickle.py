@@ -140,7 +140,7 @@ def _read_zip(path: Path) -> Any:
             raise pickle.UnpicklingError(f"{len(pickles)} parts called data.pkl")
         folder = pickles[0].removesuffix("data.pkl")
         order = f"{folder}byteorder"
-        if order in archive.namelist() and archive.read(order) != b"little":
+        if order in archive.namelist() and _part(archive, order, len(b"little")) != b"little":
             raise pickle.UnpicklingError("numbers in big-endian order")
         storages: dict[str, _Storage] = {}
 
@@ -148,20 +148,28 @@ def _read_zip(path: Path) -> Any:
             kind, dtype, key, _, size = saved
             dtype = _described(kind, dtype, size)
             if key not in storages:
-                part = archive.getinfo(f"{folder}data/{key}")
-                if (
-                    part.compress_type != zipfile.ZIP_STORED
-                    or part.file_size != size * dtype.itemsize
-                ):
+                name, expected = f"{folder}data/{key}", size * dtype.itemsize
+                if archive.getinfo(name).file_size != expected:
                     raise pickle.UnpicklingError(
-                        f"{part.file_size} bytes where {size} numbers of {dtype} were announced"
+                        f"{archive.getinfo(name).file_size} bytes where {size} numbers of {dtype} "
+                        "were announced"
                     )
-                storages[key] = _Storage(dtype, size, np.frombuffer(archive.read(part), dtype))
+                storages[key] = _Storage(
+                    dtype, size, np.frombuffer(_part(archive, name, expected), dtype)
+                )
             return storages[key]
 
-        if archive.getinfo(pickles[0]).file_size > LARGEST_PICKLE:
-            raise pickle.UnpicklingError("a pickle too large for names and shapes")
-        return _Unpickler(io.BytesIO(archive.read(pickles[0])), load).load()
+        return _Unpickler(io.BytesIO(_part(archive, pickles[0], LARGEST_PICKLE)), load).load()
+
+
+def _part(archive: zipfile.ZipFile, name: str, largest: int) -> bytes:
+    """A part that lies in the archive as it is: compressed ones could unfold without limit."""
+    part = archive.getinfo(name)
+    if part.compress_type != zipfile.ZIP_STORED or part.file_size > largest:
+        raise pickle.UnpicklingError(
+            f"{name} of {part.file_size} bytes: expected at most {largest}, not compressed"
+        )
+    return archive.read(part)
 
 
 def _read_legacy(path: Path) -> Any:

@@ -54,10 +54,11 @@ def test_runs_nothing(tmp_path, zipped):
     assert not target.exists()
 
 
-def rezip(source, target, change):
+def rezip(source, target, change, compressed=()):
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
         for name in old.namelist():
-            new.writestr(name, change(name, old.read(name)))
+            how = zipfile.ZIP_DEFLATED if name.endswith(compressed) else zipfile.ZIP_STORED
+            new.writestr(name, change(name, old.read(name)), how)
 
 
 def test_takes_no_memory_that_the_file_does_not_have(tmp_path):
@@ -71,6 +72,29 @@ def test_takes_no_memory_that_the_file_does_not_have(tmp_path):
         read_torch(large)
     with pytest.raises(UserError, match="400 bytes where 1000 numbers"):
         read_torch(short)
+
+
+@pytest.mark.parametrize("ending", ["byteorder", "data.pkl", "data/0"])
+def test_unfolds_nothing_that_is_compressed(tmp_path, monkeypatch, ending):
+    whole, folded = tmp_path / "whole.pth", tmp_path / "folded.pth"
+    torch.save({"w": torch.ones(1000)}, whole)
+    rezip(whole, folded, lambda name, data: data, compressed=(ending,))
+    read = zipfile.ZipFile.read
+    opened = []
+    monkeypatch.setattr(
+        zipfile.ZipFile, "read", lambda self, part: opened.append(part) or read(self, part)
+    )
+    with pytest.raises(UserError, match=rf"{ending} of \d+ bytes: expected .* not compressed"):
+        read_torch(folded)
+    assert not any(part.filename.endswith(ending) for part in opened)
+
+
+def test_a_word_of_any_length_is_not_read(tmp_path):
+    whole, long = tmp_path / "whole.pth", tmp_path / "long.pth"
+    torch.save({"w": torch.ones(10)}, whole)
+    rezip(whole, long, lambda name, data: b"x" * 9999 if name.endswith("byteorder") else data)
+    with pytest.raises(UserError, match="byteorder of 9999 bytes: expected at most 6"):
+        read_torch(long)
 
 
 def test_damaged_files(tmp_path):
