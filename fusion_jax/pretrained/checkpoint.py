@@ -6,6 +6,8 @@ nothing is left over and every shape fits, and says which tensor does not; `save
 """
 
 import dataclasses
+import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -14,12 +16,17 @@ import jax
 import numpy as np
 from einops import rearrange
 from flax import traverse_util
+from jax.experimental import multihost_utils
 
 from fusion_jax.errors import UserError
 
+LAYER = re.compile(r"transformer/layer_(\d+)/(.*)")
 LINEAR = "o i -> i o"
 CONV1D = "o i k -> k i o"
 CONV2D = "o i h w -> h w i o"
+
+Shapes = Mapping[str, jax.ShapeDtypeStruct]
+Place = Callable[[str, np.ndarray], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +41,8 @@ class Slot:
         order: which published place along the first axis comes at each place of ours.
         axis: see `paths`.
         offset: added to the published numbers (Gemma publishes the norms' scales minus one).
-        row: the tensor is this row of our param's first axis (one expert of a mixture); None
-            means that it is the whole param.
+        row: the tensor is this row of our param's first axes (one expert of a mixture, one of the
+            layers that are stacked); empty means that it is the whole param.
     """
 
     paths: str | tuple[str, ...]
@@ -43,7 +50,7 @@ class Slot:
     order: tuple[int, ...] | None = None
     axis: int = 0
     offset: float = 0.0
-    row: int | None = None
+    row: tuple[int, ...] = ()
     sizes: tuple[tuple[str, int], ...] = ()
 
     def under(self, scope: str) -> "Slot":
@@ -75,7 +82,7 @@ class Slot:
 
     def published_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of a published part, from our param's."""
-        shape = shape if self.row is None else shape[1:]
+        shape = shape[len(self.row) :]
         return self.published(np.broadcast_to(np.zeros((), bool), shape)).shape
 
 
@@ -118,20 +125,49 @@ def put(path: str, array: np.ndarray) -> jax.Array:
     return jax.device_put(array)  # jnp.asarray would copy it twice
 
 
+def whole(array: Any) -> np.ndarray:
+    """A param in this process's memory, wherever it is placed; all processes must ask for it."""
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        return multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)
+
+
+def stacked(slots: Mapping[str, Slot], turns: int) -> dict[str, Slot]:
+    """Slots of an unrolled decoder for the params of a scanned one, see `stack_layers`.
+
+    Tensors of one stack follow each other, so that it can be placed before the next is read.
+
+    Args:
+        turns: the `period` of its blocks.
+    """
+
+    def of(slot: Slot) -> Slot:
+        found = [LAYER.fullmatch(path) for path in slot.all_paths]
+        if not all(found):
+            return slot
+        turn, layer = int(found[0][1]) % turns, int(found[0][1]) // turns
+        stack = "transformer/layers" if turns == 1 else f"transformer/layers/layer_{turn}"
+        paths = tuple(f"{stack}/{each[2]}" for each in found)
+        return dataclasses.replace(slot, paths=paths, row=(layer, *slot.row))
+
+    rows = {name: of(slot) for name, slot in slots.items()}
+    return dict(sorted(rows.items(), key=lambda each: each[1].all_paths))
+
+
 def to_params(
     tensors: Mapping[str, np.ndarray],
     slots: Mapping[str, Slot],
-    shapes: Mapping[str, jax.ShapeDtypeStruct],
+    shapes: Shapes,
     *,
     ignore: Callable[[str], bool] = lambda name: False,
-    place: Callable[[str, np.ndarray], jax.Array] = put,
+    place: Place = put,
 ) -> dict:
-    """Our nested params, float32, from published tensors; one tensor is in memory at a time.
+    """Our nested params from published tensors; one param is in memory at a time.
 
     Args:
         tensors: published name -> tensor; a lazy mapping (`Shards`) is read once per name.
         slots: what each published name holds.
-        shapes: our params (`shapes_of`).
+        shapes: our params (`shapes_of`), and the dtypes that they are to have.
         ignore: published names that may be there and are not needed.
         place: puts a param where it belongs, e.g. on its shard of a mesh.
 
@@ -151,21 +187,23 @@ def to_params(
     params, rows = {}, {}
     for name, slot in slots.items():
         for path, array in _arrays(name, slot, tensors[name], shapes):
-            if slot.row is None:
+            if not slot.row:
                 params[path] = place(path, array)
                 continue
-            whole, filled = rows.setdefault(path, (np.empty(shapes[path].shape, np.float32), set()))
-            whole[slot.row] = array
+            if path not in rows:
+                rows[path] = np.empty(shapes[path].shape, shapes[path].dtype), set()
+            stack, filled = rows[path]
+            stack[slot.row] = array
             filled.add(slot.row)
-            if len(filled) == len(whole):
-                params[path] = place(path, whole)
-                del rows[path], whole
+            if len(filled) == math.prod(stack.shape[: len(slot.row)]):
+                params[path] = place(path, stack)
+                del rows[path], stack
         del array  # or it would be held while the next tensor is read
     return traverse_util.unflatten_dict(params, sep="/")
 
 
 def _arrays(
-    name: str, slot: Slot, tensor: np.ndarray, shapes: Mapping[str, jax.ShapeDtypeStruct]
+    name: str, slot: Slot, tensor: np.ndarray, shapes: Shapes
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Our params' paths and what a published tensor holds of them."""
     parts = [slot.published_shape(shapes[path].shape) for path in slot.all_paths]
@@ -177,7 +215,7 @@ def _arrays(
     ends = np.cumsum([part[slot.axis] for part in parts[:-1]]) if parts[1:] else []
     pieces = np.split(tensor, ends, axis=slot.axis) if parts[1:] else [tensor]
     for path, piece in zip(slot.all_paths, pieces, strict=True):
-        yield path, slot.ours(piece).astype(np.float32, copy=False)
+        yield path, slot.ours(piece).astype(shapes[path].dtype, copy=False)
 
 
 def _some(names: list[str]) -> str:

@@ -91,7 +91,7 @@ class GGUF:
         entries = {}
         for name, shape, kind, offset in named:
             block, size = GGML_QUANT_SIZES[kind]
-            if shape[-1] % block:
+            if shape[-1] % block or min(shape) < 1:
                 raise ValueError(f"tensor {name} of shape {shape} does not fit {kind.name} blocks")
             start = base + offset
             stop = start + math.prod(shape) // block * size

@@ -5,10 +5,12 @@ from typing import Any
 
 import numpy as np
 from einops import rearrange
+from gguf.constants import GGMLQuantizationType
 
 from fusion_jax.errors import UserError
 from fusion_jax.language import rope
 from fusion_jax.pretrained.gguf import GGUF
+from fusion_jax.pretrained.special_tokens import united
 
 MODEL_TYPES = {
     "gemma2": "gemma2",
@@ -19,17 +21,23 @@ MODEL_TYPES = {
     "qwen3": "qwen3",
     "qwen3moe": "qwen3_moe",
 }
+SPECIAL = {  # llama.cpp tells what ends a text, a turn and a message apart
+    "bos_token_id": ("bos",),
+    "eos_token_id": ("eos", "eot", "eom"),
+    "pad_token_id": ("padding",),
+}
 
 
 def read_config(file: GGUF) -> dict[str, Any]:
     """What a config.json of the same model says.
 
     Raises:
-        UserError: an architecture that is not known, or a key that is missing.
+        UserError: an architecture that is not known; a key or a tensor that is missing; sizes
+            that no tensor of the file has.
     """
     metadata = file.metadata
     architecture = metadata.get("general.architecture")
-    if architecture not in MODEL_TYPES:
+    if not isinstance(architecture, str) or architecture not in MODEL_TYPES:
         known = ", ".join(MODEL_TYPES)
         raise UserError(f"{file.path}: unknown architecture {architecture!r}; known are {known}")
 
@@ -41,35 +49,40 @@ def read_config(file: GGUF) -> dict[str, Any]:
             raise UserError(f"{file.path} lacks the key {architecture}.{name}")
         return key(name)
 
-    special = {
-        name: metadata[f"tokenizer.ggml.{ours}_token_id"]
-        for name, ours in {
-            "bos_token_id": "bos",
-            "eos_token_id": "eos",
-            "pad_token_id": "padding",
-        }.items()
-        if f"tokenizer.ggml.{ours}_token_id" in metadata
-    }
-    config = special | {
+    def size(name: str, most: int) -> int:
+        if not isinstance(need(name), int) or not 0 < need(name) <= most:
+            raise UserError(
+                f"{file.path}: {architecture}.{name} is {need(name)!r}, and its tensors allow 1 to "
+                f"{most}"
+            )
+        return need(name)
+
+    if "token_embd.weight" not in file.entries:
+        raise UserError(f"{file.path} lacks the tensor token_embd.weight")
+    longest = max(max(entry.shape) for entry in file.entries.values())
+    heads, width = size("attention.head_count", longest), size("embedding_length", longest)
+    layers = size("block_count", len(file.entries))
+    vocabulary = file.entries["token_embd.weight"].shape[0]
+    config = _special(file, vocabulary) | {
         "model_type": MODEL_TYPES[architecture],
-        "vocab_size": file.entries["token_embd.weight"].shape[0],
+        "vocab_size": vocabulary,
         "tie_word_embeddings": "output.weight" not in file.entries,
     }
     if architecture == "gpt2":
         return config | {
-            "n_embd": need("embedding_length"),
-            "n_layer": need("block_count"),
-            "n_head": need("attention.head_count"),
-            "n_inner": need("feed_forward_length"),
-            "n_positions": need("context_length"),
+            "n_embd": width,
+            "n_layer": layers,
+            "n_head": heads,
+            "n_inner": size("feed_forward_length", longest),
+            "n_positions": size("context_length", longest),
             "layer_norm_epsilon": need("attention.layer_norm_epsilon"),
         }
-    heads, width = need("attention.head_count"), need("embedding_length")
-    head_dim = key("attention.key_length") or key("rope.dimension_count") or width // heads
+    told = [name for name in ("attention.key_length", "rope.dimension_count") if key(name)]
+    head_dim = size(told[0], longest) if told else width // heads
     config |= {
         "hidden_size": width,
         "intermediate_size": key("feed_forward_length") or need("expert_feed_forward_length"),
-        "num_hidden_layers": need("block_count"),
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": key("attention.head_count_kv") or heads,
         "head_dim": head_dim,
@@ -80,7 +93,7 @@ def read_config(file: GGUF) -> dict[str, Any]:
     }
     if architecture == "qwen3moe":
         config |= {
-            "num_experts": need("expert_count"),
+            "num_experts": size("expert_count", longest),
             "num_experts_per_tok": need("expert_used_count"),
             "moe_intermediate_size": need("expert_feed_forward_length"),
             "norm_topk_prob": True,
@@ -94,6 +107,19 @@ def read_config(file: GGUF) -> dict[str, Any]:
             "attn_logit_softcapping": key("attn_logit_softcapping"),
         }
     return config
+
+
+def _special(file: GGUF, vocabulary: int) -> dict[str, int | list[int]]:
+    found = {}
+    for name, theirs in SPECIAL.items():
+        keys = [f"tokenizer.ggml.{each}_token_id" for each in theirs]
+        ids = [file.metadata.get(key) for key in keys]
+        for key, number in zip(keys, ids, strict=True):
+            if number is not None and number not in range(vocabulary):
+                raise UserError(f"{file.path}: {key} is {number!r}, of {vocabulary} tokens")
+        if (number := united(file.path, *ids)) is not None:
+            found[name] = number
+    return found
 
 
 def _rope_parameters(file: GGUF, key: Callable[[str], Any], head_dim: int) -> dict[str, Any]:
@@ -171,7 +197,7 @@ class Published(Mapping[str, np.ndarray]):
         self.names: dict[str, tuple[str, int | None]] = {}
         for name, entry in file.entries.items():
             published = self._published_name(name)
-            if "_exps." in name:
+            if "_exps." in name and ".ffn_" in name:
                 stem = published.replace("_exps.", "_proj.").split(".ffn_")
                 for row in range(entry.shape[0]):
                     self.names[f"{stem[0]}.mlp.experts.{row}.{stem[1]}"] = name, row
@@ -182,7 +208,7 @@ class Published(Mapping[str, np.ndarray]):
         gpt2 = self.architecture == "gpt2"
         layer = GEMMA_LAYER if self.architecture.startswith("gemma") else LAYER
         stem, _, kind = name.rpartition(".")
-        if not stem.startswith("blk."):
+        if stem.count(".") < 2 or not stem.startswith("blk."):
             outside = OUTSIDE | (GPT2_OUTSIDE if gpt2 else {})
             return f"{outside.get(stem, stem)}.{kind}"
         _, index, inner = stem.split(".", 2)
@@ -198,6 +224,10 @@ class Published(Mapping[str, np.ndarray]):
             return tensor.T
         return tensor
 
+    def kind(self, published: str) -> GGMLQuantizationType:
+        """How a tensor is stored."""
+        return self.file.entries[self.names[published][0]].kind
+
     def blocks(self, published: str) -> np.ndarray:
         """A quantized matrix as it lies in the file, its rows as published: see `GGUF.blocks`."""
         name, _ = self.names[published]
@@ -209,7 +239,9 @@ class Published(Mapping[str, np.ndarray]):
             return tensor
         heads = self.file.metadata["llama.attention.head_count"]
         if ".attn_k." in name:
-            heads = self.file.metadata.get("llama.attention.head_count_kv", heads)
+            heads = self.file.metadata.get("llama.attention.head_count_kv") or heads
+        if len(tensor) % (2 * heads):
+            raise UserError(f"{self.file.path}: {len(tensor)} rows of {name} for {heads} heads")
         return _unpermute(tensor, heads)
 
     def __iter__(self) -> Iterator[str]:

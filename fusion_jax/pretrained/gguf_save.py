@@ -153,15 +153,15 @@ def _write_tokenizer(
     merges = [" ".join(merge) if isinstance(merge, list) else merge for merge in model["merges"]]
     if merges:  # an array of nothing has no type
         writer.add_token_merges(merges)
-    for name, add in (
-        ("bos", writer.add_bos_token_id),
-        ("eos", writer.add_eos_token_id),
-        ("pad", writer.add_pad_token_id),
-    ):
-        number = config.get(f"{name}_token_id")
-        number = number[0] if isinstance(number, list) else number
-        if number is not None:
-            add(number)
+    for name, adders in {  # llama.cpp stops at what ends a text, a turn or a message
+        "bos": (writer.add_bos_token_id,),
+        "eos": (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id),
+        "pad": (writer.add_pad_token_id,),
+    }.items():
+        ids = config.get(f"{name}_token_id")
+        for add, number in zip(adders, ids if isinstance(ids, list) else [ids], strict=False):
+            if number is not None:
+                add(number)
     writer.add_add_bos_token(False)
 
 

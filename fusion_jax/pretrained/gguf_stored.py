@@ -4,21 +4,20 @@
     with running():
         checkpoint.module.apply({"params": checkpoint.params}, ids, mask)
 
-The base of QLoRA as it came. Q4_0, Q4_1 and Q8_0 stay as they are; tensors of other kinds are read
-to float32.
+The base of QLoRA as it came. Kernels and tables in Q4_0, Q4_1 and Q8_0 stay as they are; tensors of
+other kinds, and a mixture's experts, are read to float32.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import unflatten_dict
 from gguf.constants import GGMLQuantizationType as Kind
 
 from fusion_jax.compression.quantization import Quantized, compressible, is_table
 from fusion_jax.errors import UserError
-from fusion_jax.pretrained import gguf, gguf_model, gguf_tokenizer
-from fusion_jax.pretrained.checkpoint import LINEAR
+from fusion_jax.pretrained.checkpoint import LINEAR, put, to_params
 from fusion_jax.pretrained.fetch import checksum, fetch
-from fusion_jax.pretrained.load import Pretrained, describe, gguf_file
+from fusion_jax.pretrained.load import Computing, Pretrained, gguf_file, open_gguf
 
 SCALES = {Kind.Q4_0: 1, Kind.Q4_1: 2, Kind.Q8_0: 1}
 """The kinds that stay, and the float16 numbers before the codes of a block: scale and offset."""
@@ -37,28 +36,28 @@ def load_stored(name: str) -> Pretrained:
     file = gguf_file(folder)
     if file is None:
         raise UserError(f"{name} holds no GGUF file: open it by load, and quantize its params")
-    stored = gguf.GGUF(file)
-    config = gguf_model.read_config(stored)
-    module, _, family = describe(config, None, file)
-    published = gguf_model.Published(stored)
-    flat = {}
-    for tensor, slot in family.slots(config).items():
-        (path,) = slot.all_paths  # a GGUF file has a tensor for each param
-        kind = stored.entries[published.names[tensor][0]].kind
-        rowwise = slot.pattern in (None, LINEAR) and slot.order is None and slot.row is None
-        array = slot.ours(published[tensor])
-        if kind in SCALES and rowwise and compressible(path, array):
-            flat[path] = from_blocks(published.blocks(tensor), kind, transposed=not is_table(path))
-        else:
-            flat[path] = jnp.asarray(array)
-    return Pretrained(
-        module,
-        unflatten_dict(flat, sep="/"),
-        config,
-        gguf_tokenizer.read_tokenizer(stored.metadata),
-        stored.metadata.get("tokenizer.chat_template"),
-        checksum(folder),
-    )
+    found = open_gguf(file, None, Computing())
+    published, lying = found.tensors, {}
+    for tensor, slot in found.slots.items():
+        rowwise = slot.pattern in (None, LINEAR) and slot.order is None and not slot.row
+        first = 0
+        for path in slot.all_paths if rowwise else ():  # GPT-2's queries, keys and values are one
+            rows = found.shapes[path].shape[0 if is_table(path) else -1]
+            lying[path] = tensor, slice(first, first + rows)
+            first += rows
+
+    def keep(path: str, array: np.ndarray) -> jax.Array | Quantized:
+        if path not in lying or not compressible(path, array):
+            return put(path, array)
+        tensor, rows = lying[path]
+        kind = published.kind(tensor)
+        if kind not in SCALES:
+            return put(path, array)
+        return from_blocks(published.blocks(tensor)[rows], kind, transposed=not is_table(path))
+
+    ignore = found.family.ignore
+    params = to_params(published, found.slots, found.shapes, ignore=ignore, place=keep)
+    return found.with_params(params, checksum(folder))
 
 
 def from_blocks(blocks: np.ndarray, kind: Kind, *, transposed: bool) -> Quantized:

@@ -1,6 +1,7 @@
 """The tokenizer and the chat template that a GGUF file carries in its metadata."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from tokenizers import (
@@ -38,12 +39,22 @@ SPLITS = {  # how text is cut before merging, by tokenizer.ggml.pre; None: as GP
 }
 
 
-def read_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
+def read_tokenizer(metadata: Mapping[str, Any], source: Path) -> Tokenizer:
     """The tokenizer of a GGUF file's metadata.
 
     Raises:
-        UserError: a kind of tokenizer, or a way to cut text before merging, that is not known.
+        UserError: a kind of tokenizer, or a way to cut text before merging, that is not known; a
+            damaged one.
     """
+    try:
+        return _read(metadata)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
+    except Exception as error:  # tokenizers raises bare Exception
+        raise UserError(f"{source} holds a damaged tokenizer: {error!r}") from error
+
+
+def _read(metadata: Mapping[str, Any]) -> Tokenizer:
     kind = metadata.get("tokenizer.ggml.model")
     tokens = metadata.get("tokenizer.ggml.tokens")
     if kind not in ("gpt2", "llama") or not tokens:
@@ -59,7 +70,7 @@ def read_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
     tokenizer.add_tokens([_added(token, False) for token, is_a in added if is_a == USER_DEFINED])
     first = []
     if metadata.get("tokenizer.ggml.add_bos_token", kind == "llama"):
-        first = [tokens[metadata["tokenizer.ggml.bos_token_id"]]]
+        first = [_token(metadata, "bos")]
     if first:
         template = [*first, "$A"]
         ids = [(token, tokenizer.token_to_id(token)) for token in first]
@@ -70,12 +81,22 @@ def read_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
     return tokenizer
 
 
+def _token(metadata: Mapping[str, Any], name: str, default: int | None = None) -> str:
+    tokens, key = metadata["tokenizer.ggml.tokens"], f"tokenizer.ggml.{name}_token_id"
+    number = metadata.get(key, default)
+    if number not in range(len(tokens)):
+        raise UserError(f"{key} is {number!r}: expected one of {len(tokens)} tokens")
+    return tokens[number]
+
+
 def _byte_level(metadata: Mapping[str, Any]) -> Tokenizer:
     pre = metadata.get("tokenizer.ggml.pre", "default")
     if pre not in SPLITS:
         raise UserError(f"tokenizer.ggml.pre {pre!r} is not known; known: {', '.join(SPLITS)}")
     vocabulary = {token: index for index, token in enumerate(metadata["tokenizer.ggml.tokens"])}
     merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", [])]
+    if lone := [merge for merge in merges if len(merge) == 1]:
+        raise UserError(f"{lone[0][0]!r} is among the merges: expected two tokens and a space")
     tokenizer = Tokenizer(models.BPE(vocabulary, merges))
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=SPLITS[pre] is None)
     steps = [byte_level]
@@ -107,7 +128,7 @@ def _sentencepiece(metadata: Mapping[str, Any]) -> Tokenizer:
                 ids = vocabulary[left], vocabulary[right]
                 ranked.append((-score, -len(left), -len(right), ids, (left, right)))
     merges = [merge for *_, merge in sorted(ranked)]
-    unknown = tokens[metadata.get("tokenizer.ggml.unknown_token_id", 0)]
+    unknown = _token(metadata, "unknown", 0)
     model = models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     tokenizer = Tokenizer(model)
     prefixed = metadata.get("tokenizer.ggml.add_space_prefix", not gemma)

@@ -2,9 +2,9 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -17,8 +17,12 @@ from fusion_jax.language.decoder import Decoder
 from fusion_jax.pretrained import gguf, gguf_model, gguf_tokenizer
 from fusion_jax.pretrained.checkpoint import (
     Family,
+    Place,
+    Shapes,
+    Slot,
     put,
     shapes_of,
+    stacked,
     to_params,
 )
 from fusion_jax.pretrained.families import (
@@ -36,7 +40,8 @@ from fusion_jax.pretrained.families import (
 )
 from fusion_jax.pretrained.fetch import checksum, fetch
 from fusion_jax.pretrained.shards import Shards
-from fusion_jax.transformer import period, stack_layers
+from fusion_jax.pretrained.special_tokens import united
+from fusion_jax.transformer import period
 
 # config.json's model_type -> the parts of it that can be opened; the first unless asked. An encoder
 # is named by what it reads.
@@ -61,6 +66,8 @@ FAMILIES: dict[str, dict[str, Family]] = {
     "wav2vec2": {"audio": wav2vec2.ENCODER},
     "whisper": {"audio": whisper.ENCODER, "recogniser": whisper.RECOGNISER},
 }
+WRONG = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError)
+"""What is raised where a config says what makes no sense; einops' own error is the last."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,11 +97,13 @@ class Computing:
     Attributes:
         dtype: of their matrices and activations; vectors, such as norms' scales, stay float32.
         remat, scan: see `Transformer`.
+        place: puts each of their params where it is to stay, e.g. on its shards of a mesh.
     """
 
     dtype: jnp.dtype = jnp.float32
     remat: bool = False
     scan: bool = False
+    place: Place = put
 
     def module(self, module: nn.Module) -> nn.Module:
         """The module that computes so; those that are no language models are left as they are."""
@@ -102,9 +111,16 @@ class Computing:
             return module
         return module.clone(dtype=self.dtype, remat=self.remat, scan=self.scan)
 
-    def kept(self, module: nn.Module, shape: tuple[int, ...], dtype: np.dtype) -> np.dtype:
-        """The dtype that a param of the module is kept in."""
-        return self.dtype if isinstance(module, Decoder) and len(shape) > 1 else dtype
+    def kept(self, module: nn.Module, shapes: Shapes) -> Shapes:
+        """The shapes of that module's params, each with the dtype that it is kept in."""
+        if not isinstance(module, Decoder):
+            return shapes
+
+        def small(path: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            matrix = len(leaf.shape) - path.startswith("transformer/layers/") > 1
+            return jax.ShapeDtypeStruct(leaf.shape, self.dtype if matrix else leaf.dtype)
+
+        return {path: small(path, leaf) for path, leaf in shapes.items()}
 
 
 _computing = Computing()
@@ -123,18 +139,14 @@ def in_use() -> Computing:
     return _computing
 
 
-def load(
-    name: str | Path,
-    part: str | None = None,
-    *,
-    place: Callable[[str, np.ndarray], jax.Array] = put,
-) -> Pretrained:
+def load(name: str | Path, part: str | None = None, *, place: Place | None = None) -> Pretrained:
     """Opens a checkpoint, fetching it first if need be.
 
     Args:
         name: a known name, a hub id or a folder, see `fetch`.
         part: which part of the model, e.g. "audio" (its encoder) or "recogniser" of Moonshine.
-        place: where each param goes: (path, array) -> jax.Array, e.g. its shard of a mesh.
+        place: where each param goes: (path, array) -> jax.Array, e.g. its shard of a mesh. None:
+            a language model's to where `use` said, all others to the default device.
 
     Raises:
         UserError: cannot be fetched; of an unknown family; damaged, or not as its config says.
@@ -143,36 +155,60 @@ def load(
         return opened[str(name)]
     folder = fetch(str(name))
     file = gguf_file(folder)
-    if file is not None:
-        stored = gguf.GGUF(file)
-        config = gguf_model.read_config(stored)
-        tokenizer = gguf_tokenizer.read_tokenizer(stored.metadata)
-        chat_template = stored.metadata.get("tokenizer.chat_template")
-        module, shapes, family = describe(config, part, file)
-        tensors: Mapping[str, np.ndarray] = gguf_model.Published(stored)
-    else:
-        config = read_config(folder)
-        tokenizer, chat_template = read_tokenizer(folder), read_chat_template(folder)
-        module, shapes, family = describe(config, part, folder / "config.json")
-        tensors = Shards(folder, family.prefix, family.older)
-    slots, how = family.slots(config), _computing
+    found = open_folder(folder, part) if file is None else open_gguf(file, part)
+    if place is None:
+        place = _computing.place if isinstance(found.module, Decoder) else put
+    params = to_params(
+        found.tensors, found.slots, found.shapes, ignore=found.family.ignore, place=place
+    )
+    return found.with_params(params, checksum(folder))
 
-    def place_kept(path: str, array: np.ndarray) -> jax.Array:
-        return place(path, array.astype(how.kept(module, array.shape, array.dtype), copy=False))
 
-    params = to_params(tensors, slots, shapes, ignore=family.ignore, place=place_kept)
-    if how.scan and isinstance(module, Decoder):
-        params["transformer"] = stack_layers(params["transformer"], period(module.blocks))
-    module = how.module(module)
-    return Pretrained(module, params, config, tokenizer, chat_template, checksum(folder))
+class Described(NamedTuple):
+    """A checkpoint of which all but the tensors is read."""
+
+    tensors: Mapping[str, np.ndarray]
+    module: nn.Module
+    slots: dict[str, Slot]
+    shapes: Shapes
+    family: Family
+    config: dict[str, Any]
+    tokenizer: Tokenizer | None
+    chat_template: str | None
+
+    def with_params(self, params: dict, checksum: str) -> Pretrained:
+        """The opened checkpoint."""
+        about = self.config, self.tokenizer, self.chat_template
+        return Pretrained(self.module, params, *about, checksum)
+
+
+def open_folder(folder: Path, part: str | None) -> Described:
+    """A folder with config.json and *.safetensors."""
+    config = read_config(folder)
+    about = config, read_tokenizer(folder), read_chat_template(folder)
+    family, *shaped = describe(config, part, folder / "config.json", _computing)
+    tensors = Shards(folder, family.prefix, family.older)
+    return Described(tensors, *shaped, family, *about)
+
+
+def open_gguf(file: Path, part: str | None, how: Computing | None = None) -> Described:
+    """A GGUF file; `how` its model is computed, as `use` said unless given."""
+    stored = gguf.GGUF(file)
+    config = gguf_model.read_config(stored)
+    tokenizer = gguf_tokenizer.read_tokenizer(stored.metadata, file)
+    template = stored.metadata.get("tokenizer.chat_template")
+    if not isinstance(template, str | None):
+        raise UserError(f"{file}: tokenizer.chat_template is {template!r}, expected a text")
+    family, *shaped = describe(config, part, file, how or _computing)
+    return Described(gguf_model.Published(stored), *shaped, family, config, tokenizer, template)
 
 
 def gguf_file(folder: Path) -> Path | None:
-    """The GGUF file that a name stands for: itself, or the only one of a folder without weights."""
-    if folder.suffix == ".gguf":
+    """The GGUF file that a name stands for: itself, or the only one where no other weights are."""
+    if folder.suffix == ".gguf" and not folder.is_dir():
         return folder
     found = sorted(folder.glob("*.gguf"))
-    if not found or (folder / "config.json").exists():
+    if not found or any(folder.glob("*.safetensors")):
         return None
     if len(found) > 1:
         names = ", ".join(file.name for file in found)
@@ -181,18 +217,21 @@ def gguf_file(folder: Path) -> Path | None:
 
 
 def describe(
-    config: Mapping[str, Any], part: str | None, source: Path
-) -> tuple[nn.Module, dict[str, jax.ShapeDtypeStruct], Family]:
-    """The module that a config describes, its params' shapes and its family."""
+    config: Mapping[str, Any], part: str | None, source: Path, how: Computing
+) -> tuple[Family, nn.Module, dict[str, Slot], Shapes]:
+    """The family of a config, the module that it describes, and what its params are read from."""
     family = family_of(config, part)
     try:
-        module = family.build(config)
-        return module, shapes_of(module, *family.inputs(config)), family
+        module, slots = how.module(family.build(config)), family.slots(config)
+        if how.scan and isinstance(module, Decoder):
+            slots = stacked(slots, period(module.blocks))
+        shapes = shapes_of(module, *family.inputs(config))
+        return family, module, slots, how.kept(module, shapes)
     except KeyError as error:
         raise UserError(f"{source} lacks {error}") from error
     except UserError:
         raise
-    except (IndexError, TypeError, ValueError, ArithmeticError) as error:
+    except WRONG as error:
         raise UserError(f"{source} describes no model that can be built: {error}") from error
 
 
@@ -211,14 +250,27 @@ def read_chat_template(folder: Path) -> str | None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a checkpoint folder. Raises UserError if there is none or it is damaged."""
+    """config.json of a checkpoint folder, with what generation_config.json lets end an answer.
+
+    Raises:
+        UserError: there is no config.json, or one of the two is damaged.
+    """
+    config = _read_object(folder / "config.json")
+    if not (folder / "generation_config.json").exists():
+        return config
+    generation = _read_object(folder / "generation_config.json")
+    ends = united(folder, config.get("eos_token_id"), generation.get("eos_token_id"))
+    return config if ends is None else config | {"eos_token_id": ends}
+
+
+def _read_object(file: Path) -> dict[str, Any]:
     try:
-        config = json.loads((folder / "config.json").read_text())
+        found = json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder} has no readable config.json: {error}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{folder / 'config.json'} is not a JSON object")
-    return config
+        raise UserError(f"{file.parent} has no readable {file.name}: {error}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{file} is not a JSON object")
+    return found
 
 
 def read_tokenizer(folder: Path) -> Tokenizer | None:
@@ -236,11 +288,10 @@ def read_tokenizer(folder: Path) -> Tokenizer | None:
 
 def family_of(config: Mapping[str, Any], part: str | None = None) -> Family:
     """The family of a config.json. Raises UserError with the list of known ones."""
-    parts = FAMILIES.get(config.get("model_type"))
+    kind = config.get("model_type")
+    parts = FAMILIES.get(kind) if isinstance(kind, str) else None
     if parts is None:
-        raise UserError(
-            f"unknown model_type {config.get('model_type')!r}: known are {', '.join(FAMILIES)}"
-        )
+        raise UserError(f"unknown model_type {kind!r}: known are {', '.join(FAMILIES)}")
     if part is not None and part not in parts:
-        raise UserError(f"{config['model_type']} has no part {part!r}: it has {', '.join(parts)}")
+        raise UserError(f"{kind} has no part {part!r}: it has {', '.join(parts)}")
     return parts[part or next(iter(parts))]

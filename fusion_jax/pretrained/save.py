@@ -84,7 +84,7 @@ def save(
 
 
 def _parts(slot: Slot, flat: Mapping[str, Any]) -> list[Any]:
-    return [flat[path] if slot.row is None else flat[path][slot.row] for path in slot.all_paths]
+    return [flat[path][slot.row] if slot.row else flat[path] for path in slot.all_paths]
 
 
 def tensor_of(slot: Slot, flat: Mapping[str, Any]) -> np.ndarray:

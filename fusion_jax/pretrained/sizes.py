@@ -83,8 +83,8 @@ def hollow(name: str, spoken: Pretrained | None = None) -> Pretrained:
     family = load.family_of(config)
     module = how.module(family.build(config))
     params = {
-        path: np.broadcast_to(np.ones((), how.kept(module, leaf.shape, leaf.dtype)), leaf.shape)
-        for path, leaf in shapes_of(module, *family.inputs(config)).items()
+        path: np.broadcast_to(np.ones((), leaf.dtype), leaf.shape)
+        for path, leaf in how.kept(module, shapes_of(module, *family.inputs(config))).items()
     }  # one number each, seen through strides of zero
     params = traverse_util.unflatten_dict(params, sep="/")
     tokenizer, template = (

@@ -1,5 +1,6 @@
 """GGUF: the header against the reference reader, models and tokenizer against `transformers`."""
 
+import contextlib
 import struct
 
 import gguf
@@ -10,6 +11,7 @@ import pytest
 
 from fusion_jax.attention import self_mask
 from fusion_jax.errors import UserError
+from fusion_jax.language.chat import Chat
 from fusion_jax.pretrained.fetch import fetch
 from fusion_jax.pretrained.gguf import GGUF
 from fusion_jax.pretrained.load import load
@@ -45,13 +47,13 @@ def test_header_and_every_quantization_equal_the_reference_reader(tmp_path):
         np.testing.assert_array_equal(file.tensor(tensor.name, row=1), expected[1])
 
 
-def write(path, architecture, kind=gguf.GGMLQuantizationType.Q8_0):
+def write(path, architecture, kind=gguf.GGMLQuantizationType.Q8_0, layers=3):
     """A small random model as llama.cpp's converter writes it."""
     rng = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("small")
     gemma, gpt2 = architecture.startswith("gemma"), architecture == "gpt2"
-    settings = {"block_count": 3, "context_length": 64, "embedding_length": WIDTH}
+    settings = {"block_count": layers, "context_length": 64, "embedding_length": WIDTH}
     settings |= {"attention.head_count": HEADS, "feed_forward_length": 64}
     reals = {"attention.layer_norm_epsilon": 1e-5}
     if not gpt2:
@@ -85,7 +87,7 @@ def write(path, architecture, kind=gguf.GGMLQuantizationType.Q8_0):
     elif not gemma:
         put("output.weight", VOCABULARY, WIDTH)
     q, kv = HEADS * HEAD_DIM, KV * HEAD_DIM
-    for index in range(3):
+    for index in range(layers):
         layer = f"blk.{index}"
         norms = ["attn_norm", "ffn_norm"]
         dense = {"attn_q": (q, WIDTH), "attn_k": (kv, WIDTH), "attn_v": (kv, WIDTH)}
@@ -154,16 +156,22 @@ def test_architectures_equal_transformers_on_the_same_file(tmp_path, architectur
     np.testing.assert_allclose(logits(opened, ids), expected, atol=1e-4)
 
 
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    path = tmp_path_factory.mktemp("mixture") / "a.gguf"
+    write(path, "qwen3moe", layers=1)
+    return path
+
+
 @pytest.mark.parametrize("seed", range(40))
-def test_a_damaged_file_is_told_or_read_but_never_believed(tmp_path, seed):
+def test_a_damaged_file_is_told_or_read_but_never_believed(tmp_path, mixture, seed):
     """Cut off, or with some bytes of the header changed, among them counts and offsets."""
-    write(tmp_path / "a.gguf", "qwen3moe")
     rng = np.random.default_rng(seed)
-    data = bytearray((tmp_path / "a.gguf").read_bytes())
+    data = bytearray(mixture.read_bytes())
     if seed % 4 == 0:
         data = data[: rng.integers(0, len(data) - 64)]
     else:
-        start = rng.integers(0, 4000)
+        start = rng.integers(0, 3000)
         data[start : start + 8] = struct.pack("<Q", int(rng.integers(1, 2**63)))
     (tmp_path / "b.gguf").write_bytes(data)
     try:
@@ -172,8 +180,59 @@ def test_a_damaged_file_is_told_or_read_but_never_believed(tmp_path, seed):
             file.tensor(name)
     except UserError as error:
         assert "b.gguf" in str(error)
-    else:
-        assert seed % 4
+        return
+    assert seed % 4
+    with contextlib.suppress(UserError):
+        load(tmp_path / "b.gguf")
+
+
+@pytest.fixture
+def described(tmp_path_factory, mixture, monkeypatch):
+    """Makes files say other things: the path of one whose metadata are changed so."""
+
+    def describe(metadata):
+        read = GGUF._read_header
+
+        def changed(self):
+            found, entries = read(self)
+            return found | metadata, entries
+
+        monkeypatch.setattr(GGUF, "_read_header", changed)
+        return mixture
+
+    return describe
+
+
+AS_LLAMA = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.bos_token_id": 1}
+
+
+@pytest.mark.parametrize(
+    ("metadata", "told"),
+    [
+        ({"general.architecture": ["llama"]}, r"unknown architecture \['llama'\]"),
+        ({"qwen3moe.block_count": 2**31}, "block_count is 2147483648, and its tensors allow 1 to"),
+        ({"qwen3moe.attention.key_length": 2**31}, "key_length is 2147483648"),
+        ({"qwen3moe.embedding_length": "wide"}, "embedding_length is 'wide'"),
+        ({"qwen3moe.rope.freq_base": "low"}, "describes no model"),
+        ({"tokenizer.ggml.bos_token_id": 40}, "bos_token_id is 40, of 40 tokens"),
+        ({"tokenizer.ggml.eot_token_id": [1]}, r"eot_token_id is \[1\], of 40 tokens"),
+        ({"tokenizer.ggml.model": "llama"}, "bos_token_id is None: expected one of 40 tokens"),
+        (AS_LLAMA | {"tokenizer.ggml.unknown_token_id": 99}, "unknown_token_id is 99"),
+        ({"tokenizer.ggml.merges": ["t1t2"]}, "'t1t2' is among the merges"),
+        ({"tokenizer.ggml.merges": ["t1 x"]}, "holds a damaged tokenizer"),
+        ({"tokenizer.ggml.tokens": [1, 2]}, "holds a damaged tokenizer"),
+        ({"tokenizer.chat_template": 3}, "chat_template is 3, expected a text"),
+    ],
+)
+def test_what_is_said_wrong_is_told_with_the_file(described, metadata, told):
+    with pytest.raises(UserError, match=rf"a\.gguf.*{told}"):
+        load(described(metadata))
+
+
+def test_all_tokens_that_end_an_answer_are_known(described):
+    ends = {"tokenizer.ggml.eos_token_id": 3, "tokenizer.ggml.eom_token_id": 3}
+    opened = load(described(ends | {"tokenizer.ggml.eot_token_id": 5}))
+    assert Chat.of(opened).stop_ids == (3, 5)
 
 
 def test_counts_larger_than_the_file_are_told_before_memory_is_taken(tmp_path):
@@ -199,6 +258,9 @@ def test_what_is_wrong_is_named(tmp_path):
         load(tmp_path / "b.gguf")
     (tmp_path / "b.gguf").write_bytes(data.replace(b"blk.1.attn_q.", b"blk.1.attn_x."))
     with pytest.raises(UserError, match=r"missing layers\.1\.self_attn\.q_proj\.weight"):
+        load(tmp_path / "b.gguf")
+    (tmp_path / "b.gguf").write_bytes(data.replace(b"token_embd.", b"token_embx."))
+    with pytest.raises(UserError, match=r"b\.gguf lacks the tensor token_embd\.weight"):
         load(tmp_path / "b.gguf")
     (tmp_path / "b.gguf").write_bytes(b"no" + data[2:])
     with pytest.raises(UserError, match="not a GGUF file"):

@@ -21,7 +21,7 @@ CONFIG = {
     "max_position_embeddings": 64,
     "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
     "rms_norm_eps": 1e-5,
-    "eos_token_id": 299,
+    "eos_token_id": [299, 298],
     "tie_word_embeddings": True,
 }
 
@@ -59,6 +59,7 @@ def test_is_read_back(tmp_path, kind, numbers, tolerance):
     found = logits(again.module, again.params)
     np.testing.assert_allclose(found, expected, atol=tolerance)
     assert again.chat_template == "a {{ template }}"
+    assert again.config["eos_token_id"] == [299, 298]
     text = "the 12 thé<|end|>"
     assert again.tokenizer.encode(text).ids == byte_level().encode(text).ids
     if kind == "llama":

@@ -18,13 +18,24 @@ written = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(written)
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
-def test_they_are_what_load_reads(tmp_path, kind):
+@pytest.mark.parametrize(
+    ("architecture", "kind"),
+    [("llama", "Q4_0"), ("llama", "Q4_1"), ("gpt2", "Q8_0"), ("qwen3moe", "Q4_0")],
+)
+def test_they_are_what_load_reads(tmp_path, architecture, kind):
     file = tmp_path / "model.gguf"
-    written.write(file, "llama", kind=gguf.GGMLQuantizationType[kind])
+    written.write(file, architecture, kind=gguf.GGMLQuantizationType[kind], layers=2)
     stored, read = load_stored(str(file)), load(file)
     assert all(isinstance(leaf, Quantized) for leaf in kernels(stored.params).values())
     jax.tree.map(np.testing.assert_array_equal, dense_params(stored.params), read.params)
+
+
+def test_what_is_not_there_is_told(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="GGUF"):
         load_stored(str(tmp_path / "empty"))
+    file = tmp_path / "model.gguf"
+    written.write(file, "llama", layers=1)
+    file.write_bytes(file.read_bytes().replace(b"blk.0.attn_q.", b"blk.0.attn_x."))
+    with pytest.raises(UserError, match=r"missing layers\.0\.self_attn\.q_proj\.weight"):
+        load_stored(str(file))

@@ -11,9 +11,11 @@ from jax.sharding import PartitionSpec as P
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from fusion_jax.errors import UserError
-from fusion_jax.pretrained.load import family_of, load
+from fusion_jax.pretrained import load as loading
+from fusion_jax.pretrained.load import family_of, load, read_config
 from fusion_jax.pretrained.save import save
 from fusion_jax.pretrained.shards import Shards, read_header
+from fusion_jax.transformer import stack_layers
 
 CONFIG = {
     "model_type": "qwen3_moe",
@@ -56,6 +58,11 @@ def test_shards_there_and_back(folder, params):
     assert len(files) > 3
     assert all(file.stat().st_size < 26_000 for file in files)
     equal(load(folder).params, params)
+
+
+def test_layers_of_experts_are_stacked_as_they_are_read(folder, params, monkeypatch):
+    monkeypatch.setattr(loading, "_computing", loading.Computing(scan=True))
+    equal(load(folder).params["transformer"], stack_layers(params["transformer"]))
 
 
 def test_bfloat16_is_stored_rounded_once(tmp_path, params):
@@ -111,6 +118,7 @@ def edit_config(folder, **changes):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
+        ({"model_type": ["llama"]}, r"unknown model_type \['llama'\]"),
         ({"model_type": "mamba"}, r"unknown model_type 'mamba': known are .*llama.*whisper"),
         ({"vocab_size": 41}, r"embed_tokens\.weight: expected shape \(41, 32\), found \(40, 32\)"),
         ({"num_hidden_layers": 3}, r"missing layers\.2\..* more, left over nothing"),
@@ -123,6 +131,20 @@ def test_a_config_that_does_not_fit_is_told(folder, changes, told):
     edit_config(folder, **changes)
     with pytest.raises(UserError, match=told):
         load(folder)
+
+
+def test_all_tokens_that_end_an_answer_are_known(folder):
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps({"eos_token_id": [7, 3]}))
+    assert load(folder).config["eos_token_id"] == [3, 7]
+    file.write_text(json.dumps({"eos_token_id": 3}))
+    assert read_config(folder)["eos_token_id"] == 3
+    file.write_text(json.dumps({"eos_token_id": "</s>"}))
+    with pytest.raises(UserError, match="'</s>' is not the id of a token"):
+        read_config(folder)
+    file.write_text("[")
+    with pytest.raises(UserError, match=r"no readable generation_config\.json"):
+        read_config(folder)
 
 
 def test_a_missing_shard_is_told(folder):

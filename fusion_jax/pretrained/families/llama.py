@@ -99,7 +99,7 @@ def slots(config: Mapping) -> dict[str, Slot]:
             if _is_sparse(config, index):
                 for row in range(_experts(config)):
                     expert = f"{theirs}.mlp.experts.{row}.{name}_proj.weight"
-                    mapping[expert] = Slot(f"{ours}/mlp/{name}", LINEAR, row=row)
+                    mapping[expert] = Slot(f"{ours}/mlp/{name}", LINEAR, row=(row,))
             else:
                 bias = config.get("mlp_bias", False)
                 mapping |= settings.linear(f"{theirs}.mlp.{name}_proj", f"{ours}/mlp/{name}", bias)
