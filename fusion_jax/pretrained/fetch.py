@@ -25,9 +25,10 @@ from fusion_jax.paths import cache_dir, write_folder
 from fusion_jax.pretrained.sources import SOURCES, Wheel
 
 # Nothing that could hold a pickle or code.
-SAFE_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README.md"]
+SAFE_NOTES = ["LICENSE*", "README.md"]
+SAFE_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", *SAFE_NOTES]
 WEIGHTS = ("*.safetensors", "*.gguf")
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+\.gguf)?")
 PROBE_SECONDS = 5.0
 
 
@@ -35,8 +36,9 @@ def fetch(name: str) -> Path:
     """The folder of a checkpoint, brought here if it is not yet.
 
     Args:
-        name: a name in `sources.SOURCES`, a hub id such as "org/name", or a folder (or .gguf
-            file), which is returned as it is.
+        name: a name in `sources.SOURCES`, a hub id such as "org/name", or "org/name:file.gguf"
+            where it holds several of these, or a folder (or .gguf file), which is returned as it
+            is.
 
     Raises:
         UserError: an unknown name; nothing reachable that has it; no room on the disk.
@@ -46,9 +48,9 @@ def fetch(name: str) -> Path:
     if name not in SOURCES and not HUB_ID.fullmatch(name):
         raise UserError(
             f"no checkpoint is called {name!r}: give one of {', '.join(SOURCES)}, a hub id such as "
-            "org/name, or a folder with config.json and model.safetensors"
+            "org/name or org/name:file.gguf, or a folder with config.json and model.safetensors"
         )
-    folder = cache_dir() / "models" / name
+    folder = cache_dir() / "models" / name.replace(":", "--")
     if _complete(folder):
         return folder
     try:
@@ -110,18 +112,18 @@ def _download_from_hub(hub_id: str, folder: Path) -> str:
     """Downloads the safe files of a hub repository; goes on where it was interrupted."""
     import huggingface_hub as hub
 
+    hub_id, _, gguf_file = hub_id.partition(":")
     try:
         info = hub.HfApi().model_info(hub_id, timeout=PROBE_SECONDS, files_metadata=True)
     except Exception as error:  # the hub's client changes its exceptions from version to version
         raise ConnectionError(_first_line(error)) from error
-    if not any(file.rfilename.endswith(".safetensors") for file in info.siblings):
-        raise ConnectionError("it holds no safetensors, and pickled weights are not run")
+    wanted = _wanted(hub_id, [each.rfilename for each in info.siblings], gguf_file)
     try:
         hub.snapshot_download(
             hub_id,
             revision=info.sha,
             local_dir=folder,
-            allow_patterns=SAFE_FILES,
+            allow_patterns=wanted,
             ignore_patterns=["*/*"],
         )
     except Exception as error:
@@ -132,6 +134,22 @@ def _download_from_hub(hub_id: str, folder: Path) -> str:
             path.unlink()
             raise ConnectionError(f"{file.rfilename} arrived damaged")
     return f"hub {hub_id} at {info.sha}"
+
+
+def _wanted(hub_id: str, names: list[str], file: str) -> list[str]:
+    """Patterns of the files to download: those of safetensors, or a single GGUF file."""
+    names = [name for name in names if "/" not in name]
+    if not file and any(name.endswith(".safetensors") for name in names):
+        return SAFE_FILES
+    found = sorted(name for name in names if name.endswith(".gguf"))
+    if not found:
+        raise ConnectionError("it holds no safetensors and no GGUF; pickled weights are not run")
+    if file not in found and (file or found[1:]):
+        raise UserError(
+            f"which GGUF file of {hub_id}? Give one of "
+            f"{', '.join(f'{hub_id}:{name}' for name in found)}, or the path of such a file"
+        )
+    return [file or found[0], *SAFE_NOTES]
 
 
 def download_wheel(wheel: Wheel, folder: Path) -> Path:

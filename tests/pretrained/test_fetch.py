@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 from fusion_jax.errors import UserError
 from fusion_jax.pretrained import fetch as module
 from fusion_jax.pretrained.fetch import checksum, fetch
+from fusion_jax.pretrained.load import gguf_file
 from fusion_jax.pretrained.sources import SOURCES
 
 
@@ -136,7 +137,8 @@ def hub(home, tmp_path, monkeypatch):
     def model_info(self, name, **kwargs):
         def sibling(file):
             sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
-            lfs = SimpleNamespace(sha256=sha256) if file.suffix == ".safetensors" else None
+            stored = file.suffix in (".safetensors", ".gguf")
+            lfs = SimpleNamespace(sha256=sha256) if stored else None
             return SimpleNamespace(rfilename=file.name, lfs=lfs)
 
         return SimpleNamespace(sha="abc", siblings=[sibling(file) for file in remote.iterdir()])
@@ -178,5 +180,25 @@ def test_what_arrives_damaged_from_the_hub_is_refused(hub, home, monkeypatch):
 
 def test_pickled_weights_are_not_taken_from_the_hub(hub):
     (hub / "model.safetensors").rename(hub / "pytorch_model.bin")
-    with pytest.raises(UserError, match="holds no safetensors"):
+    with pytest.raises(UserError, match="holds no safetensors and no GGUF; pickled"):
         fetch("org/name")
+
+
+def test_a_gguf_file_comes_alone_from_the_hub(hub, home):
+    (hub / "model.safetensors").unlink()
+    (hub / "small.Q4_0.gguf").write_bytes(b"GGUF small")
+    (hub / "README.md").write_text("read")
+    folder = fetch("org/name")
+    names = {file.name for file in folder.iterdir()}
+    assert names == {"checksum", "small.Q4_0.gguf", "provenance.json", "README.md"}
+    (hub / "large.Q8_0.gguf").write_bytes(b"GGUF large")
+    assert fetch("org/name") == folder  # it is here already
+    shutil.rmtree(folder)
+    for name in ("org/name", "org/name:other.gguf"):
+        with pytest.raises(UserError, match=r"one of org/name:large\.Q8_0\.gguf, .*Q4_0\.gguf,"):
+            fetch(name)
+    chosen = fetch("org/name:large.Q8_0.gguf")
+    assert chosen.parent == home / "models" / "org"
+    assert gguf_file(chosen).read_bytes() == b"GGUF large"
+    save_file({"w": np.arange(3.0)}, hub / "model.safetensors")
+    assert not list(fetch("org/name").glob("*.gguf"))  # where there are both, these are taken
