@@ -17,6 +17,7 @@ USAGE = """usage: python -m fusion_jax COMMAND ...
   show-sharding [EXPERIMENT.py] --mesh ...    which part of each param a device holds
   compress --workdir DIR --recipe int8        write a smaller workdir, and compare
   fetch NAME                                  bring a pretrained checkpoint or data set
+  build-data "ROWS-*.jsonl" --name NAME       make a data set of millions of rows
   ask --model NAME | --workdir DIR QUESTION   ask a language model
   chat --model NAME | --workdir DIR           talk with one: text, speech, pictures
   translate --workdir DIR --to LANG TEXT|FILE translate text, speech, or both
@@ -126,6 +127,13 @@ def fetch(arguments: list[str]) -> None:
     print(bring(tyro.cli(parse, args=arguments, prog="python -m fusion_jax fetch")))
 
 
+def build_data(arguments: list[str]) -> None:
+    """Makes a TFDS data set of JSONL files, by Apache Beam."""
+    from fusion_jax.data import beam
+
+    print(tyro.cli(beam.build, args=arguments, prog="python -m fusion_jax build-data"))
+
+
 def ask(arguments: list[str]) -> None:
     """Asks a language model."""
     from fusion_jax.compression.running import running
@@ -204,6 +212,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "show-sharding": show_sharding,
     "compress": compress,
     "fetch": fetch,
+    "build-data": build_data,
     "ask": ask,
     "chat": chat,
     "translate": translate,
