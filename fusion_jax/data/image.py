@@ -18,6 +18,9 @@ _FONT = Path(importlib.util.find_spec("matplotlib").origin).parent / (
     "mpl-data/fonts/ttf/DejaVuSans.ttf"
 )
 
+SVG_SIDE = 1024
+"""Pixels of an SVG's longest side where nobody says how many: its own size may be anything."""
+
 
 def decode(data: bytes, name: str = "image", side: int | None = None) -> np.ndarray:
     """Decodes PNG, JPEG, WebP, GIF ... or SVG bytes to uint8 RGB, [h, w, 3].
@@ -27,7 +30,8 @@ def decode(data: bytes, name: str = "image", side: int | None = None) -> np.ndar
     Args:
       data: the whole encoded file.
       name: what to call it in errors (its path).
-      side: the longest side is brought down to this (an SVG also up to it), keeping the shape.
+      side: the longest side is brought down to this (an SVG also up to it, or to `SVG_SIDE`),
+        keeping the shape.
 
     Raises:
       UserError: empty, truncated, corrupt, or of an unknown kind.
@@ -35,7 +39,7 @@ def decode(data: bytes, name: str = "image", side: int | None = None) -> np.ndar
     if not data:
         raise UserError(f"{name}: the file is empty; expected a picture (PNG, JPEG, SVG ...)")
     if b"<svg" in data[:4096] or name.endswith(".svg"):
-        data = _render(data, name, side)
+        data = _render(data, name, side or SVG_SIDE)
     try:
         with Image.open(io.BytesIO(data)) as picture:
             picture = ImageOps.exif_transpose(picture)
@@ -62,7 +66,7 @@ def encode(picture: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _render(data: bytes, name: str, side: int | None) -> bytes:
+def _render(data: bytes, name: str, side: int) -> bytes:
     options = {
         "background": "white",
         "dpi": 96.0,  # without it resvg takes lengths in pt for zero
@@ -73,12 +77,11 @@ def _render(data: bytes, name: str, side: int | None) -> bytes:
     }
     try:
         text = data.decode("utf-8")
-        drawn = resvg_py.svg_to_bytes(svg_string=text, width=side, **options)
-        if side is not None:
-            with Image.open(io.BytesIO(drawn)) as picture:
-                tall = picture.height > side
-            if tall:
-                drawn = resvg_py.svg_to_bytes(svg_string=text, height=side, **options)
+        drawn = resvg_py.svg_to_bytes(svg_string=text, width=side, height=side, **options)
+        with Image.open(io.BytesIO(drawn)) as picture:
+            tall = picture.height > side  # by a rounded pixel
+        if tall:
+            drawn = resvg_py.svg_to_bytes(svg_string=text, height=side, **options)
         return drawn
     except ValueError as error:  # UnicodeDecodeError is one
         raise UserError(f"{name}: not a readable SVG ({error})") from error

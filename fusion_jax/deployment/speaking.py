@@ -18,6 +18,7 @@ from fusion_jax.deployment.runtime.artifact import BadInput
 from fusion_jax.deployment.runtime.conversation import TextOf
 from fusion_jax.deployment.runtime.generation import STOP, Generator, Writing
 from fusion_jax.deployment.runtime.host import Limits, Served
+from fusion_jax.deployment.runtime.media import checked
 from fusion_jax.deployment.runtime.waiting import Line, Worker
 from fusion_jax.deployment.runtime.workers import Count
 from fusion_jax.errors import UserError
@@ -51,14 +52,16 @@ class Speaker(Generator):
         readers = getattr(getattr(answers, "assistant", answers), "readers", {})
         self.answers, self.rows, self.context = answers, 1, 2048
         self.inputs = {name: {"kind": name} for name in readers}
-        self.readers = dict.fromkeys(readers, bytes)  # files are read by what answers
+        # Files are read by what answers, once they are known to be no bombs.
+        self.readers = {name: checked if name == "image" else bytes for name in readers}
 
     def writing(
         self, messages: Sequence[dict[str, Any]], max_tokens: int | None = None, **how: Any
     ) -> Spoken:
-        """The last question alone."""
+        """The last question alone. Raises BadInput where a picture is none, or huge."""
         last = messages[-1]
-        nothing, media = np.zeros((0, 0), np.float32), last.get("media", ())
+        nothing = np.zeros((0, 0), np.float32)
+        media = [(name, self.readers[name](content)) for name, content in last.get("media", ())]
         return Spoken([], nothing, max_tokens or 256, question=last["content"], media=media)
 
     def text_of(self, writing: Spoken, stops: Sequence[str] = ()) -> TextOf:

@@ -92,6 +92,14 @@ def test_deep_grey_is_scaled_and_a_turned_photograph_turned_back():
     assert image.decode(buffer.getvalue()).shape == (6, 4, 3)
 
 
+@pytest.mark.parametrize(("shape", "side"), [((5000, 4000), None), ((1, 50_000), 64)])
+def test_an_svg_of_any_size_is_drawn_small(shape, side):
+    size = 'width="{}" height="{}"'.format(*shape)
+    drawing = f'<svg xmlns="http://www.w3.org/2000/svg" {size}><rect width="9" height="9"/></svg>'
+    drawn = image.decode(drawing.encode(), "x.svg", side=side)
+    assert max(drawn.shape) == (side or 1024)
+
+
 def test_svg_is_drawn_up_to_the_side_with_fonts_of_its_own():
     head = '<svg xmlns="http://www.w3.org/2000/svg" width="12pt" height="24pt">'
     square = f'{head}<rect width="100%" height="50%" fill="#0000ff"/></svg>'.encode()

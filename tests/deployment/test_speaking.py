@@ -1,9 +1,11 @@
 """What answers in text by itself is served through the same routes, its facts with it."""
 
 import base64
+import io
 import json
 
 import pytest
+from PIL import Image
 from starlette.testclient import TestClient
 
 from fusion_jax.deployment.runtime.host import Limits
@@ -25,7 +27,9 @@ class Knows:
             raise UserError("name a thing and a kind that the graph knows; found: none")
         yield "Yes (0.93).\n"
         yield "Facts:\n  a whale is a kind of mammal\n"
-        yield from (f"  {file.read_bytes().decode()}\n" for file in (media or {}).get("image", ()))
+        for file in (media or {}).get("image", ()):
+            with Image.open(file) as seen:
+                yield f"  {seen.size}\n"
 
 
 @pytest.fixture
@@ -36,20 +40,40 @@ def client():
         yield client
 
 
-def test_answers_stream_with_their_facts(client):
-    data = "data:image/png;base64," + base64.b64encode(b"seen").decode()
+def about(picture):
+    data = "data:image/png;base64," + base64.b64encode(picture).decode()
     content = [
         {"type": "text", "text": "Is a whale a mammal?"},
         {"type": "image_url", "image_url": {"url": data}},
     ]
-    asked = {"model": "knows", "messages": [{"role": "user", "content": content}]}
+    return {"model": "knows", "messages": [{"role": "user", "content": content}]}
+
+
+def blank(width, height):
+    buffer = io.BytesIO()
+    Image.new("1", (width, height)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_answers_stream_with_their_facts(client):
+    asked = about(blank(3, 2))
     answer = client.post("/v1/chat/completions", json=asked | {"stream": True})
     lines = [line[6:] for line in answer.text.splitlines() if line.startswith("data: {")]
     pieces = [json.loads(line)["choices"][0]["delta"].get("content", "") for line in lines]
-    facts = "Yes (0.93).\nFacts:\n  a whale is a kind of mammal\n  seen\n"
+    facts = "Yes (0.93).\nFacts:\n  a whale is a kind of mammal\n  (3, 2)\n"
     assert "".join(pieces) == facts and len([each for each in pieces if each]) >= 2
     whole = client.post("/v1/chat/completions", json=asked | {"stop": "Facts"}).json()
     assert whole["choices"][0]["message"]["content"] == "Yes (0.93).\n"
+
+
+def test_pictures_are_measured_before_they_are_decoded(client):
+    drawing = b'<svg xmlns="http://www.w3.org/2000/svg" width="60000" height="60000"/>'
+    for picture, status, message in (
+        (blank(10_000, 6_000), 413, "10000 x 6000 pixels"),
+        (drawing, 400, "not a readable picture"),
+    ):
+        answer = client.post("/v1/chat/completions", json=about(picture))
+        assert answer.status_code == status and message in answer.json()["error"]["message"]
 
 
 def test_it_tells_what_it_cannot(client):

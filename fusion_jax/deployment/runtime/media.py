@@ -1,7 +1,8 @@
 """Raw inputs from what people send: encoded pictures and recordings, and text, as in training."""
 
+import contextlib
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,25 +75,40 @@ def picture(content: bytes, size: int) -> np.ndarray:
     """PNG, JPEG ... -> float32 RGB in 0..1 [size, size, 3], the whole of it, on white."""
     from PIL import Image, ImageOps
 
-    try:
-        with Image.open(io.BytesIO(content)) as opened:
-            if opened.width * opened.height > LARGEST_PICTURE:
-                raise BadInput(f"a picture of {opened.width} x {opened.height} pixels", 413)
-            image = ImageOps.exif_transpose(opened)
-            if image.mode.startswith("I"):  # 16-bit grey
-                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise BadInput(f"not a readable picture: {error}; send PNG, JPEG or WebP") from error
+    with _opened(content) as opened:
+        image = ImageOps.exif_transpose(opened)
+        if image.mode.startswith("I"):  # 16-bit grey
+            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("RGB")
     scale = size / max(image.size)
     inner = tuple(max(round(side * scale), 1) for side in image.size)
     square = Image.new("RGB", (size, size), "white")
     resized = image.resize(inner, Image.Resampling.BILINEAR, box=(0.0, 0.0, *image.size))
     square.paste(resized, tuple((size - side) // 2 for side in inner))
     return np.asarray(square, np.float32) / np.float32(255)
+
+
+def checked(content: bytes) -> bytes:
+    """An encoded picture as it is. Raises BadInput: it is none, or has too many pixels."""
+    with _opened(content):
+        return content
+
+
+@contextlib.contextmanager
+def _opened(content: bytes) -> Iterator[Any]:
+    """A picture before it is decoded; what goes wrong then is a BadInput as well."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(content)) as opened:
+            if opened.width * opened.height > LARGEST_PICTURE:
+                raise BadInput(f"a picture of {opened.width} x {opened.height} pixels", 413)
+            yield opened
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise BadInput(f"not a readable picture: {error}; send PNG, JPEG or WebP") from error
 
 
 def sound(content: bytes, rate: int, longest: int, *, whole: bool = False) -> np.ndarray:
