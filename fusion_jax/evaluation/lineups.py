@@ -7,6 +7,7 @@ import numpy as np
 from fusion_jax.data.questions import Question, Thing, lineups
 from fusion_jax.evaluation.ridge import ridge
 from fusion_jax.language.answers import Answerer
+from fusion_jax.pretrained.checkpoint import whole
 
 LINEUP = 20
 
@@ -59,7 +60,7 @@ def nearest_words(
 
     It maps a picture's mean token to the mean word vector of its caption, and sees no question.
     """
-    table = np.asarray(answerer.params["decoder"]["embedding"]["embedding"])
+    table = whole(answerer.params["decoder"]["embedding"]["embedding"])
 
     def words(captions: Sequence[str]) -> np.ndarray:
         return np.stack([table[answerer.writing.answer(each)[:-1]].mean(0) for each in captions])

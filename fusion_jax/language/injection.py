@@ -37,6 +37,7 @@ from fusion_jax.language.fused import FusedLM
 from fusion_jax.language.knowledge_tree import Mention, Tree, TreeLM
 from fusion_jax.language.prompt import bucket
 from fusion_jax.objectives.combine import Batch, Params
+from fusion_jax.pretrained.checkpoint import whole
 from fusion_jax.tokens import Tokens
 
 Injection = Literal["none", "prompt", "chained", "cross", "kbert", "ernie", "knn"]
@@ -80,7 +81,7 @@ class Writer:
     @classmethod
     def of(cls, checkpoint: Any, world: World, injection: str) -> "Writer":
         """For a published decoder, as `pretrained.load` gave it."""
-        table = np.asarray(checkpoint.params["embedding"]["embedding"], np.float32)
+        table = np.asarray(whole(checkpoint.params["embedding"]["embedding"]), np.float32)
         return cls(world, Chat.of(checkpoint), injection, table)
 
     @property

@@ -17,6 +17,7 @@ import numpy as np
 from einops import rearrange
 
 from fusion_jax.norm import LayerNorm
+from fusion_jax.pretrained.checkpoint import whole
 from fusion_jax.tokens import Tokens, fill, windows
 from fusion_jax.transformer import gelu
 
@@ -134,7 +135,7 @@ class Spelling:
     def __init__(self, ids: Sequence[Sequence[int]], table: np.ndarray):
         self.pieces = sorted({piece for row in ids for piece in row})
         self._classes = {piece: index + 1 for index, piece in enumerate(self.pieces)}
-        self.start = {"words": np.asarray(table, np.float32)[self.pieces]}
+        self.start = {"words": whole(table)[self.pieces].astype(np.float32)}
 
     def classes(self, ids: Sequence[int]) -> np.ndarray:
         """Ids -> classes, int32; pieces that it does not know are left out."""

@@ -11,6 +11,7 @@ import numpy as np
 
 from fusion_jax.data.questions import Thing
 from fusion_jax.language.sight import Sight
+from fusion_jax.pretrained.checkpoint import whole
 from fusion_jax.pretrained.load import Pretrained
 
 MOST = 2000
@@ -35,7 +36,7 @@ def word_connector(
         penalty: of the squared weights.
     """
 
-    table = np.asarray(checkpoint.params["embedding"]["embedding"])
+    table = whole(checkpoint.params["embedding"]["embedding"])
 
     def words(text: str | None) -> np.ndarray:
         ids = checkpoint.tokenizer.encode(f" {text}", add_special_tokens=False).ids

@@ -33,7 +33,8 @@ def opener(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple:
         raise UserError("what is to be planned? Give an experiment, --llm NAME, or both")
     module = plain_language if flags.experiment is None else experiments.load_file(flags.experiment)
     settings = tyro.cli(module.Settings, args=rest, prog=parser.prog, description=module.__doc__)
-    runtime.start(settings)
+    runtime.start()
+    runtime.compute_as(settings)  # without its mesh, whose chips need not be here
     field = next((name for name in LANGUAGE_MODEL if hasattr(settings, name)), None)
     if flags.llm is not None and field is None:
         raise UserError(

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 from fusion_jax import attention, attention_kernels
 from fusion_jax.paths import cache_dir
 from fusion_jax.pretrained import load
+from fusion_jax.pretrained.checkpoint import Place, put
 from fusion_jax.ring import ring
 from fusion_jax.training.settings import Settings
+from fusion_jax.training.sharding import spread
 
 KERNELS = {
     "xla": attention.dense_attend,
@@ -20,17 +22,21 @@ KERNELS = {
 }
 
 
-def compute_as(settings: Settings) -> None:
-    """Models built from now on are computed as the settings say."""
+def compute_as(settings: Settings, place: Place = put) -> None:
+    """Models built from now on are computed as the settings say.
+
+    Args:
+        place: where the params of language models go as they are read.
+    """
     attention.use(KERNELS[settings.attention])
     dtype = jnp.dtype(settings.dtype)
-    load.use(load.Computing(dtype, remat=settings.remat, scan=settings.scan))
+    load.use(load.Computing(dtype, remat=settings.remat, scan=settings.scan, place=place))
 
 
 def start(settings: Settings | None = None) -> None:
-    """Computes as the settings say, and keeps compiled programs on disk."""
+    """Computes as the settings say, on their mesh, and keeps compiled programs on disk."""
     if settings is not None:
-        compute_as(settings)
+        compute_as(settings, spread(settings.mesh))
     if "TPU_SKIP_MDS_QUERY" in os.environ:
         # JAX set it: no TPU is here. A libtpu that is there for plans would complain of that.
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")

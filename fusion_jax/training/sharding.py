@@ -5,6 +5,7 @@ every large param (ZeRO-3, https://arxiv.org/abs/1910.02054); `tensor` splits ma
 layer (Megatron, https://arxiv.org/abs/1909.08053). XLA inserts the collectives.
 """
 
+import functools
 import math
 import re
 from collections.abc import Sequence
@@ -17,10 +18,13 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fusion_jax.errors import UserError
+from fusion_jax.pretrained.checkpoint import Place, put
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
 Rules = Sequence[tuple[str, P]]
+SMALLEST = 2**14
+"""Entries of an array from which it is split over `fsdp`, if no rule names it."""
 
 # The first rule whose pattern is found in the path wins; what matches none is left to `fsdp`.
 DEFAULT_RULES: Rules = (
@@ -92,7 +96,7 @@ def _fitting(spec: tuple, shape: tuple[int, ...], mesh: Mesh) -> P:
 
 
 def tree_shardings(
-    tree: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES, smallest: int = 2**14
+    tree: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES, smallest: int = SMALLEST
 ) -> Any:
     """A NamedSharding for each leaf of a (possibly abstract) tree, by its path.
 
@@ -105,6 +109,27 @@ def tree_shardings(
         return NamedSharding(mesh, spec_of(name, leaf.shape, mesh, rules, smallest))
 
     return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def put_shards(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """An array of the host, that every process has, on its shards: never whole on a device."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def spread(sizes: str, rules: Rules = DEFAULT_RULES) -> Place:
+    """Puts each param, as it is read, where `tree_shardings` would have it on the mesh `sizes`.
+
+    The mesh is made when the first param comes: by then a run's processes have found each other.
+    """
+    mesh = functools.cache(functools.partial(make_mesh, sizes))
+
+    def place(path: str, array: np.ndarray) -> jax.Array:
+        if mesh().size == 1:
+            return put(path, array)
+        spec = spec_of(path, array.shape, mesh(), rules, SMALLEST)
+        return put_shards(array, NamedSharding(mesh(), spec))
+
+    return place
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding
@@ -11,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from fusion_jax.errors import UserError
 from fusion_jax.training.experiment import Experiment
 from fusion_jax.training.partition import Params, merge, partition, paths
-from fusion_jax.training.sharding import tree_shardings
+from fusion_jax.training.sharding import put_shards, tree_shardings
 from fusion_jax.training.step import State
 
 
@@ -89,6 +90,8 @@ def _materialise(experiment: Experiment, wanted: Params, seed: int, *, may_alias
         return {path: everything[path] for path in drawn}
 
     def put(value: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
+        if not isinstance(value, jax.Array):
+            return put_shards(np.array(value, like.dtype), like.sharding)
         own = jnp.array(value, like.dtype, copy=not may_alias)
         return jax.device_put(own, like.sharding)
 
