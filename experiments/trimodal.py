@@ -306,7 +306,8 @@ def exported(s: Settings, params: Params) -> Predictor:
         embeddings = {f"{name}_embedding": each for name, each in outputs.embeddings.items()}
         return {"logits": outputs.logits, **embeddings}
 
-    return Predictor(apply, params, raw, classes, described)
+    data = f"trained on {len(rows)} things; metrics: {described}"
+    return Predictor(apply, params, raw, classes, data)
 
 
 # ---------------------------------------------------------------------------------------- report

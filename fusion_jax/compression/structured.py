@@ -27,7 +27,8 @@ def keep(decoder: Decoder, params: Params, groups: Kept, channels: Kept) -> tupl
     """The decoder with some of its head groups and MLP channels, and their params.
 
     Args:
-        params: arrays; layers not stacked by `scan` (see `transformer.unstack_layers`).
+        params: arrays; layers not stacked by `scan` (see `transformer.unstack_layers`). LoRA's
+            adapters may lie beside the kernels, and are cut with them.
         groups: of query heads that share a key head.
         channels: of each MLP's hidden width.
 
@@ -145,11 +146,13 @@ def _columns(groups: Sequence[int], size: int) -> np.ndarray:
 
 
 def _outputs(dense: Params, columns: np.ndarray) -> Params:
-    return {name: jnp.asarray(leaf)[..., columns] for name, leaf in dense.items()}
+    cut = {name: jnp.asarray(leaf)[..., columns] for name, leaf in dense.items()}
+    return cut | {name: leaf for name, leaf in dense.items() if name == "lora_a"}
 
 
 def _inputs(dense: Params, rows: np.ndarray) -> Params:
-    return {**dense, "kernel": jnp.asarray(dense["kernel"])[rows]}
+    cut = {name: jnp.asarray(dense[name])[rows] for name in ("kernel", "lora_a") if name in dense}
+    return {**dense, **cut}
 
 
 def _written(dense: Params, path: str, inputs: Mapping[str, Inputs] | None) -> np.ndarray:

@@ -1,15 +1,18 @@
 """`python -m fusion_jax compress`: from a trained workdir to a smaller one, and what that cost.
 
 The new workdir holds the settings and the experiment's file as the old one does, and in place of
-checkpoints params.safetensors, from which `evaluate`, `ask` and `export` go on.
+checkpoints params.safetensors, from which `evaluate`, `ask` and `export` go on. Recipes that make
+another model of it put that language model's checkpoint beside, in `model`.
 """
 
+import dataclasses
+import itertools
 import json
 import re
 import shutil
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +21,12 @@ import numpy as np
 import tyro
 from matplotlib.figure import Figure
 
-from fusion_jax.compression import storage
+from fusion_jax.compression import imitation, storage, students
 from fusion_jax.compression.calibration import Objective, without_dropout
 from fusion_jax.compression.quantization import Params, is_compressed
 from fusion_jax.compression.recipes import Calibration, parse
 from fusion_jax.compression.running import running
+from fusion_jax.compression.students import Run
 from fusion_jax.errors import UserError
 from fusion_jax.evaluation import plots
 from fusion_jax.evaluation.table import print_table
@@ -31,6 +35,7 @@ from fusion_jax.training import experiment as experiments
 from fusion_jax.training import loop
 
 NUMBERS = "compression.json"
+MODEL = "model"
 COSTS = ("file MB", "of float32", "ms a batch", "peak MB")
 
 
@@ -40,16 +45,22 @@ def compress(
     output: Path | None = None,
     quality: str = r"accuracy|/picture$",
     batches: int = 4,
+    student: tuple[str, ...] = (),
 ) -> dict[str, dict[str, float]]:
     """Compresses a trained workdir into a new one, and compares them.
 
     Args:
         workdir: what --workdir was when it was trained.
         recipe: int8, int4, nf4, fp8, int8-activations, int8-calibrated, int4-mixed, prune-0.5,
-            wanda-0.5, sparsegpt-2:4, low-rank-0.5 ...; several are applied in this order.
+            wanda-0.5, sparsegpt-2:4, low-rank-0.5 ...; several are applied in this order. Before
+            them structured-0.5, which keeps half of the language model's heads and channels, and
+            distil-0.5, which keeps half of its layers (or of the width) and trains what is left
+            to say what the run says, on the run's data.
         output: the new workdir (default: beside the old one, its name and the recipes).
         quality: regular expression of the report's metrics that are shown; their mean is plotted.
         batches: of training data, that recipes look at.
+        student: settings of distil that differ from the run's, like steps=300 learning-rate=1e-4;
+            with the recipe distil, which keeps all, they say what the student is: width=96.
 
     Returns:
         {"as trained" or the recipes: {what was measured: number}}.
@@ -59,45 +70,101 @@ def compress(
     """
     if not recipe:
         raise UserError("which --recipe? give one or more, like --recipe int8")
-    recipes = [parse(name) for name in recipe]
+    models = [students.parse(name) for name in recipe]
+    applied = [None if model else parse(name) for name, model in zip(recipe, models, strict=True)]
+    if any(later and not model for model, later in itertools.pairwise(models)):
+        raise UserError("structured and distil come before recipes that change numbers alone")
     output = output or workdir.with_name("-".join([workdir.name, *recipe]).replace(":", "of"))
     if output.exists():
         raise UserError(f"{output} exists already: give another --output, or remove it")
     module, settings = experiments.reopen(workdir)
-    experiment = module.build(settings)
+    trained = Run(module, settings, None)
+    experiment = trained.experiment
     params = loop.restore_params(experiment, settings, workdir)
-    calibration = Calibration(experiment.objective, [experiment.data[i] for i in range(batches)])
-    small = params
-    for name, apply in zip(recipe, recipes, strict=True):
+    trained = small = dataclasses.replace(trained, params=params)
+    scratch = output.with_name(f"{output.name}-unfinished")
+    for number, (name, model, apply) in enumerate(zip(recipe, models, applied, strict=True)):
         loop.say(f"{name} ...")
-        small = apply(small, calibration)
+        examples = [small.experiment.data[i] for i in range(batches)]
+        calibration = Calibration(small.experiment.objective, examples)
+        if model is not None:
+            place = scratch / f"{number}-{name}"
+            small = _smaller(small, trained, model, place, calibration, student)
+        else:
+            small = dataclasses.replace(small, params=apply(small.params, calibration))
 
     with write_folder(output) as draft:
         shutil.copyfile(workdir / "experiment.py", draft / "experiment.py")
         record = json.loads((workdir / "run.json").read_text())
         past = record.get("compressed", {"source": str(workdir), "recipes": []})
         past["recipes"] = [*past["recipes"], *recipe]
-        write_file(draft / "run.json", json.dumps(record | {"compressed": past}, indent=2) + "\n")
-        storage.write(draft / storage.FILE, small)
+        record |= {"compressed": past} | _own_model(small, record, scratch, draft)
+        write_file(draft / "run.json", json.dumps(record, indent=2) + "\n")
+        storage.write(draft / storage.FILE, small.params)
         full = _full_size(params)
+        before, after = (run.experiment.objective for run in (trained, small))
         rows = {
             "as trained": {"file MB": _stored(workdir, params) / 1e6}
-            | _costs(experiment.objective, params, calibration.batches[0])
+            | _costs(before, params, experiment.data[0])
             | _quality(experiment, params, workdir, draft),
             "+".join(past["recipes"]): {"file MB": (draft / storage.FILE).stat().st_size / 1e6}
-            | _costs(experiment.objective, small, calibration.batches[0]),
+            | _costs(after, small.params, small.experiment.data[0]),
         }
         with running():
-            rows["+".join(past["recipes"])] |= loop.report(experiment, small, draft)
+            rows["+".join(past["recipes"])] |= loop.report(small.experiment, small.params, draft)
         for row in rows.values():
             row["of float32"] = row["file MB"] * 1e6 / full
         write_file(draft / NUMBERS, json.dumps({"source": past["source"], "rows": rows}, indent=1))
         shown = [name for name in rows["as trained"] if re.search(quality, name)]
         shown = shown or [name for name in rows["as trained"] if name not in COSTS]
         _pareto(draft / "report" / "pareto.png", past["source"], rows, shown, output.parent)
+    shutil.rmtree(scratch, ignore_errors=True)
     _show(rows, shown, str(workdir), settings.seed)
     loop.say(f"the compressed workdir is {output}")
     return rows
+
+
+def _smaller(
+    run: Run,
+    trained: Run,
+    recipe: tuple[str, float],
+    place: Path,
+    calibration: Calibration,
+    changes: Sequence[str],
+) -> Run:
+    """What `structured` or `distil` makes of a run; `place` is for what it writes on the way.
+
+    A language model that was cut learns at a tenth of the run's rate, which is for new params.
+    """
+    kind, share = recipe
+    folder = place / "model"
+    shutil.rmtree(folder, ignore_errors=True)  # of an earlier try: it is made again, the same
+    if kind == "structured":
+        return students.narrowed(run, share, folder, calibration)
+    student = students.shallower(run, share, folder)
+    if student.cut and hasattr(run.settings, "learning_rate"):
+        student = student.changed(learning_rate=student.settings.learning_rate / 10)
+    if changes:
+        student = student.told(changes)
+    if student.settings == trained.settings:  # it has nothing to learn
+        return student
+    if not student.cut:
+        student = dataclasses.replace(student, params=None)
+    workdir = place / "training"
+    experiments.open_workdir(workdir, Path(trained.module.__file__), student.settings)
+    return dataclasses.replace(student, params=imitation.distil(student, trained, workdir))
+
+
+def _own_model(run: Run, record: dict[str, Any], scratch: Path, draft: Path) -> dict[str, Any]:
+    """What run.json says of a model that is not the trained run's; its checkpoint is moved in."""
+    field = experiments.language_model_setting(run.settings)
+    folder = Path(str(getattr(run.settings, field))) if field else None
+    own = record.get("own", {})
+    if folder is not None and (own or scratch in folder.parents):
+        shutil.copytree(folder, draft / MODEL)
+        own = {field: MODEL}
+    settings = json.loads(json.dumps(run.settings.identity()))
+    return {"settings": settings} | ({"own": own} if own else {})
 
 
 def _stored(workdir: Path, params: Params) -> int:

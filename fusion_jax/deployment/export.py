@@ -409,7 +409,7 @@ def opened(
         "settings": run["settings"],
         "seed": settings.seed,
         "metrics": {},
-    }
+    } | {key: run[key] for key in ("compressed",) if key in run}
     measured = workdir / "report" / "metrics.json"
     if measured.exists():
         card["metrics"] = json.loads(measured.read_text())

@@ -117,6 +117,11 @@ def open_workdir(workdir: Path, source: Path, settings: Settings) -> None:
         write_file(record, json.dumps(content, indent=2) + "\n")
 
 
+def language_model_setting(settings: Settings) -> str | None:
+    """What an experiment calls the setting that names its language model, if it has one."""
+    return next((name for name in ("language_model", "model") if hasattr(settings, name)), None)
+
+
 def reopen(workdir: Path) -> tuple[ModuleType, Settings]:
     """The experiment and settings that a workdir was trained with.
 
@@ -127,7 +132,9 @@ def reopen(workdir: Path) -> tuple[ModuleType, Settings]:
     if not record.exists():
         raise UserError(f"{workdir} holds no run (no run.json): train first, or check --workdir")
     module = load_file(workdir / "experiment.py")
-    saved = json.loads(record.read_text())["settings"]
+    content = json.loads(record.read_text())
+    saved = content["settings"]
+    saved |= {name: str(workdir / path) for name, path in content.get("own", {}).items()}
     hints = {field.name: field.type for field in dataclasses.fields(module.Settings)}
     values = {
         name: Path(value) if "Path" in str(hints[name]) and value is not None else value

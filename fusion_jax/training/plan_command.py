@@ -20,8 +20,6 @@ from fusion_jax.training.settings import Settings
 from fusion_jax.training.sharding import make_mesh
 from fusion_jax.training.topologies import Chip, chip_of, devices_of
 
-LANGUAGE_MODEL = ("language_model", "model")  # what experiments call the setting
-
 
 def opener(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple:
     """(flags, settings, build) of a command line; `build(settings)` needs no weights of --llm."""
@@ -35,7 +33,7 @@ def opener(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple:
     settings = tyro.cli(module.Settings, args=rest, prog=parser.prog, description=module.__doc__)
     runtime.start()
     runtime.compute_as(settings)  # without its mesh, whose chips need not be here
-    field = next((name for name in LANGUAGE_MODEL if hasattr(settings, name)), None)
+    field = experiments.language_model_setting(settings)
     if flags.llm is not None and field is None:
         raise UserError(
             f"{flags.experiment} has no setting language_model or model: leave --llm out"
