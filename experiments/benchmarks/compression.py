@@ -11,10 +11,9 @@ are made of their float32 values, so what is lost is lost beside that.
 """
 
 import dataclasses
-import json
 import pydoc_data.topics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from experiments.benchmarks.language_model import (
     our_decode,
     perplexity,
 )
+from experiments.benchmarks.rows import Row
 from fusion_jax.adaptation import lora
 from fusion_jax.adaptation.lora import LoRA
 from fusion_jax.compression import storage
@@ -99,7 +99,9 @@ def step_memory(decoder: Any, params: Any, ids: np.ndarray) -> tuple[int, Callab
     return size, lambda: float(compiled(*arguments)[2])
 
 
-def main(settings: Settings) -> None:
+def rows(settings: Settings | None = None) -> Iterator[Row]:
+    """Each kind of number beside float32."""
+    settings = settings or Settings()
     ours = load(NAME)
     text = " ".join(pydoc_data.topics.topics[name] for name in ("class", "import", "try", "while"))
     ids = np.array(ours.tokenizer.encode(text).ids, np.int32)
@@ -116,31 +118,34 @@ def main(settings: Settings) -> None:
         small = on_kernels(ours.params, rounding(kind, activations=bool(activations)))
         models[name] = (Compressed(ours.module), small)
     models["as it came"] = (Compressed(ours.module), load_stored(NAME).params)
-    found: dict[str, dict[str, float]] = {}
-    full = file_size(ours.params)
-    for name, (model, params) in models.items():
-        found[name] = {
-            "file MB": file_size(params) / 1e6,
-            "of float32": file_size(params) / full,
-            "perplexity": perplexity(model, params, held_out),
-        }
-        print(name, json.dumps(found[name]), flush=True)
-    for rows in (1, ROWS):
-        batch = ids[: rows * PROMPT].reshape(rows, PROMPT)
+
+    def beside(unit: str, found: dict[str, float], *, more: bool, job: str = "") -> Iterator[Row]:
+        for name, value in found.items():
+            if name != "float32":
+                yield Row(f"{job}{name}", unit, value, found["float32"], "float32", more)
+
+    sizes = {name: file_size(params) / 1e6 for name, (_, params) in models.items()}
+    yield from beside("MB of file", sizes, more=False)
+    worth = {name: perplexity(*model, held_out) for name, model in models.items()}
+    yield from beside("perplexity", worth, more=False)
+    for count in (1, ROWS):
+        batch = ids[: count * PROMPT].reshape(count, PROMPT)
         runs = {name: our_decode(*model, batch) for name, model in models.items()}
-        for name, seconds in best_times(runs, settings.repeats).items():
-            found[name][f"tokens/s, batch {rows}"] = rows * WRITTEN / seconds
-            print(name, f"batch {rows}: {rows * WRITTEN / seconds:.1f} tokens/s", flush=True)
+        times = best_times(runs, settings.repeats)
+        found = {name: count * WRITTEN / seconds for name, seconds in times.items()}
+        yield from beside("tokens/s", found, more=True, job=f"decode, batch {count}, ")
 
     batch = ids[: ROWS * LENGTH].reshape(ROWS, LENGTH)
-    steps = {}
+    steps, planned = {}, {}
     for name in ("float32", "bfloat16", "int8", "nf4", "as it came"):
         model, params = models[name]
         module = model.model if isinstance(model, Compressed) else model
         size, steps[name] = step_memory(module, params, batch)
-        print(f"LoRA on {name}: {size / 1e6:.0f} MB planned", flush=True)
-    for name, seconds in best_times(steps, settings.repeats).items():
-        print(f"LoRA on {name}: {batch.size / seconds:.0f} tokens/s", flush=True)
+        planned[name] = size / 1e6
+    yield from beside("MB planned", planned, more=False, job="LoRA on ")
+    times = best_times(steps, settings.repeats)
+    found = {name: batch.size / seconds for name, seconds in times.items()}
+    yield from beside("tokens/s", found, more=True, job="LoRA on ")
     if settings.pruning:
         fused = causal_lm(FusedLM(ours.module, {}))
 
@@ -150,9 +155,12 @@ def main(settings: Settings) -> None:
         calibration = Calibration(objective, [answered(seen)])
         for name in ("prune-0.5", "wanda-0.5", "sparsegpt-0.5", "sparsegpt-2:4", "low-rank-0.8"):
             small = parse(name)(ours.params, calibration)
-            worth = perplexity(Compressed(ours.module), small, held_out)
-            print(f"{name}: {file_size(small) / full:.3f} of float32, perplexity {worth:.2f}")
+            after = perplexity(Compressed(ours.module), small, held_out)
+            size = file_size(small) / 1e6
+            yield Row(name, "MB of file", size, sizes["float32"], "float32", more=False)
+            yield Row(name, "perplexity", after, worth["float32"], "float32", more=False)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings))
+    for row in rows(tyro.cli(Settings, description=__doc__)):
+        print(row, flush=True)

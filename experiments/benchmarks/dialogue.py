@@ -11,13 +11,14 @@ chrF of the first tokens of an answer against the answer to the same question ty
 import dataclasses
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import tyro
 
 from experiments.benchmarks.onnx_recogniser import onnx_recogniser
+from experiments.benchmarks.rows import Row
 from fusion_jax.data.audio import SAMPLE_RATE, decode, encode
 from fusion_jax.evaluation.table import print_table
 from fusion_jax.evaluation.translation import chrf
@@ -39,8 +40,12 @@ class Settings:
     """Of each kind."""
 
 
-def main(s: Settings) -> None:
-    """Prints the agreement of both, and the seconds they take, as medians with quartiles."""
+Table = dict[str, dict[str, float]]
+
+
+def compare(s: Settings) -> tuple[Table, Table, str, int]:
+    """Agreement of both, seconds that they take as medians with quartiles, of what, the seed."""
+    runtime.start()
     module, settings = experiment.reopen(s.workdir)
     params = loop.restore_params(module.build(settings), settings, s.workdir)
     fused = module.assistant(settings, params)
@@ -51,15 +56,15 @@ def main(s: Settings) -> None:
         FUSED: lambda file: fused.answer("", {"audio": [file]}, max_tokens=tokens),
         CASCADE: lambda file: plain.answer(recognise(load_speech(file)), max_tokens=tokens),
     }
-    agreement: dict[str, dict[str, float]] = {}
-    seconds: dict[str, dict[str, float]] = {}
+    agreement: Table = {}
+    seconds: Table = {}
     lengths = []
     for kind in KINDS:
-        rows = corpus.tests[kind][: s.recordings]
-        said = [corpus.utterances[row] for row in rows]
+        asked = corpus.tests[kind][: s.recordings]
+        said = [corpus.utterances[row] for row in asked]
         typed = ["".join(plain.answer(each.text, max_tokens=tokens)) for each in said]
         with tempfile.TemporaryDirectory() as folder:
-            files = [Path(folder) / f"{number}.wav" for number in range(len(rows))]
+            files = [Path(folder) / f"{number}.wav" for number in range(len(asked))]
             for file, each in zip(files, said, strict=True):
                 sound = each.sound()
                 file.write_bytes(sound if isinstance(sound, bytes) else encode(sound))
@@ -81,13 +86,24 @@ def main(s: Settings) -> None:
         f"at most {s.recordings} recordings a kind, of things and prompts never trained on, "
         f"{np.mean(lengths):.1f} s on average"
     )
-    print_table(
-        "Agreement with the typed question's answer, chrF", agreement, about, [settings.seed]
-    )
-    print_table("Seconds to the first words of an answer", seconds, about, [settings.seed])
+    return agreement, seconds, about, settings.seed
+
+
+def rows(workdir: Path, recordings: int = 20) -> Iterator[Row]:
+    """Seconds to the first words, and agreement, fused and by the cascade."""
+    agreement, seconds, _, _ = compare(Settings(workdir, recordings))
+    for kind, found in agreement.items():
+        fused, cascade = (seconds[f"{kind}, {name}"]["median"] for name in (FUSED, CASCADE))
+        yield Row(f"first words, {kind}", "s, median", fused, cascade, CASCADE, more=False)
+        yield Row(f"agreement, {kind}", "chrF", found[FUSED], found[CASCADE], CASCADE)
+
+
+def main(s: Settings) -> None:
+    """Prints both tables."""
+    agreement, seconds, about, seed = compare(s)
+    print_table("Agreement with the typed question's answer, chrF", agreement, about, [seed])
+    print_table("Seconds to the first words of an answer", seconds, about, [seed])
 
 
 if __name__ == "__main__":
-    given = tyro.cli(Settings, description=__doc__)
-    runtime.start()
-    main(given)
+    main(tyro.cli(Settings, description=__doc__))

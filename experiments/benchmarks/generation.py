@@ -8,7 +8,7 @@ CPU; where two tokens are as likely within rounding, the answers may part.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import transformers
 
+from experiments.benchmarks.rows import Row
 from fusion_jax.language.beam import beam_search
 from fusion_jax.language.chat import Chat
 from fusion_jax.language.generate import generate
@@ -132,20 +133,22 @@ def open_both(name: str = NAME) -> tuple[Pretrained, transformers.PreTrainedMode
     return load(name), theirs.eval()
 
 
-def main() -> None:
+def rows() -> Iterator[Row]:
+    """How many answers are the same, of all."""
     transformers.logging.set_verbosity_error()
     jax.config.update("jax_numpy_rank_promotion", "raise")
     ours, theirs = open_both()
-    print(f"{NAME}: answers of up to 40 tokens that are the same as transformers.generate's")
     for label, settings in (
         ("greedy", {}),
         ("beam search, 4 beams", {"beams": 4}),
         ("greedy, 8 vectors before", {"prefix": 8}),
     ):
         same = compare(ours, theirs, QUESTIONS, **settings)
-        parted = f"; parted: {list(same.differing)}" if same.differing else ""
-        print(f"  {label:26} {same.equal} of {same.total}{parted}", flush=True)
+        parted = f", parted: {list(same.differing)}" if same.differing else ""
+        unit = "answers that are the same"
+        yield Row(f"{label}{parted}", unit, same.equal, same.total, "transformers.generate")
 
 
 if __name__ == "__main__":
-    main()
+    for row in rows():
+        print(row, flush=True)

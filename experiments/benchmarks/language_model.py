@@ -19,7 +19,7 @@ import gc
 import pydoc_data.topics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -32,6 +32,7 @@ import transformers
 import tyro
 
 from experiments.benchmarks.generation import NAME, open_both
+from experiments.benchmarks.rows import Row
 from fusion_jax.adaptation import lora
 from fusion_jax.adaptation.lora import LoRA
 from fusion_jax.compression.quantization import on_kernels
@@ -216,18 +217,17 @@ def step_flops(ours: Pretrained, *, adapters: bool) -> float:
     return 2 * passes * ROWS * ((layers - embedding) * LENGTH + embedding * ANSWER)
 
 
-def report(job: str, times: dict[str, float], tokens: int) -> None:
-    """One line: tokens per second of each, and the ratio of our best to their best."""
-    rates = {name: tokens / seconds for name, seconds in times.items()}
-    theirs = max(rate for name, rate in rates.items() if name.startswith("torch"))
-    shown = ", ".join(f"{name} {rate:.0f}" for name, rate in rates.items())
-    ratios = ", ".join(
-        f"{name} {rate / theirs:.2f}x" for name, rate in rates.items() if name.startswith("jax")
-    )
-    print(f"{job:16} tokens/s: {shown}; ratio: {ratios}", flush=True)
+def rates(job: str, times: dict[str, float], tokens: int) -> Iterator[Row]:
+    """Tokens per second of each of ours, beside the best of theirs."""
+    found = {name: tokens / seconds for name, seconds in times.items()}
+    name = max((name for name in found if name.startswith("torch")), key=found.get)
+    for ours in (name for name in found if name.startswith("jax")):
+        yield Row(f"{job}{ours[3:]}", "tokens/s", found[ours], found[name], name)
 
 
-def main(settings: Settings) -> None:
+def rows(settings: Settings | None = None) -> Iterator[Row]:
+    """Each job's rate beside PyTorch's."""
+    settings = settings or Settings()
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     ours, theirs = open_both()
@@ -245,11 +245,11 @@ def main(settings: Settings) -> None:
     models = compiled(theirs)
     runs = {"jax": our_prefill(ours, batch)}
     runs |= {name: their_prefill(model, batch) for name, model in models.items()}
-    report("prefill", best_times(runs, settings.repeats), batch.size)
+    yield from rates("prefill", best_times(runs, settings.repeats), batch.size)
 
     small = jax.jit(on_kernels, static_argnums=1)(ours.params, rounding("int8", activations=True))
-    for rows in (1, ROWS):
-        batch = ids[: rows * PROMPT].reshape(rows, PROMPT)
+    for count in (1, ROWS):
+        batch = ids[: count * PROMPT].reshape(count, PROMPT)
         runs = {
             "jax": our_decode(ours.module, ours.params, batch),
             "jax int8": our_decode(Compressed(ours.module), small, batch),
@@ -259,11 +259,12 @@ def main(settings: Settings) -> None:
             fast = copy.copy(theirs)
             fast.forward = torch.compile(theirs.forward)
             runs["torch.compile"] = their_decode(fast, batch, cache_implementation="static")
-        report(f"decode, batch {rows}", best_times(runs, settings.repeats), rows * WRITTEN)
+        times = best_times(runs, settings.repeats)
+        yield from rates(f"decode, batch {count}", times, count * WRITTEN)
     text_rows = ids[: 8 * 256].reshape(8, 256)
     full = perplexity(ours.module, ours.params, text_rows)
     rounded = perplexity(Compressed(ours.module), small, text_rows)
-    print(f"perplexity       float32 {full:.2f}, int8 {rounded:.2f}", flush=True)
+    yield Row("int8", "perplexity", rounded, full, "float32", more=False)
     del runs, small, models
     torch._dynamo.reset()
     gc.collect()
@@ -275,14 +276,16 @@ def main(settings: Settings) -> None:
         runs = {"jax": our_step(ours, batch, adapters=job == "LoRA step")}
         runs |= {name: their_step(each, batch) for name, each in compiled(model).items()}
         times = best_times(runs, settings.repeats)
-        report(job, times, batch.size)
+        yield from rates(job, times, batch.size)
         work = step_flops(ours, adapters=job == "LoRA step") / matmul_rate(settings.repeats)
-        shares = ", ".join(f"{name} {work / seconds:.0%}" for name, seconds in times.items())
-        print(f"{'':16} of a bare matmul's rate: {shares}", flush=True)
+        theirs_best = min(seconds for name, seconds in times.items() if name != "jax")
+        shares = work / times["jax"], work / theirs_best
+        yield Row(job, "of a bare matmul's rate", *shares, "torch")
         del runs
         torch._dynamo.reset()
         gc.collect()
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings))
+    for row in rows(tyro.cli(Settings, description=__doc__)):
+        print(row, flush=True)

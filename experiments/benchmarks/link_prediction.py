@@ -21,6 +21,7 @@ import dataclasses
 import resource
 import time
 import warnings
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -29,6 +30,7 @@ import numpy as np
 import optax
 import tyro
 
+from experiments.benchmarks.rows import Row
 from experiments.link_prediction import SCORERS, Settings, read_graph
 from fusion_jax.evaluation.table import print_table
 from fusion_jax.knowledge.batches import Facts
@@ -144,11 +146,11 @@ def their_epochs(case: Case, count: int) -> list[float]:
 QUIET = {"use_tqdm": False, "use_tqdm_batch": False}
 
 
-def speed(
+def rows(
     repeats: int = 4,
     graphs: tuple[str, ...] = ("umls", "large"),
     scorers: tuple[str, ...] = ("complex", "distmult", "rotate"),
-) -> None:
+) -> Iterator[Row]:
     """Facts per second here and in PyKEEN.
 
     Args:
@@ -156,7 +158,7 @@ def speed(
         graphs: umls, or large.
         scorers: which.
     """
-    rows: dict[str, dict[str, float]] = {}
+    warnings.simplefilter("ignore")
     for name in graphs:
         graph = read_graph("umls") if name == "umls" else random_graph(10_000)
         for scorer in scorers:
@@ -164,16 +166,20 @@ def speed(
                 if loss == "k-vs-all" and scorer == "rotate" and name == "large":
                     continue  # PyKEEN would need entities x batch x dim numbers at once
                 case = Case(graph, scorer, loss)
-                best = {
-                    "here": min(our_epochs(case, repeats + 1)[1:]),
-                    "PyKEEN": min(their_epochs(case, repeats + 1)),
-                }
-                rates = {f"{where}, facts/s": round(len(graph) / s) for where, s in best.items()}
-                row = f"{name}, {NAMES[scorer]}, {loss}"
-                rows[row] = rates | {"ratio": best["PyKEEN"] / best["here"]}
-                print(row, rows[row], flush=True)
-    about = f"UMLS, and 10,000 random facts among 14,541 entities; dim {DIM}, batch 256, CPU"
-    print_table("Training throughput", rows, about, [0], digits=1)
+                here = min(our_epochs(case, repeats + 1)[1:])
+                theirs = min(their_epochs(case, repeats + 1))
+                job = f"{name}, {NAMES[scorer]}, {loss}"
+                yield Row(job, "facts/s", len(graph) / here, len(graph) / theirs, "PyKEEN")
+
+
+def speed(repeats: int = 4) -> None:
+    """Facts per second here and in PyKEEN.
+
+    Args:
+        repeats: timed epochs of each, after one to warm up.
+    """
+    for row in rows(repeats):
+        print(row, flush=True)
 
 
 def large() -> None:
@@ -213,7 +219,7 @@ def quality(
     from pykeen.evaluation import RankBasedEvaluator
     from pykeen.losses import BCEWithLogitsLoss, CrossEntropyLoss
 
-    rows: dict[str, dict[str, float]] = {scorer: {} for scorer in scorers}
+    found_rows: dict[str, dict[str, float]] = {scorer: {} for scorer in scorers}
     for dataset in datasets:
         graph = read_graph(dataset)
         for scorer in scorers:
@@ -232,9 +238,9 @@ def quality(
                 loop.model, test, additional_filter_triples=known, batch_size=64, use_tqdm=False
             )
             mrr = found.get_metric("both.realistic.inverse_harmonic_mean_rank")
-            rows[scorer][dataset] = float(mrr)
+            found_rows[scorer][dataset] = float(mrr)
             print(dataset, scorer, f"{epochs} epochs", round(float(mrr), 4), flush=True)
-    print_table("PyKEEN's test MRR", rows, "both sides, filtered, realistic", [0])
+    print_table("PyKEEN's test MRR", found_rows, "both sides, filtered, realistic", [0])
 
 
 def main() -> None:

@@ -16,11 +16,13 @@ import multiprocessing
 import resource
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from flax import traverse_util
 
+from experiments.benchmarks.rows import Row
 from fusion_jax.pretrained import load as loading
 from fusion_jax.pretrained.checkpoint import put, shapes_of
 from fusion_jax.pretrained.save import save
@@ -73,26 +75,30 @@ def measure(folder: Path, keep: bool) -> tuple[int, float]:
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024, seconds
 
 
-def main() -> None:
-    """Prints what was measured."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--gigabytes", type=float, default=1.5)
-    gigabytes = parser.parse_args().gigabytes
+def rows(gigabytes: float = 1.5) -> Iterator[Row]:
+    """Host memory beyond the weights, beside the weights themselves."""
     spawn = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder, "checkpoint")
         with spawn.Pool(1) as pool:
             job = (target, config_of(gigabytes), int(gigabytes * 1e9 / 3))
             total, largest = pool.apply(write, job)
-        print(f"weights {total / 1e6:.0f} MB, largest tensor {largest / 1e6:.0f} MB")
         for keep in (True, False):
             with spawn.Pool(1) as pool:
                 peak, seconds = pool.apply(measure, (target, keep))
-            beyond = peak - (total if keep else 0)
-            print(
-                f"{'kept' if keep else 'given away'}: {beyond / 1e6:.0f} MB beyond the weights, "
-                f"{seconds:.1f} s"
-            )
+            beyond, name = peak - (total if keep else 0), "kept" if keep else "given away"
+            beside, peer = (total, "the weights") if keep else (largest, "the largest tensor")
+            unit = "MB beyond the weights"
+            yield Row(f"opening, {name}", unit, beyond / 1e6, beside / 1e6, peer, more=False)
+            yield Row(f"opening, {name}", "s", seconds, more=False)
+
+
+def main() -> None:
+    """Prints what was measured."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--gigabytes", type=float, default=1.5)
+    for row in rows(parser.parse_args().gigabytes):
+        print(row, flush=True)
 
 
 if __name__ == "__main__":

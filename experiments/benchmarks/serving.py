@@ -30,6 +30,8 @@ import numpy as np
 import tyro
 from PIL import Image
 
+from experiments.benchmarks.rows import Row
+
 Ask = Callable[[httpx.AsyncClient], Awaitable[httpx.Response]]
 
 
@@ -162,39 +164,49 @@ def spread(took: list[float]) -> str:
     return f"median {median:,.0f} ms, p99 {worst:,.0f} ms"
 
 
-def main(s: Settings) -> None:
-    """Measures and prints."""
-    print(f"{s.artifact.name}, {os.cpu_count()} cores shared with the clients")
-    capacity = 0.0
-    for rows in (1, s.rows):
-        with serving(s.artifact, "--rows", str(rows), "--queue", "128") as (address, _):
+def rows(artifact: Path, s: Settings | None = None) -> Iterator[Row]:
+    """Throughput and latency beside those without batching; then overload, then memory."""
+    s = s or Settings(artifact)
+    capacity, alone = 0.0, {}
+    for together in (1, s.rows):
+        with serving(s.artifact, "--rows", str(together), "--queue", "128") as (address, _):
             ask = question(s.artifact, address, s.tokens)
             asyncio.run(closed_loop(ask, max(s.clients), 2.0))  # compiles what is not yet
             for clients in s.clients:
                 took = asyncio.run(closed_loop(ask, clients, s.seconds))
                 rate = len(took) / s.seconds
                 capacity = max(capacity, rate)
-                print(f"rows {rows}, {clients:3} clients: {rate:7.1f} requests/s, {spread(took)}")
+                median, worst = (float(each) for each in np.percentile(took, [50, 99]) * 1000)
+                found = {"requests/s": rate, "ms, median": median, "ms, p99": worst}
+                if together == 1:
+                    alone[clients] = found
+                    continue
+                for unit, value in found.items():
+                    peer, more = alone[clients][unit], unit == "requests/s"
+                    yield Row(f"{clients} clients", unit, value, peer, "without batching", more)
     with serving(s.artifact, "--rows", str(s.rows), "--queue", "128") as (address, process):
         ask = question(s.artifact, address, s.tokens)
         asyncio.run(closed_loop(ask, 8, 2.0))
         run = open_loop(ask, 10 * capacity, s.seconds, s.deadline)
         statuses, answered, refused = asyncio.run(run)
         late = sum(each > s.deadline for each in answered)
-        print(
+        about = (
             f"overload, {10 * capacity:,.0f} requests/s for {s.seconds:.0f} s, deadline "
-            f"{s.deadline} s: statuses {dict(statuses)}; answered: {spread(answered)}, {late} "
-            f"late; refused: {spread(refused)}"
+            f"{s.deadline} s, statuses {dict(statuses)}, answered: {spread(answered)}, refused: "
+            f"{spread(refused)}"
         )
+        yield Row(about, "late", late)
         end, seen = time.monotonic() + 60 * s.minutes, []
         while time.monotonic() < end:
             asyncio.run(closed_loop(ask, 8, 10.0))
             seen.append(memory(process))
         if seen:
-            print(
-                f"memory over {s.minutes} minutes: {', '.join(f'{each:,.0f}' for each in seen)} MB"
-            )
+            job = f"memory after {s.minutes} minutes of load"
+            yield Row(job, "MB", seen[-1], seen[0], "after 10 s", more=False)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    given = tyro.cli(Settings, description=__doc__)
+    print(f"{given.artifact.name}, {os.cpu_count()} cores shared with the clients")
+    for row in rows(given.artifact, given):
+        print(row, flush=True)

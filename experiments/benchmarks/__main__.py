@@ -1,0 +1,200 @@
+"""Runs every benchmark of this folder in turn, and writes one table of all their figures.
+
+    python -m experiments.benchmarks                              (needs the test extra)
+    python -m experiments.benchmarks --only language_model domain
+    python -m experiments.benchmarks --artifact artifact/ --dialogue runs/dialogue
+
+Each benchmark is a module here with a function `rows` that yields `Row`s, and runs in a process of
+its own. What was found is kept after each: a run that was cut off, or one with --only, replaces the
+figures that it measured again and leaves the others. In the output folder are benchmarks.md (the
+table, with the machine and the versions that each was measured on), benchmarks.json, and a plot for
+each that shows how many times better than its peer it is. `parity`, `published_weights` and
+`plans`, which measure no speed, have tables of their own.
+"""
+
+import dataclasses
+import importlib
+import importlib.metadata
+import json
+import math
+import multiprocessing
+import os
+import platform
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import tyro
+from matplotlib.figure import Figure
+
+from experiments.benchmarks.rows import Row
+from fusion_jax.errors import UserError
+from fusion_jax.evaluation import plots
+from fusion_jax.evaluation.table import markdown
+from fusion_jax.paths import write_file
+
+NAMES = (
+    "language_model",
+    "generation",
+    "compression",
+    "link_prediction",
+    "domain",
+    "load_memory",
+    "serving",
+    "dialogue",
+)
+LIBRARIES = ("jax", "jaxlib", "flax", "numpy", "torch", "transformers", "pykeen", "onnxruntime")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    only: tuple[str, ...] = NAMES
+    """Which; all of them unless said otherwise."""
+    output: Path = Path("runs/benchmarks")
+    artifact: Path | None = None
+    """What `export` wrote, for serving; without it serving is left out."""
+    dialogue: Path | None = None
+    """A workdir of experiments/dialogue.py, for dialogue; without it dialogue is left out."""
+
+
+def collect(module: str, given: Mapping[str, Any]) -> tuple[list[Row], dict[str, Any]]:
+    """The rows of a benchmark, and where they were measured. Runs in a process of its own."""
+    began, load = time.perf_counter(), os.getloadavg()[0]
+    rows = []
+    for row in importlib.import_module(module).rows(**given):
+        print(f"  {row}", flush=True)
+        rows.append(row)
+    where = machine() | {
+        "seconds": round(time.perf_counter() - began),
+        "other load at the start": round(load, 1),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    return rows, where
+
+
+def machine() -> dict[str, Any]:
+    """This machine, its devices and the versions of what computes."""
+    import jax
+
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    versions = {"python": platform.python_version()}
+    for library in LIBRARIES:
+        try:
+            versions[library] = importlib.metadata.version(library)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "processor": (names or [platform.processor() or platform.machine()])[0],
+        "cores": len(os.sched_getaffinity(0)),
+        "memory GiB": round(memory),
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "system": platform.platform(terse=True),
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+    }
+
+
+def run(
+    modules: Mapping[str, tuple[str, Mapping[str, Any]]], output: Path
+) -> dict[str, dict[str, Any]]:
+    """Runs benchmarks in turn and writes what is known after each.
+
+    Args:
+        modules: {name: (module, arguments of its `rows`)}.
+        output: the folder; what another run found there of other benchmarks stays.
+
+    Returns:
+        {name: {"rows", "where"}}, or {"failed": why} in place of these.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    record = output / "benchmarks.json"
+    found = json.loads(record.read_text()) if record.exists() else {}
+    spawn = multiprocessing.get_context("spawn")
+    for name, (module, given) in modules.items():
+        print(f"{name} ...", flush=True)
+        try:
+            with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+                rows, where = pool.submit(collect, module, given).result()
+            found[name] = {"rows": [dataclasses.asdict(row) for row in rows], "where": where}
+            plot(output / f"{name}.png", name, rows)
+        except Exception as error:  # whatever a peer does: the other benchmarks go on
+            reason = (str(error).strip() or "no reason given").splitlines()[0]
+            found[name] = {"failed": f"{type(error).__name__}: {reason}"}
+            print(f"  failed: {found[name]['failed']}", flush=True)
+        write_file(record, json.dumps(found, indent=1) + "\n")
+        write_file(output / "benchmarks.md", table(found))
+    return found
+
+
+def table(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """Markdown: all figures, then what each benchmark ran on."""
+    cells, places, failures = [], {}, []
+    for name, each in found.items():
+        if "failed" in each:
+            failures.append(f"- {name} failed: {each['failed']}")
+            continue
+        cells += [[f"{name}: {row[0]}", *row[1:]] for row in (Row(**r).cells for r in each["rows"])]
+        where = dict(each["where"])
+        took = f"{name} ({where.pop('date')}, {where.pop('seconds')} s, load before it "
+        took += f"{where.pop('other load at the start')})"
+        about = "; ".join(f"{key}: {value}" for key, value in where.items())
+        places.setdefault(about, []).append(took)
+    parts = []
+    if cells:
+        header = ["measured", "unit", "here", "peer", "peer is", "times as good"]
+        parts.append(markdown(header, cells))
+    parts += [f"{', '.join(names)}: {about}." for about, names in places.items()]
+    if failures:
+        parts.append("\n".join(failures))
+    return "\n\n".join(parts) + "\n"
+
+
+def plot(path: Path, name: str, rows: Sequence[Row]) -> None:
+    """How many times better than its peer each figure is, on a logarithmic axis."""
+    shown = {f"{r.what}, {r.unit}": r.ratio for r in rows if r.ratio and math.isfinite(r.ratio)}
+    if not shown:
+        return
+    figure = Figure(figsize=(7.5, 1.2 + 0.35 * len(shown)), layout="constrained")
+    axes = figure.add_subplot(title=f"{name}: times as good as its peer")
+    axes.spines[["top", "right"]].set_visible(False)
+    places = range(len(shown))
+    axes.barh(places, [value - 1 for value in shown.values()], left=1, color=plots.COLOURS[0])
+    axes.set_yticks(places, list(shown))
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.axvline(1, color=plots.COLOURS[7], linewidth=1)
+    for place, value in zip(places, shown.values(), strict=True):
+        axes.annotate(f"{value:.2f}", (value, place), (4, -3), textcoords="offset points")
+    plots.save(figure, path)
+
+
+def main(s: Settings) -> int:
+    """Runs what was asked for; status 1 if one failed."""
+    unknown = sorted(set(s.only) - set(NAMES))
+    if unknown:
+        raise UserError(f"no benchmark is called {unknown}: there are {', '.join(NAMES)}")
+    needed = {"serving": ("artifact", s.artifact), "dialogue": ("workdir", s.dialogue)}
+    modules = {}
+    for name in s.only:
+        argument, value = needed.get(name, ("", None))
+        if argument and value is None:
+            flag = "--artifact" if name == "serving" else "--dialogue"
+            print(f"{name} is left out: it needs {flag}", flush=True)
+            continue
+        given = {argument: value} if argument else {}
+        modules[name] = (f"experiments.benchmarks.{name}", given)
+    found = run(modules, s.output)
+    print("\n" + table(found) + f"\nThe table and plots are in {s.output}")
+    return int(any("failed" in found[name] for name in modules))
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(tyro.cli(Settings, description=__doc__)))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
