@@ -324,7 +324,8 @@ def assistant(s: Settings, params: Params) -> Assistant:
     """What `python -m fusion_jax translate --workdir` asks."""
     corpus, model = assemble(s)
     data = f"trained on captions of {len(corpus.rows['train'])} stamps in {', '.join(s.languages)}"
-    return model.assistant(params, data, most=40)
+    answers = model.assistant(params, data, most=40)
+    return dataclasses.replace(answers, languages=s.languages)
 
 
 # ---------------------------------------------------------------------------------------- report

@@ -42,6 +42,7 @@ from fusion_jax.language.answers import PLAIN
 from fusion_jax.language.ask import Assistant, from_checkpoint, from_workdir
 from fusion_jax.language.fused import FusedLM
 from fusion_jax.language.prompt import text_mask
+from fusion_jax.language.translate import NAMES, instruction
 from fusion_jax.paths import write_folder
 from fusion_jax.tokens import Tokens
 from fusion_jax.training import experiment as experiments
@@ -238,6 +239,12 @@ def language_model(draft: Draft, assistant: Assistant) -> None:
     chat.tokenizer.save(str(draft.folder / "tokenizer.json"))
     if chat.template is not None:
         (draft.folder / "chat_template.jinja").write_text(chat.template)
+    if assistant.languages:
+        draft.manifest["translation"] = {
+            "languages": {code: NAMES.get(code, code) for code in assistant.languages},
+            "begin": instruction("{to}", None, None, spoken=False),
+            "begin_from": instruction("{to}", "{from}", None, spoken=False),
+        }
     draft.manifest |= {
         "kind": "generate",
         "turns": chat.template not in (None, PLAIN),

@@ -55,6 +55,7 @@ class Assistant:
         encoders: {name: what readers and words do, as a function of arrays}; for export.
         config: of the decoder, as config.json says it; for export to other formats.
         data: what it was trained on, in words.
+        languages: codes of those that it translates between, asked as `translate.instruction` does.
     """
 
     model: Decoder | FusedLM
@@ -66,6 +67,7 @@ class Assistant:
     encoders: Mapping[str, Encoder] = dataclasses.field(default_factory=dict)
     config: Mapping[str, Any] | None = None
     data: str = ""
+    languages: Sequence[str] = ()
 
     def answer(
         self,

@@ -80,6 +80,7 @@ def assistant():
         words={"image": words_of},
         encoders={"image": encoder},
         data="random numbers",
+        languages=("en", "fr", "xx"),
     )
 
 

@@ -1,5 +1,8 @@
 """What is exported is what runs here: any batch and length, in a process without fusion_jax."""
 
+import base64
+import contextlib
+import io
 import json
 import re
 import subprocess
@@ -15,11 +18,14 @@ from jax import export as jax_export
 from PIL import Image
 
 from fusion_jax.deployment import export
+from fusion_jax.deployment.runtime import chat_protocol
 from fusion_jax.deployment.runtime.artifact import Artifact
-from fusion_jax.deployment.runtime.generation import Generator
+from fusion_jax.deployment.runtime.chat_protocol import ChatRequest
+from fusion_jax.deployment.runtime.generation import Generator, TooLong
 from fusion_jax.errors import UserError
 from fusion_jax.language.generate import advance, prefill
 from fusion_jax.language.prompt import Prompt
+from fusion_jax.language.translate import instruction
 from fusion_jax.tokens import Tokens
 
 
@@ -131,6 +137,17 @@ def test_all_platforms_and_the_card(predicts, talker):
     assert card["metrics"] == {"accuracy": 0.5} and card["data"] == "random numbers"
 
 
+def test_the_manifest_says_how_to_ask_for_a_translation(talker, predicts):
+    told = json.loads((talker / "model.json").read_text())["translation"]
+    names = told["languages"]
+    assert names == {"en": "English", "fr": "French", "xx": "xx"}
+    asked = told["begin"].replace("{to}", names["fr"])
+    assert asked + "<audio>" == instruction("fr", None, None, spoken=True)
+    asked = told["begin_from"].replace("{from}", names["xx"]).replace("{to}", names["en"])
+    assert asked + "<audio> un chat" == instruction("en", "xx", "un chat", spoken=True)
+    assert "translation" not in json.loads((predicts / "model.json").read_text())
+
+
 def test_answers_are_those_in_process(assistant, generator, tmp_path):
     """Rows that join a running batch, grow it and outlast it write what they write alone."""
     files = []
@@ -159,6 +176,73 @@ def test_answers_are_those_in_process(assistant, generator, tmp_path):
         )
         assert generator.conversation.tokenizer.decode(writing.written) == expected
     assert generator._caches is None
+
+
+def png(seed):
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 255, (5, 9, 3), np.uint8)
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def part(seed):
+    uri = "data:image/png;base64," + base64.b64encode(png(seed)).decode()
+    return {"type": "image_url", "image_url": {"url": uri}}
+
+
+def asked(*messages, **how):
+    return ChatRequest.model_validate({"model": "talker", "messages": messages, **how})
+
+
+def test_of_media_that_are_too_many_few_are_decoded(generator, monkeypatch):
+    """A picture takes 4 of the 96 places: the 25th looked at is one too many."""
+    looked, look = [], generator._look
+    monkeypatch.setattr(generator, "_look", lambda *of: (looked.append(of), look(*of))[1])
+    crowd = {"role": "user", "content": [part(seed) for seed in range(60)]}
+    with pytest.raises(TooLong, match="more tokens than the 96"):
+        chat_protocol.writing_of(asked(crowd), generator)
+    assert len(looked) == 25
+    turns = [
+        each
+        for seed in range(100, 120)
+        for each in (
+            {"role": "user", "content": [part(seed), {"type": "text", "text": "w5"}]},
+            {"role": "assistant", "content": "w6"},
+        )
+    ][:-1]
+    looked.clear()
+    request = asked({"role": "system", "content": "w9"}, *turns, drop_oldest=True, max_tokens=20)
+    first = chat_protocol.writing_of(request, generator)
+    assert len(looked) <= 20  # none twice
+    again = chat_protocol.writing_of(request, generator)
+    assert len(looked) <= 20 and again.ids == first.ids
+    system, *read = chat_protocol.turns(request.messages, generator)
+    fitting = []
+    for start in range(0, len(read), 2):
+        with contextlib.suppress(TooLong):
+            fitting.append(generator.writing([system, *read[start:]], 20).ids)
+    assert first.ids == fitting[0] and 1 < len(fitting) < 20
+
+
+def test_an_item_stands_where_the_text_says(assistant, generator, tmp_path):
+    files = [tmp_path / "0.png", tmp_path / "1.png"]
+    for seed, file in enumerate(files):
+        file.write_bytes(png(seed))
+    media = {"image": files}
+    for text in ("w5 w6", "w5 <image> w6", "<image>w5 <image>", "w5 (image) <image><image>"):
+        message = {"role": "user", "content": assistant.marked(text, media)}
+        given = {"role": "user", "content": [part(0), part(1), {"type": "text", "text": text}]}
+        writing = chat_protocol.writing_of(asked(given), generator)
+        expected = [max(each, -1) for each in assistant.ids([message], media)]
+        assert [max(each, -1) for each in writing.ids] == expected
+        order = [each for each in writing.ids if each < 0]
+        assert order == sorted(order, reverse=True)
+    alone = chat_protocol.writing_of(asked({"role": "user", "content": "w5 <image> w6"}), generator)
+    assert alone.ids == generator.conversation.ids(
+        [{"role": "user", "content": "w5 <image> w6"}], []
+    )
+    seen = [generator.see("image", file.read_bytes())[0] for file in files]
+    np.testing.assert_array_equal(writing.vectors, np.concatenate(seen))
 
 
 def test_what_is_drawn_depends_on_the_seed_alone(generator):
@@ -190,8 +274,6 @@ def test_an_interrupted_export_leaves_nothing(classifier, tmp_path, monkeypatch)
 
 
 def test_pictures_and_sound_are_read_as_in_training(tmp_path):
-    import io
-
     import soundfile
 
     from fusion_jax.data.audio import Waveforms

@@ -2,9 +2,11 @@
 
 import base64
 import dataclasses
+import json
 import subprocess
 import threading
 import time
+from itertools import groupby
 
 import httpx
 import jax
@@ -16,6 +18,8 @@ from PIL import Image
 
 from fusion_jax.data.audio import Waveforms
 from fusion_jax.deployment import export
+from fusion_jax.deployment.runtime import chat_protocol
+from fusion_jax.deployment.runtime.chat_protocol import ChatRequest
 from fusion_jax.deployment.runtime.host import Host, Limits
 from fusion_jax.deployment.runtime.metrics import Metrics
 from fusion_jax.deployment.runtime.server import Server
@@ -24,6 +28,7 @@ from fusion_jax.language.connectors import Projection
 from fusion_jax.language.fused import FusedLM, init_around
 from fusion_jax.language.generate import choose
 from fusion_jax.language.prompt import pad
+from fusion_jax.language.translate import instruction
 from fusion_jax.tokens import Tokens
 
 from . import browser
@@ -62,17 +67,26 @@ def listening(assistant):
     layout = model.layout(jax.random.key(0), media)
     readers = {**assistant.readers, "audio": read}
     return dataclasses.replace(
-        assistant, model=model, params=params, layout=layout, readers=readers, encoders=encoders
+        assistant,
+        model=model,
+        params=params,
+        layout=layout,
+        readers=readers,
+        encoders=encoders,
+        languages=(),
     )
 
 
 @pytest.fixture(scope="module")
-def address(listening, tmp_path_factory):
+def host(listening, tmp_path_factory):
     folder = tmp_path_factory.mktemp("page") / "listening"
     export.write(folder, "listening", listening, {"about": "Random numbers."})
-    metrics = Metrics()
-    host = Host(folder, Limits(rows=1, warm=16), metrics.count, every=60)
-    server = Server(host, metrics, page=True, body_bytes=10**6, answer_seconds=300)
+    return Host(folder, Limits(rows=1, warm=16), Metrics().count, every=60)
+
+
+@pytest.fixture(scope="module")
+def address(host):
+    server = Server(host, Metrics(), page=True, body_bytes=10**6, answer_seconds=300)
     running = uvicorn.Server(uvicorn.Config(server.app(), port=0, log_level="warning"))
     thread = threading.Thread(target=running.run, daemon=True)
     thread.start()
@@ -101,6 +115,8 @@ def files(tmp_path_factory):
     picture = Image.fromarray(rng.integers(0, 255, (30, 40, 3), np.uint8))
     picture.save(folder / "picture.png")
     picture.save(folder / "renamed.wav", "JPEG")
+    noise = rng.integers(0, 255, (360, 370, 3), np.uint8)
+    Image.fromarray(noise).save(folder / "noise.png")
     (folder / "video.mp4").write_bytes(b"\0\0\0\x18ftypmp42" + bytes(500))
     return folder
 
@@ -160,6 +176,24 @@ def test_what_cannot_be_heard_gets_one_clear_error(address, files):
         assert answer.status_code == 200, answer.text
 
 
+def test_a_translation_is_asked_for_as_the_command_does(host, files, listening):
+    """From text, speech, and both: the model reads the same ids."""
+    file = files / "telephone.wav"
+    for text, names in (("w5 w6", ()), (None, ("telephone.wav",)), ("w5 w6", ("telephone.wav",))):
+        asked = instruction("en", "fr", text, spoken=bool(names))
+        request = {"model": "listening", "messages": parts(files, *names, text=asked)}
+        generator = host.served.model
+        ids = chat_protocol.writing_of(ChatRequest.model_validate(request), generator).ids
+        media = {"audio": [file] * len(names)}
+        message = {"role": "user", "content": listening.marked(asked, media)}
+        assert once(ids) == once(listening.ids([message], media))
+
+
+def once(ids):
+    """Ids with -1 for each recording, however many vectors of it are heard."""
+    return [key for key, _ in groupby(max(each, -1) for each in ids)]
+
+
 @pytest.fixture(scope="module")
 def page(address, files):
     flags = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
@@ -196,11 +230,51 @@ def test_five_turns_with_two_media_in_a_phones_window(page, address, files):
         assert set(shown) == (kinds | {"words"} if kinds else set())
     assert page.see("messages.length") == 10  # all turns are kept
     body = {"messages": page.see("messages.slice(0, -1)"), "temperature": 0, "drop_oldest": True}
+    assert 0 < page.see(f"Number({LAST}.querySelector('[data-first]').dataset.first)") < 300_000
     told = post(address, "chat/completions", **body).json()["choices"][0]["message"]["content"]
     assert told == page.see("messages.at(-1).content") == page.see(f"{LAST}.firstChild.textContent")
     assert page.see("document.documentElement.scrollWidth") <= 390
     sizes = page.see("[...document.querySelectorAll('#form button')].map(b => b.offsetHeight)")
     assert min(size for size in sizes if size) >= 40  # wide enough for a thumb
+
+
+def test_a_long_conversation_goes_on_without_its_oldest_turns(page, files):
+    """Three pictures of 0.4 MB, of which a request of 1 MB holds one, in base64."""
+    before = page.see(DONE)
+    for turn in range(1, 4):
+        page.choose("#pictures", files / "noise.png")
+        page.wait("added.length === 1")
+        page.type("w5")
+        page.press("Enter")
+        page.wait(f"{DONE} === {before + turn}")
+        assert page.see(f"{LAST}.dataset.done") == "true", page.see(f"{LAST}.textContent")
+    assert page.see("messages.length") == 2
+    for count in (1, 2):
+        page.choose("#pictures", files / "noise.png")
+        page.wait(f"added.length === {count}")
+    page.see("$('question').focus()")
+    page.press("Enter")
+    page.wait(f"{DONE} === {before + 4}")
+    assert "this turn has 1.1 MB as it is sent" in page.see(f"{LAST}.textContent")
+    page.see("messages = []")
+
+
+def test_a_translation_is_asked_for_by_two_lists(page):
+    languages = {"en": "English", "fr": "French"}
+    began = {
+        "begin": instruction("{to}", None, None, spoken=False),
+        "begin_from": instruction("{to}", "{from}", None, spoken=False),
+    }
+    assert page.see("$('languages').offsetHeight") == 0
+    page.see(f"facts.translation = {json.dumps({'languages': languages, **began})}; languages()")
+    assert page.see("$('languages').offsetHeight") > 0
+    spoken = "[{kind: 'audio'}]"
+    assert page.see(f"instruction('', {spoken})") == instruction("en", None, None, spoken=True)
+    page.see("$('from').value = 'fr'; $('to').value = 'en'")
+    for text, items in (("un chat", "[]"), ("un chat", spoken)):
+        asked = page.see(f"instruction('{text}', {items})")
+        assert asked == instruction("en", "fr", text, spoken=items == spoken)
+    page.see("facts.translation = null; $('languages').hidden = true")
 
 
 def test_every_control_is_reached_by_tab(page):

@@ -168,6 +168,7 @@ BAD = {
     "two answers": (ask(n=2), 400),
     "a hot answer": (ask(temperature=1e30), 400),
     "a long stop": (ask(stop="x" * 257), 400),
+    "many parts": (ask([{"type": "text", "text": "w5"}] * 65), 400),
     "many stops": (ask(stop=list("abcde")), 400),
 }
 

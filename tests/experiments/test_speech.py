@@ -6,6 +6,7 @@ import io
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import soundfile
 
 from fusion_jax.data import concepts, stamps
 from fusion_jax.errors import UserError
+from fusion_jax.language.ask import Assistant
 from fusion_jax.language.translate import instruction, translate
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
@@ -146,6 +148,14 @@ def test_the_nearest_caption_is_of_training(corpus):
     assert nearest(corpus.captions[row]["fr"], "fr", "en")
     seen = {corpus.captions[r].get("en") for r in corpus.rows["train"]}
     assert nearest("quelque chose", "fr", "en") in seen
+
+
+def test_a_run_says_between_which_languages_it_translates(monkeypatch):
+    model = SimpleNamespace(assistant=lambda params, data, most: Assistant(None, params, None))
+    corpus = translation.Corpus({}, {"train": []}, [], {})
+    monkeypatch.setattr(translation, "assemble", lambda s: (corpus, model))
+    told = translation.assistant(translation.Settings(languages=("en", "fr")), {})
+    assert told.languages == ("en", "fr")
 
 
 def test_instructions_and_what_is_no_source():

@@ -3,6 +3,7 @@
 import base64
 import binascii
 import json
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -13,6 +14,8 @@ from .generation import Generator, TooLong, Writing
 
 Turn = dict[str, Any]
 SSE_END = b"data: [DONE]\n\n"
+MOST_PARTS = 64
+"""Of a message."""
 
 
 class Url(BaseModel):
@@ -49,7 +52,7 @@ Stop = Annotated[str, Field(max_length=256)]
 
 class Message(BaseModel):
     role: Literal["system", "user", "assistant", "developer"]
-    content: str | list[Part]
+    content: str | Annotated[list[Part], Field(max_length=MOST_PARTS)]
 
 
 class StreamOptions(BaseModel):
@@ -101,20 +104,26 @@ def writing_of(request: ChatRequest, generator: Generator) -> Writing:
 
 def fitted(read: Sequence[Turn], generator: Generator, room: int) -> list[Turn]:
     """The latest turns that leave room for an answer, after what the system says."""
-    while True:
-        asked = [at for at, message in enumerate(read) if message["role"] == "user"]
-        if len(asked) < 2:
-            return list(read)
+    asked = [at for at, message in enumerate(read) if message["role"] == "user"]
+
+    def since(start: int) -> list[Turn]:
+        return [each for each in read[: asked[0]] if each["role"] == "system"] + list(read[start:])
+
+    def fit(messages: Sequence[Turn]) -> bool:
         try:
-            generator.writing(read, room)
-            return list(read)
+            generator.writing(messages, room)
         except TooLong:
-            system = [message for message in read[: asked[0]] if message["role"] == "system"]
-            read = system + list(read[asked[1] :])
+            return False
+        return True
+
+    if len(asked) < 2 or fit(read):
+        return list(read)
+    first = bisect_left(asked, True, 1, len(asked) - 1, key=lambda start: fit(since(start)))
+    return since(asked[first])
 
 
 def turns(given: Sequence[Message], generator: Generator) -> list[Turn]:
-    """Messages as `Generator.writing` takes them, their media read."""
+    """Messages as `Generator.writing` takes them, their media as files."""
     messages = []
     for message in given:
         role = "system" if message.role == "developer" else message.role
@@ -129,7 +138,7 @@ def turns(given: Sequence[Message], generator: Generator) -> list[Turn]:
             name = "image" if isinstance(part, ImagePart) else "audio"
             if name not in generator.readers:
                 raise BadInput(f"this model reads no {name}; it reads {sorted(generator.readers)}")
-            media.append((name, generator.readers[name](_content(part))))
+            media.append((name, _content(part)))
         messages.append({"role": role, "content": "\n".join(texts), "media": media})
     return messages
 

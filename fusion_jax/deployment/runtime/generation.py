@@ -7,7 +7,8 @@ row's own are moved together.
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -22,11 +23,12 @@ from .picking import pick, ways
 
 Caches = dict[str, jax.Array]
 Picked = tuple[jax.Array, jax.Array]
+Seen = tuple[np.ndarray, str]
 SHORTEST_PROMPT = 16
 FEWEST_VECTORS = 16
 """Of media: so many are read in any case, so that one program serves most prompts."""
-REMEMBERED = 16
-"""Items of media whose vectors are kept."""
+REMEMBERED = 2
+"""So many contexts full of the vectors of media are kept."""
 STOP, LENGTH = "stop", "length"
 
 
@@ -94,7 +96,7 @@ class Generator:
             for name, spec in self.inputs.items()
         }
         self.active: list[Writing] = []
-        self._seen: dict[tuple[str, bytes], tuple[np.ndarray, str]] = {}
+        self._seen: dict[tuple[str, bytes], Seen] = {}
         self._caches: Caches | None = None
         self._index = 0
         shapes = manifest["caches"]
@@ -111,23 +113,20 @@ class Generator:
         """A conversation as a row.
 
         Args:
-            messages: {"role", "content": text, "media": [(name, item), ...]}; media of a message
-                stand before its text, as they did in training.
+            messages: {"role", "content": text, "media": [(name, item), ...]}; an item stands where
+                the text says <name>, else before it, as they did in training.
 
         Raises:
-            BadInput: media that the model does not read; TooLong.
+            BadInput: media that cannot be read; TooLong.
         """
-        turns, lengths, vectors = [], [], [np.zeros((0, self.width), np.float32)]
+        seen = self._see_all([item for each in messages for item in each.get("media", ())])
+        turns, vectors = [], [np.zeros((0, self.width), np.float32)]
         for message in messages:
-            before = ""
-            for name, item in message.get("media", ()):
-                seen, words = self.see(name, item)
-                before += MARK + words
-                vectors.append(seen)
-                lengths.append(len(seen))
-            content = before + message["content"].replace(MARK, "")
+            items = [(name, next(seen)) for name, _ in message.get("media", ())]
+            content, those = _placed(message["content"].replace(MARK, ""), items)
             turns.append({"role": message["role"], "content": content})
-        ids = self.conversation.ids(turns, lengths)
+            vectors += those
+        ids = self.conversation.ids(turns, [len(each) for each in vectors[1:]])
         if not ids:
             raise BadInput("the prompt is empty")
         room = self.context - len(ids)
@@ -138,19 +137,39 @@ class Generator:
             )
         return Writing(ids, np.concatenate(vectors), max_tokens or min(room, 256), **how)
 
-    def see(self, name: str, item: np.ndarray) -> tuple[np.ndarray, str]:
-        """An item of media -> vectors [n, width], and the words that follow it in a prompt.
+    def _see_all(self, media: Sequence[tuple[str, np.ndarray | bytes]]) -> Iterator[Seen]:
+        """What is seen of each, in this order.
+
+        It is looked at from the last on, and no further than a context holds: of what is too long
+        no more is decoded than of what is not, and the oldest turns may be left out.
+        """
+        found, count = [], 0
+        for name, item in reversed(media):
+            found.append(self.see(name, item))
+            count += max(len(found[-1][0]), 1)
+            if count > self.context:
+                raise TooLong(f"the media have more tokens than the {self.context} of the context")
+        return reversed(found)
+
+    def see(self, name: str, item: np.ndarray | bytes) -> Seen:
+        """An item of media, read or as a file -> vectors [n, width], and the words behind it.
 
         Those seen last are remembered: each turn of a conversation sends all its media again.
         """
-        key = name, hashlib.sha256(item.tobytes()).digest()
-        found = self._seen.get(key) or self._look(name, item)
+        encoded = isinstance(item, bytes)
+        key = name, hashlib.sha256(item if encoded else item.tobytes()).digest()
+        found = self._seen.pop(key, None)
+        if found is None:
+            found = self._look(name, self.readers[name](item) if encoded else item)
         self._seen[key] = found
-        for old in list(self._seen)[:-REMEMBERED]:
-            self._seen.pop(old, None)
+        count = 0
+        for old, (vectors, _) in reversed(list(self._seen.items())):
+            count += max(len(vectors), 1)
+            if count > REMEMBERED * self.context:
+                self._seen.pop(old, None)
         return found
 
-    def _look(self, name: str, item: np.ndarray) -> tuple[np.ndarray, str]:
+    def _look(self, name: str, item: np.ndarray) -> Seen:
         spec = self.inputs[name]
         found = self._media[name](self.artifact.params(name), media.batch(spec, [item]))
         words = ""
@@ -336,6 +355,31 @@ class Generator:
             return moved
 
         return compact
+
+
+def _placed(text: str, media: Sequence[tuple[str, Seen]]) -> tuple[str, list[np.ndarray]]:
+    """The text with a MARK and its words for each item, and the vectors in the order of the marks.
+
+    The last items of a name stand where the text says <name>, the others before it.
+    """
+    names, before = [name for name, _ in media], ""
+    spare = {name: names.count(name) - text.count(f"<{name}>") for name in names}
+    waiting: dict[str, list[Seen]] = {name: [] for name in names}
+    for name, seen in media:
+        if len(waiting[name]) < spare[name]:
+            before += f"<{name}>"
+        waiting[name].append(seen)
+    vectors = []
+
+    def place(mark: re.Match[str]) -> str:
+        if not waiting.get(mark[1]):
+            return mark[0]
+        seen, words = waiting[mark[1]].pop(0)
+        vectors.append(seen)
+        return MARK + words
+
+    pattern = "|".join(map(re.escape, waiting))
+    return re.sub(f"<({pattern})>", place, before + text), vectors
 
 
 def _positions_of(name: str) -> str:

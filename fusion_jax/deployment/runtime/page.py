@@ -33,5 +33,7 @@ def facts(served: Served, body_bytes: int) -> dict[str, Any]:
         "audio_seconds": min(heard, default=0),
         "evidence": getattr(served.model, "scores", False),
         "turns": served.artifact.manifest.get("turns", False),
+        "translation": served.artifact.manifest.get("translation"),
+        "body_bytes": body_bytes,
         "most_bytes": body_bytes * 3 // 4 - 65536,  # base64 adds a third
     }
