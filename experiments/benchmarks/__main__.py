@@ -44,6 +44,7 @@ NAMES = (
     "domain",
     "load_memory",
     "serving",
+    "page",
     "dialogue",
 )
 LIBRARIES = ("jax", "jaxlib", "flax", "numpy", "torch", "transformers", "pykeen", "onnxruntime")
@@ -55,7 +56,7 @@ class Settings:
     """Which; all of them unless said otherwise."""
     output: Path = Path("runs/benchmarks")
     artifact: Path | None = None
-    """What `export` wrote, for serving; without it serving is left out."""
+    """What `export` wrote, for serving and page; without it they are left out."""
     dialogue: Path | None = None
     """A workdir of experiments/dialogue.py, for dialogue; without it dialogue is left out."""
 
@@ -177,12 +178,13 @@ def main(s: Settings) -> int:
     unknown = sorted(set(s.only) - set(NAMES))
     if unknown:
         raise UserError(f"no benchmark is called {unknown}: there are {', '.join(NAMES)}")
-    needed = {"serving": ("artifact", s.artifact), "dialogue": ("workdir", s.dialogue)}
+    needed = dict.fromkeys(("serving", "page"), ("artifact", s.artifact))
+    needed["dialogue"] = "workdir", s.dialogue
     modules = {}
     for name in s.only:
         argument, value = needed.get(name, ("", None))
         if argument and value is None:
-            flag = "--artifact" if name == "serving" else "--dialogue"
+            flag = "--dialogue" if name == "dialogue" else "--artifact"
             print(f"{name} is left out: it needs {flag}", flush=True)
             continue
         given = {argument: value} if argument else {}
