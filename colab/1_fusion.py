@@ -83,16 +83,18 @@ head = jax.random.normal(keys[0], (16,))
 encoders = {name: Project(16, hidden_width=32) for name in "xy"}
 some = {"x": one_token(np.ones((1, 8))), "y": one_token(np.ones((1, 8)))}
 weights = {
-    name: encoders[name].init(key, some[name]) for name, key in zip("xy", keys[1:3], strict=True)
+    name: jax.jit(encoders[name].init)(key, some[name])
+    for name, key in zip("xy", keys[1:3], strict=True)
 }
 
 
+@jax.jit
 def encode(pair):
     return {name: encoders[name].apply(weights[name], tokens) for name, tokens in pair.items()}
 
 
 bilinear = LowRankBilinear(rank=4)
-bilinear_params = bilinear.init(keys[3], encode(some))
+bilinear_params = jax.jit(bilinear.init)(keys[3], encode(some))
 added = contrast(lambda pair: Sum().apply({}, encode(pair)).values[:, 0] @ head)
 multiplied = contrast(
     lambda pair: bilinear.apply(bilinear_params, encode(pair)).values[:, 0] @ head
@@ -113,42 +115,43 @@ agree = jnp.asarray(bits[:, 0] == bits[:, 1], jnp.float32)
 pair = {name: one_token(np.eye(2)[bits[:, i]]) for i, name in enumerate("xy")}
 
 
-def learn(fusion, seed, steps=400):
-    """Share of the four cases that are right after training."""
+def learn(fusion, seeds=3, steps=400):
+    """Share of the four cases that are right after training, for each seed."""
     project = {name: Project(8, hidden_width=16) for name in "xy"}
-    key = jax.random.key(seed)
-    params = {name: module.init(key, pair[name]) for name, module in project.items()}
 
-    def embedded(params):
-        return {name: project[name].apply(params[name], pair[name]) for name in "xy"}
+    def share(key):
+        params = {name: module.init(key, pair[name]) for name, module in project.items()}
 
-    params["fusion"] = fusion.init(key, embedded(params))
-    params["head"] = 0.1 * jax.random.normal(key, (8,))
+        def embedded(params):
+            return {name: project[name].apply(params[name], pair[name]) for name in "xy"}
 
-    def logits(params):
-        fused = fusion.apply(params["fusion"], embedded(params)).values[:, 0]
-        return fused @ params["head"]
+        params["fusion"] = fusion.init(key, embedded(params))
+        params["head"] = 0.1 * jax.random.normal(key, (8,))
 
-    def loss(params):
-        return optax.sigmoid_binary_cross_entropy(logits(params), agree).mean()
+        def logits(params):
+            fused = fusion.apply(params["fusion"], embedded(params)).values[:, 0]
+            return fused @ params["head"]
 
-    optimizer = optax.adam(1e-2)
+        def loss(params):
+            return optax.sigmoid_binary_cross_entropy(logits(params), agree).mean()
 
-    def step(carry, _):
-        params, state = carry
-        updates, state = optimizer.update(jax.grad(loss)(params), state)
-        return (optax.apply_updates(params, updates), state), None
+        optimizer = optax.adam(1e-2)
 
-    (params, _), _ = jax.jit(lambda c: jax.lax.scan(step, c, length=steps))(
-        (params, optimizer.init(params))
-    )
-    return float(((logits(params) > 0) == (agree > 0)).mean())
+        def step(carry, _):
+            params, state = carry
+            updates, state = optimizer.update(jax.grad(loss)(params), state)
+            return (optax.apply_updates(params, updates), state), None
+
+        (params, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), length=steps)
+        return ((logits(params) > 0) == (agree > 0)).mean()
+
+    return jax.jit(jax.vmap(share))(jax.vmap(jax.random.key)(jnp.arange(seeds)))
 
 
 for name, fusion in (("sum", Sum()), ("bilinear", LowRankBilinear())):
-    found = [learn(fusion, seed) for seed in range(3)]
+    found = learn(fusion)
     print(f"{name:9s} {found}")
-    assert max(found) <= 0.75 if name == "sum" else min(found) == 1.0
+    assert found.max() <= 0.75 if name == "sum" else found.min() == 1.0
 
 # %% [markdown]
 # ## The gradient of a sum, and how one modality starves another
@@ -185,30 +188,30 @@ assert np.abs(by_grad - by_hand[None]).max() < 1e-5
 
 
 # %%
-def learned_weights(hide, seed, steps=200):
-    """Log-odds per standard unit of the quiet and of the loud input."""
-    rng, key = np.random.default_rng(seed), jax.random.key(seed)
-    label = rng.choice([-1.0, 1.0], size=(512, 1))
+def learned_weights(hide, seeds=3, steps=200):
+    """Log-odds per standard unit of the quiet and of the loud input, [seeds, 2]."""
+    rng = np.random.default_rng(0)
+    label = rng.choice([-1.0, 1.0], size=(seeds, 512, 1))
+    noisy = label + rng.normal(size=(seeds, 512, 2)) * np.array([1.0, 0.3])
     scale = jnp.array([0.2, 1.0])  # the loud one also tells nearly everything
-    noisy = label + rng.normal(size=(512, 2)) * np.array([1.0, 0.3])
-    x = jnp.asarray(noisy, jnp.float32) * scale
-    label = jnp.asarray(label[:, 0], jnp.float32)
 
-    def loss(w, keep):
-        return jnp.log1p(jnp.exp(-label * ((x * keep) @ w))).mean()
+    def learned(key, x, label):
+        def loss(w, keep):
+            return jnp.log1p(jnp.exp(-label * ((x * keep) @ w))).mean()
 
-    def step(w, key):
-        keep = jax.random.bernoulli(key, 0.5 if hide else 1.0, x.shape)
-        return w - 0.5 * jax.grad(loss)(w, keep.astype(jnp.float32)), None
+        def step(w, key):
+            keep = jax.random.bernoulli(key, 0.5 if hide else 1.0, x.shape)
+            return w - 0.5 * jax.grad(loss)(w, keep.astype(jnp.float32)), None
 
-    w, _ = jax.lax.scan(step, jnp.zeros(2), jax.random.split(key, steps))
-    return np.asarray(w * scale)
+        return jax.lax.scan(step, jnp.zeros(2), jax.random.split(key, steps))[0] * scale
+
+    inputs, labels = jnp.float32(noisy * scale), jnp.float32(label[:, :, 0])
+    return jax.jit(jax.vmap(learned))(jax.random.split(jax.random.key(0), seeds), inputs, labels)
 
 
 quiet = {}
 for hide in (False, True):
-    learned = [learned_weights(hide, seed) for seed in range(3)]
-    quiet[hide], loud = np.mean(learned, axis=0)
+    quiet[hide], loud = learned_weights(hide).mean(axis=0)
     print(f"hidden half of the time: {hide!s:5}  quiet {quiet[hide]:.2f}, loud {loud:.2f}")
 assert quiet[True] > 1.5 * quiet[False]
 
@@ -262,7 +265,7 @@ from fusion_jax.fusion.merged_attention import MergedAttention
 length, width = 256, 64
 both = {name: Tokens(jnp.ones((1, length, width)), jnp.ones((1, length), bool)) for name in "xy"}
 for strategy in (Sum(), LowRankBilinear(), Bottleneck(), MergedAttention()):
-    params = strategy.init(jax.random.key(0), both)
+    params = jax.eval_shape(strategy.init, jax.random.key(0), both)
     counted = jax.jit(strategy.apply).lower(params, both).compile().cost_analysis()["flops"]
     stated = strategy.flops(dict.fromkeys("xy", length), width)
     name = type(strategy).__name__
@@ -282,9 +285,12 @@ for strategy in (Sum(), LowRankBilinear(), Bottleneck(), MergedAttention()):
 from fusion_jax.__main__ import main
 
 flags = ["--workdir", str(runs / "colab_fusion"), "--overwrite", "--no-tensorboard"]
-if quick:  # small towers from nothing, two steps: only that it runs
-    flags += ["--towers", "scratch", "--width", "16", "--steps", "2", "--batch-size", "8"]
-    flags += ["--table", os.environ["FUSION_JAX_SMALL_TABLE"]]
+if quick:  # small stand-ins for the towers, two steps: only that it runs
+    from colab.quick import use_small_towers
+
+    use_small_towers()
+    flags += ["--width", "16", "--steps", "2", "--batch-size", "8", "--views", "1"]
+    flags += ["--fusions", "gated", "--table", os.environ["FUSION_JAX_SMALL_TABLE"]]
 assert main(["train", "experiments/trimodal.py", *flags]) == 0
 
 # %% [markdown]

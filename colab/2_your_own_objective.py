@@ -198,6 +198,14 @@ from fusion_jax.objectives.combine import forward
 from fusion_jax.objectives.supervised import cross_entropy
 from fusion_jax.training import experiment, loop
 
+weights, small = (0.0, 0.3), {}
+if quick:
+    from colab.quick import use_small_towers
+
+    use_small_towers()
+    small = {"width": 16, "steps": 2, "batch_size": 8, "views": 1}
+    small["table"] = Path(os.environ["FUSION_JAX_SMALL_TABLE"])
+    weights = (0.3,)
 trimodal = experiment.load_file(Path("experiments/trimodal.py"))
 
 
@@ -218,13 +226,9 @@ def objective_with(weight):
     return objective_of
 
 
-small = {}
-if quick:
-    small = {"towers": "scratch", "width": 16, "steps": 2, "batch_size": 8}
-    small["table"] = Path(os.environ["FUSION_JAX_SMALL_TABLE"])
 settings = trimodal.Settings(fusions=("gated",), tensorboard=False, development=True, **small)
 found = {}
-for weight in (0.0, 0.3):
+for weight in weights:
     trimodal.objective_of = objective_with(weight)
     found[weight] = loop.train(trimodal.build(settings), settings, Path(tempfile.mkdtemp()))
 

@@ -9,6 +9,9 @@ from PIL import Image
 
 notebooks = pytest.importorskip("colab.__main__")
 
+QUICK_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+"""On one device, and nearly all time would go to the compiler: programs run a few times each."""
+
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
@@ -33,6 +36,7 @@ def test_runs_from_top_to_bottom(source, table, tmp_path, monkeypatch):
     monkeypatch.setenv("FUSION_JAX_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("FUSION_JAX_SMALL_TABLE", str(table))
     monkeypatch.setenv("FUSION_JAX_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("XLA_FLAGS", QUICK_TO_COMPILE)
     notebooks.run(source, quick=True)
 
 

@@ -1,0 +1,265 @@
+"""Are the stated numbers found again? Runs what they come from, and compares.
+
+    python -m experiments.reproduce --list
+    python -m experiments.reproduce --only umls trimodal
+    python -m experiments.reproduce                           # all of them: hours on two cores
+
+Nothing is stated here: a table of `mean ± standard deviation` is read from the README or from the
+docstring it stands in, its command is run with the same seeds into a workdir of its own, and every
+mean that comes out must lie within the stated deviation. Exits 1 if one does not.
+"""
+
+import dataclasses
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+
+from fusion_jax.errors import UserError
+from fusion_jax.evaluation.table import markdown
+
+ROOT = Path(__file__).parents[1]
+Key = tuple[str, str]
+Found = Callable[[Path, str, str], list[float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """A table that is stated, and what makes it again.
+
+    Attributes:
+        places: (file, the columns of the table there); where there are several, all must hold.
+        command: after `python`; {workdir} is where to write.
+        found: (workdir, row, column) -> values, one a seed.
+        columns: those that are compared; all without any.
+    """
+
+    places: Sequence[tuple[str, tuple[str, ...]]]
+    command: Sequence[str]
+    found: Found
+    columns: Sequence[str] = ()
+
+    def into(self, workdir: Path) -> list[str]:
+        """The command that writes there."""
+        return [part.replace("{workdir}", str(workdir)) for part in self.command]
+
+    def stated(self) -> dict[tuple[str, str, str], tuple[float, float, float]]:
+        """{(file, row, column): (mean, deviation, half a unit of the last digit)}."""
+        return {
+            (file, *key): number
+            for file, columns in self.places
+            for key, number in read_table((ROOT / file).read_text(), columns).items()
+            if not self.columns or key[1] in self.columns
+        }
+
+
+def read_table(text: str, columns: Sequence[str]) -> dict[Key, tuple[float, float, float]]:
+    """The cells `mean ± deviation` of the first table in a text that has these columns.
+
+    Tables are Markdown, or words two spaces apart, of which a row must have all cells.
+
+    Raises:
+        UserError: there is no such table, or no such cell in it.
+    """
+    lines = [cells(line) for line in text.splitlines()]
+    starts = [at for at, line in enumerate(lines) if line[-len(columns) :] == list(columns)]
+    numbers = {}
+    for row in lines[starts[0] + 1 :] if starts else ():
+        if not any(row):
+            break
+        for column, cell in zip(columns, row[1:], strict=False):
+            number = re.match(r"(\d+\.(\d+)) ± (\d+\.\d+)", cell)
+            if number and len(row) == len(columns) + 1:
+                rounding = 0.5 * 10.0 ** -len(number[2])
+                numbers[row[0], column] = float(number[1]), float(number[3]), rounding
+    if not numbers:
+        raise UserError(f"no table with numbers and the columns {', '.join(columns)}")
+    return numbers
+
+
+def cells(line: str) -> list[str]:
+    line = line.strip()
+    if line.startswith("|"):
+        return [cell.strip() for cell in line.strip("|").split("|")]
+    return re.split(r"\s{2,}", line)
+
+
+# -------------------------------------------------------------------------------- what was found
+
+
+def of_seeds(metric: Callable[[str, str], str]) -> Found:
+    """Of `train --seeds N`, whose seeds.json has the values of a metric of each seed."""
+
+    def found(workdir: Path, row: str, column: str) -> list[float]:
+        return json.loads((workdir / "seeds.json").read_text())[metric(row, column)]
+
+    return found
+
+
+def of_link_prediction(workdir: Path, row: str, column: str) -> list[float]:
+    """Test MRR of a scorer (row) on a data set (column)."""
+    runs = [json.loads(line) for line in (workdir / "log.jsonl").read_text().splitlines()]
+    wanted = {"scorer": row.lower(), "dataset": column.lower()}
+    return [run["found"]["MRR"] for run in runs if wanted.items() <= run["settings"].items()]
+
+
+def of_pairs(workdir: Path, row: str, column: str) -> list[float]:
+    """Mean accuracy over pairs of vendors by seed, the step chosen by `column`."""
+    by = {"accuracy": "source", "by InfoMax": "infomax", "oracle": "oracle"}[column]
+    scores: dict[int, list[float]] = {}
+    for line in (workdir / "results.jsonl").read_text().splitlines():
+        run = json.loads(line)
+        key = json.loads(run["key"])
+        if key["method"] == row:
+            best = max(run["history"], key=lambda step: step[by])
+            scores.setdefault(key["seed"], []).append(best["oracle"])
+    return [float(np.mean(each)) for each in scores.values()]
+
+
+def trimodal(row: str, column: str) -> str:
+    return f"{'probe' if column == 'linear probe' else f'{column}/accuracy'}/{row}"
+
+
+TRAIN = ("-m", "fusion_jax", "train")
+INTO = ("--workdir", "{workdir}", "--no-tensorboard")
+SUBSETS = ("audio", "image", "text", "audio+image+text")
+SCORERS = ("complex", "simple", "distmult", "rotate", "transe")
+
+
+def link_prediction(dataset: str) -> Claim:
+    """A column of the table of scorers, which the README and the experiment state."""
+    columns = ("UMLS", "Kinships", "Nations")
+    table = ("-m", "experiments.link_prediction_sweep", "table", "--log", "{workdir}/log.jsonl")
+    return Claim(
+        places=[("README.md", columns), ("experiments/link_prediction.py", columns)],
+        command=[*table, "--datasets", dataset, "--models", *SCORERS],
+        found=of_link_prediction,
+        columns=[column for column in columns if column.lower() == dataset],
+    )
+
+
+CLAIMS = {
+    "umls": link_prediction("umls"),
+    "kinships": link_prediction("kinships"),
+    "nations": link_prediction("nations"),
+    "trimodal": Claim(
+        places=[
+            ("README.md", ("linear probe", "sum", "gated")),
+            ("experiments/trimodal.py", ("linear probe", "sum", "gated")),
+        ],
+        command=[*TRAIN, "experiments/trimodal.py", "--seeds", "5", *INTO],
+        found=of_seeds(trimodal),
+    ),
+    "fusion_strategies": Claim(
+        places=[("experiments/fusion_strategies.py", (*SUBSETS, "step GFLOPs"))],
+        command=["experiments/fusion_strategies.py", "--seeds", "3", "--workdir", "{workdir}"],
+        found=of_seeds(trimodal),
+    ),
+    "domain_shift_pairs": Claim(
+        places=[
+            (
+                "experiments/domain_shift.py",
+                ("accuracy", "gain", "helped", "by InfoMax", "oracle"),
+            )
+        ],
+        command=[
+            *("-m", "experiments.domain_shift_pairs", "pairs", "--workdir", "{workdir}"),
+            *("--method", "infomax", "cdan", "mcc", "dann"),
+        ],
+        found=of_pairs,
+        columns=("accuracy", "by InfoMax", "oracle"),
+    ),
+    "vqa": Claim(
+        places=[
+            (
+                "experiments/vqa.py",
+                ("picture", "question alone", "picture alone", "shuffled"),
+            )
+        ],
+        command=[*TRAIN, "experiments/vqa.py", "--seeds", "3", *INTO],
+        found=of_seeds(lambda row, column: f"{VQA[row]}/{VQA.get(column, column)}"),
+    ),
+}
+VQA = {
+    "category among 16": "category",
+    "category, mean over classes": "category, mean over classes",
+    "is it of this category?": "is category",
+    "is it this?": "is caption",
+    "caption among 20, log p": "caption among 20, log p",
+    "shuffled": "shuffled picture",
+}
+"""What the report calls the rows and columns of that table."""
+
+
+# ---------------------------------------------------------------------------------------- command
+
+
+def check(name: str, claim: Claim, workdir: Path) -> list[str]:
+    """Runs what a claim comes from and prints stated beside found; returns what does not hold.
+
+    Raises:
+        UserError: the command fails.
+    """
+    stated = claim.stated()
+    shutil.rmtree(workdir, ignore_errors=True)
+    workdir.mkdir(parents=True)
+    command = claim.into(workdir)
+    print(f"== {name}: python {' '.join(command)}", flush=True)
+    ended = subprocess.run([sys.executable, *command], cwd=ROOT, check=False).returncode
+    if ended:
+        raise UserError(f"{name}: the command exited {ended}")
+    rows, wrong = [], []
+    for (file, row, column), (mean, deviation, rounding) in stated.items():
+        values = claim.found(workdir, row, column)
+        holds = bool(values) and abs(np.mean(values) - mean) <= deviation + rounding
+        wrong += [] if holds else [f"{name}, {file}: {row}, {column}"]
+        spread = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
+        found = f"{np.mean(values):.4f}{spread}" if values else "nothing"
+        verdict = "" if holds else "OUTSIDE"
+        rows.append([file, row, column, f"{mean} ± {deviation}", found, str(len(values)), verdict])
+    header = ["stated in", "row", "column", "stated", "found", "seeds", ""]
+    print(markdown(header, rows), flush=True)
+    return wrong
+
+
+def reproduce(
+    only: tuple[str, ...] = (),
+    listed: Annotated[bool, tyro.conf.arg(name="list")] = False,
+    workdir: Path = Path("runs/reproduce"),
+) -> int:
+    """Runs claims and returns the exit status.
+
+    Args:
+        only: names of claims; all without any.
+        listed: print the claims and how many numbers each states, and run nothing.
+        workdir: a folder for each claim is made here anew.
+
+    Raises:
+        UserError: a name that is none, a table that is not there, a command that fails.
+    """
+    if unknown := sorted(set(only) - set(CLAIMS)):
+        raise UserError(f"no claims {', '.join(unknown)}; there are {', '.join(CLAIMS)}")
+    chosen = {name: claim for name, claim in CLAIMS.items() if not only or name in only}
+    if listed:
+        for name, claim in chosen.items():
+            command = " ".join(claim.into(workdir / name))
+            print(f"{name}: {len(claim.stated())} numbers, python {command}")
+        return 0
+    wrong = [line for name, each in chosen.items() for line in check(name, each, workdir / name)]
+    for line in wrong:
+        print(f"outside its spread: {line}")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(tyro.cli(reproduce, description=__doc__))
+    except UserError as error:
+        sys.exit(f"error: {error}")
