@@ -23,7 +23,7 @@ from fusion_jax.compression.recipes import Calibration
 from fusion_jax.compression.structured import keep, keep_layers, least_needed, spread
 from fusion_jax.errors import UserError
 from fusion_jax.language.decoder import Decoder
-from fusion_jax.pretrained.load import Pretrained, describe, load
+from fusion_jax.pretrained.load import Computing, Pretrained, describe, load
 from fusion_jax.pretrained.save import save
 from fusion_jax.training.experiment import Experiment, language_model_setting
 from fusion_jax.training.settings import Settings
@@ -223,7 +223,7 @@ def _with_layers(config: Mapping[str, Any], decoder: Decoder, kept: list[int]) -
 
 def _check(config: Mapping[str, Any], decoder: Decoder, params: Params, folder: Path) -> None:
     """Raises UserError if the family's config.json cannot say what the smaller model is."""
-    module, shapes, _ = describe(config, None, folder)
+    _, module, _, shapes = describe(config, None, folder, Computing())
     same = {path: tuple(leaf.shape) for path, leaf in shapes.items()} == {
         path: tuple(leaf.shape) for path, leaf in params.items()
     }

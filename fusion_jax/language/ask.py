@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tyro
 
@@ -179,8 +180,9 @@ class Assistant:
         one, two = self.model, other.model
         if not (isinstance(one, FusedLM) and isinstance(two, FusedLM)) or one.cross or two.cross:
             raise UserError("only models with connectors into the prompt lend each other senses")
-        words = [run.params["decoder"]["embedding"]["embedding"] for run in (self, other)]
-        if one.decoder != two.decoder or not np.array_equal(*words):
+        params = [run.params["decoder"] for run in (self, other)]
+        alike = len({str(jax.tree.map(jnp.shape, each)) for each in params}) == 1
+        if not alike or not np.array_equal(*(each["embedding"]["embedding"] for each in params)):
             raise UserError("the two runs have different language models: train both on one")
         if both := sorted(set(self.readers) & set(other.readers)):
             raise UserError(f"both runs read {both}: leave --senses out")

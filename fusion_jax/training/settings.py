@@ -24,6 +24,8 @@ class Settings:
     """Micro-batches a step, to save memory."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What the matrices and activations of an opened language model are kept and computed in."""
+    matmuls: Literal["full", "int8", "fp8"] = "full"
+    """Training products of attention and MLPs in 8 bits, on hardware that is faster so."""
     scan: bool = False
     """Loop over such a model's layers, stacked: compiles in the time of one or two."""
 

@@ -27,6 +27,7 @@ from fusion_jax.training import loop
 from fusion_jax.training.checkpoint import Checkpoints, check_model
 from fusion_jax.training.clock import Clock
 from fusion_jax.training.experiment import Experiment
+from fusion_jax.training.matmuls import rounded_matmuls
 from fusion_jax.training.metrics import MetricsFile
 from fusion_jax.training.partition import Params
 from fusion_jax.training.settings import Settings
@@ -115,7 +116,8 @@ def _train(runs: Sequence[Run], checkpoints: Sequence[Checkpoints]) -> list[Para
 
     # ------------------------------------------------------------------------------ the step
     first = experiments[0]
-    one = make_step(first.objective, first.optimizer, accumulation=settings.accumulation)
+    objective = rounded_matmuls(first.objective, settings.matmuls)
+    one = make_step(objective, first.optimizer, accumulation=settings.accumulation)
     axes = jax.tree.map(lambda several: 0 if several else None, stacked)
     every = jax.vmap(one, in_axes=(0, axes, 0))
 

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import optax
 
+from fusion_jax.language.ask import Assistant, from_checkpoint
 from fusion_jax.language.fused import FusedLM
 from fusion_jax.language.tuned import TRAINED, Tuned
 from fusion_jax.objectives.generative import causal_lm
@@ -39,9 +40,13 @@ class Counting:
         return {"text": Tokens(ids, mask), "weight": Tokens(weight, mask)}
 
 
-def build(s: Settings) -> Experiment:
+def assemble(s: Settings):
     checkpoint = load(s.language_model)
-    tuned = Tuned(FusedLM(checkpoint.module, {}), {"attention/(query|out)": 2})
+    return checkpoint, Tuned(FusedLM(checkpoint.module, {}), {"attention/(query|out)": 2})
+
+
+def build(s: Settings) -> Experiment:
+    checkpoint, tuned = assemble(s)
     data, objective = Counting(s.batch_size), causal_lm(tuned)
 
     def report(params: dict, folder: Path) -> dict:
@@ -58,3 +63,9 @@ def build(s: Settings) -> Experiment:
         trainable=TRAINED,
         report=report,
     )
+
+
+def assistant(s: Settings, params: dict) -> Assistant:
+    _, tuned = assemble(s)
+    told = from_checkpoint(s.language_model)
+    return dataclasses.replace(told, params=tuned.merged(params)["decoder"])

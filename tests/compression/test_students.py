@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from fusion_jax.__main__ import main
 from fusion_jax.compression import imitation, storage, students
 from fusion_jax.compression.students import Run
+from fusion_jax.deployment import export
 from fusion_jax.errors import UserError
 from fusion_jax.pretrained.load import family_of, load
 from fusion_jax.pretrained.save import save
@@ -63,7 +64,7 @@ def opened(workdir: Path) -> Run:
     return Run(module, settings, loop.restore_params(run.experiment, settings, workdir))
 
 
-def test_narrowed_and_distilled_workdirs_open_again(trained):
+def test_narrowed_and_distilled_workdirs_open_and_answer(trained, capsys):
     arguments = ["--workdir", str(trained), "--batches", "1"]
     both = ["--recipe", "structured-0.5", "--recipe", "distil-0.5", "--recipe", "int8"]
     student = ["--student", "steps=60", "learning-rate=1e-2"]
@@ -90,6 +91,15 @@ def test_narrowed_and_distilled_workdirs_open_again(trained):
     assert main(["evaluate", "--workdir", str(moved)]) == 0
     again = json.loads((moved / "report" / "metrics.json").read_text())
     assert again["accuracy"] == after["accuracy"] > 0.9  # counting is learned by the student
+    capsys.readouterr()
+    assert main(["ask", "--workdir", str(moved), "--max-tokens", "3", "w9 w10 w11"]) == 0
+    assert capsys.readouterr().out.split() == ["w12", "w13", "w14"]
+    more = moved.with_name("more")  # of one whose model is its own, and nothing is taken away
+    again = ["compress", "--workdir", str(moved), "--batches", "1", "--output", str(more)]
+    assert main([*again, "--recipe", "structured-1", "--recipe", "distil-1"]) == 0
+    jax.tree.map(np.testing.assert_array_equal, storage.read(more / storage.FILE), params)
+    _, card = export.opened(more)
+    assert card["compressed"]["recipes"][-1] == "distil-1" and card["metrics"]["accuracy"] > 0.9
 
 
 def test_what_is_left_computes_as_before_with_its_adapters(trained, tmp_path):
@@ -143,11 +153,12 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_it(trained):
     np.testing.assert_allclose(jax.jit(every_word)(other), metrics["soft_targets"], rtol=1e-5)
 
 
-def test_a_model_without_words_is_taught_too_after_a_kill(tmp_path, monkeypatch):
+def test_a_model_without_words_is_taught_too_and_resumes(tmp_path, monkeypatch):
     run = tmp_path / "tiny"
     flags = ["--steps", "20", "--no-tensorboard", "--checkpoint-every", "5"]
     assert main(["train", str(TINY), "--workdir", str(run), *flags]) == 0
     command = ["compress", "--workdir", str(run), "--recipe", "distil-0.5", "--batches", "1"]
+    command += ["--student", "checkpoint-every=5"]
     steps = []
     put = loop.put_batch
 
@@ -161,7 +172,11 @@ def test_a_model_without_words_is_taught_too_after_a_kill(tmp_path, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         main(command)
     assert main(command) == 0
-    assert len(steps) > 20
+    assert 20 < len(steps) < 33  # it did not start over
+    small = storage.read(tmp_path / "tiny-distil-0.5" / storage.FILE)
+    assert small["hidden"]["kernel"].shape == (4, 4) and set(small) == {"hidden", "out"}
+    settings = json.loads((tmp_path / "tiny-distil-0.5" / "run.json").read_text())["settings"]
+    assert settings["width"] == 4
 
 
 def test_bad_input_is_one_line(trained, tmp_path, capsys):

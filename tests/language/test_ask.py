@@ -71,7 +71,7 @@ def test_files_stand_at_their_marks_or_before(assistant, tmp_path):
 
 def hearing(assistant, decoder=None):
     """Another run around the same language model that reads sound, in longer items."""
-    decoder = decoder or assistant.model.decoder
+    decoder = decoder or tiny.decoder()  # opened anew, as each run opens it
     model = FusedLM(decoder, {"audio": Projection(tiny.WIDTH)})
     media = {"audio": Tokens(np.zeros((1, 1, 3, 3), np.float32), np.ones((1, 1, 3), bool))}
     base = {"decoder": assistant.params["decoder"]}
@@ -109,7 +109,7 @@ def test_a_run_with_the_senses_of_another_reads_what_both_read(assistant, tmp_pa
     with pytest.raises(UserError, match=r"both runs read \['audio'\]"):
         both.with_senses(ears)
     with pytest.raises(UserError, match="different language models"):
-        assistant.with_senses(hearing(assistant, tiny.decoder(window=5)))
+        assistant.with_senses(hearing(assistant, tiny.decoder(tied=False)))
     changed = jax.tree.map(lambda leaf: leaf + 1, ears.params)
     with pytest.raises(UserError, match="different language models"):
         assistant.with_senses(dataclasses.replace(ears, params=changed))

@@ -1,0 +1,113 @@
+"""Training products in 8 bits: of attention's and MLPs' Dense layers, and nothing else.
+
+    objective = rounded_matmuls(objective, "int8")          # `train --matmuls int8` does this
+
+Params, optimizer and all other arithmetic stay as they are; evaluation is not rounded. It pays on
+hardware whose matrix units are faster in 8 bits: int8 on TPU v5e and later and NVIDIA from Turing,
+fp8 on NVIDIA from Ada and Hopper and TPU v7. On other devices XLA computes the same numbers slowly.
+
+int8: forward and towards the inputs; a kernel's gradient, a sum over all tokens, stays in full
+precision (SwitchBack, arXiv 2304.13013). fp8: e4m3 forward, e5m2 gradients (arXiv 2209.05433).
+"""
+
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from fusion_jax.compression.quantization import is_compressed
+from fusion_jax.training.step import Objective
+
+Kind = Literal["full", "int8", "fp8"]
+LAYERS = re.compile(r"(^|/)(attention|cross_attention|mlp)/")
+FORWARD, BACKWARD = (jnp.float8_e4m3fn, 448.0), (jnp.float8_e5m2, 57344.0)
+
+
+def rounded_matmuls(
+    objective: Objective, kind: Kind, layers: re.Pattern[str] = LAYERS
+) -> Objective:
+    """The objective with those layers' products rounded; "full" gives the objective itself.
+
+    Args:
+        layers: found in the path of every Dense layer that is rounded.
+    """
+    if kind == "full":
+        return objective
+
+    def dense(call: Callable[..., Any], args: tuple, kwargs: dict, context: Any) -> Any:
+        module = context.module
+        named = isinstance(module, nn.Dense) and context.method_name == "__call__"
+        if not named or not LAYERS.search("/".join(module.path)):
+            return call(*args, **kwargs)
+        kernel = module.get_variable("params", "kernel")
+        if is_compressed(kernel) or module.has_variable("params", "lora_a"):
+            return call(*args, **kwargs)
+        dtype = module.dtype or args[0].dtype
+        inputs = args[0].astype(dtype)
+        out = product(inputs.reshape(-1, inputs.shape[-1]), kernel.astype(dtype), kind)
+        out = out.reshape(*inputs.shape[:-1], -1)
+        if module.use_bias:
+            out += (
+                module.get_variable("params", "bias")
+                .astype(dtype)
+                .reshape((1,) * (out.ndim - 1) + (-1,))
+            )
+        return out
+
+    def rounded(params: Any, batch: Any, rng: jax.Array) -> Any:
+        with nn.intercept_methods(dense):
+            return objective(params, batch, rng)
+
+    return rounded
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def product(inputs: jax.Array, kernel: jax.Array, kind: Kind) -> jax.Array:
+    """inputs [m, k] times kernel [k, n] in 8 bits: [m, n] of the inputs' dtype."""
+    if kind == "int8":
+        return _int8(inputs, kernel)
+    return _fp8(inputs, kernel, FORWARD)
+
+
+def _forward(inputs: jax.Array, kernel: jax.Array, kind: Kind) -> tuple[jax.Array, tuple]:
+    return product(inputs, kernel, kind), (inputs, kernel)
+
+
+def _backward(kind: Kind, kept: tuple, change: jax.Array) -> tuple[jax.Array, jax.Array]:
+    inputs, kernel = kept
+    if kind == "int8":
+        return _int8(change, kernel.T), inputs.T @ change
+    return _fp8(change, kernel.T, BACKWARD), _fp8(change.T, inputs, BACKWARD).T
+
+
+product.defvjp(_forward, _backward)
+
+
+def _int8(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a [m, k] by rows and b [k, n] by columns, each with a scale of its own."""
+
+    def rounded(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
+        x = x.astype(jnp.float32)
+        scale = jnp.maximum(jnp.abs(x).max(axis=axis, keepdims=True) / 127, 1e-30)
+        return jnp.round(x / scale).astype(jnp.int8), scale
+
+    (rows, by_row), (columns, by_column) = rounded(a, 1), rounded(b, 0)
+    out = jnp.matmul(rows, columns, preferred_element_type=jnp.int32).astype(jnp.float32)
+    return (out * by_row * by_column).astype(a.dtype)
+
+
+def _fp8(a: jax.Array, b: jax.Array, kind: tuple[Any, float]) -> jax.Array:
+    """a [m, k] in that kind of fp8, b [k, n] in e4m3; a scale for each array."""
+
+    def rounded(x: jax.Array, dtype: Any, largest: float) -> tuple[jax.Array, jax.Array]:
+        x = x.astype(jnp.float32)
+        scale = jnp.maximum(jnp.abs(x).max() / largest, 1e-30)
+        return (x / scale).astype(dtype), scale
+
+    (one, size), (other, other_size) = rounded(a, *kind), rounded(b, *FORWARD)
+    out = jax.lax.dot(one, other, preferred_element_type=jnp.float32)
+    return (out * (size * other_size)).astype(a.dtype)
