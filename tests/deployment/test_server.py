@@ -22,8 +22,9 @@ import uvicorn
 from PIL import Image
 
 from fusion_jax.deployment import export
-from fusion_jax.deployment.runtime import inference_protocol
+from fusion_jax.deployment.runtime import exchange, inference_protocol
 from fusion_jax.deployment.runtime.artifact import BadInput
+from fusion_jax.deployment.runtime.chat_protocol import ChatRequest
 from fusion_jax.deployment.runtime.conversation import TextOf
 from fusion_jax.deployment.runtime.host import Host, Limits
 from fusion_jax.deployment.runtime.metrics import Metrics
@@ -204,6 +205,19 @@ def test_no_more_of_a_stop_is_looked_for_than_was_written():
     stop = Compared("x" * 250)
     stop.counts = []
     assert TextOf(letters, [stop]).push(b"oxx") == "o" and stop.counts == [3, 2]
+
+
+@pytest.mark.parametrize(
+    ("content", "how", "told"),
+    [
+        ([{"type": "text", "text": "w5"}] * 65, {}, r"^messages\.0\.content: List should have at"),
+        ("w5", {"stop": "x" * 257}, "^stop: String should have at most 256 characters"),
+        ("w5", {"stop": list("abcde")}, "^stop: List should have at most 4 items"),
+    ],
+)
+def test_what_is_too_many_is_said(content, how, told):
+    with pytest.raises(BadInput, match=told):
+        exchange.valid(ChatRequest, ask(content, **how))
 
 
 def test_strings_as_bytes_are_counted_before_they_are_kept():

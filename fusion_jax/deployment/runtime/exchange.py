@@ -65,9 +65,10 @@ def valid(kind: type[BaseModel], content: Any) -> Any:
     try:
         return kind.model_validate(content)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"])) or "the body"
-        raise BadInput(f"{where}: {first['msg']}") from error
+        # Of a union, the member that has the type that was given.
+        told = min(error.errors(include_url=False), key=lambda each: each["type"].endswith("_type"))
+        names = (each for each in map(str, told["loc"]) if each.isalnum() or each.isidentifier())
+        raise BadInput(f"{'.'.join(names) or 'the body'}: {told['msg']}") from error
 
 
 def failure(path: str, message: str, status: int) -> Response:
