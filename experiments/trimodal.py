@@ -103,6 +103,8 @@ class Settings(Base):
     fusions: tuple[Literal[tuple(FUSIONS)], ...] = ("sum", "gated")
     """Strategies to train side by side; retrieval and plots are of the last."""
     towers: Literal["frozen", "finetune", "scratch"] = "frozen"
+    layers: int = 4
+    """Of each tower from scratch."""
     image_tower: str = "efficientnet-lite2"
     """A name, hub id or folder; so are the next two."""
     audio_tower: str = "moonshine-tiny"
@@ -181,9 +183,9 @@ def build_towers(
     project = partial(Project, s.width, dropout=s.dropout)
     if s.towers == "scratch":
         encoders = {
-            "image": ViT(s.width, patch=12, grid=(8, 8), dropout=0.1),
-            "audio": AudioTransformer(s.width, dropout=0.1),
-            "text": TextTransformer(ByteTokenizer().vocabulary, s.width, dropout=0.1),
+            "image": ViT(s.width, s.layers, patch=12, grid=(8, 8), dropout=0.1),
+            "audio": AudioTransformer(s.width, s.layers, dropout=0.1),
+            "text": TextTransformer(ByteTokenizer().vocabulary, s.width, s.layers, dropout=0.1),
         }
         transforms = {
             "image": Pictures(96, crop),

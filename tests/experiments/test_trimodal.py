@@ -40,7 +40,8 @@ def table(tmp_path_factory):
 def test_trains_on_a_table_with_absent_modalities(table, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FUSION_JAX_HOME", str(tmp_path / "home"))
     flags = ["--towers", "scratch", "--width", "16", "--steps", "2", "--batch-size", "8"]
-    flags += ["--table", str(table), "--workdir", str(tmp_path / "run"), "--no-tensorboard"]
+    flags += ["--layers", "1", "--no-tensorboard"]
+    flags += ["--table", str(table), "--workdir", str(tmp_path / "run")]
     assert main(["train", "experiments/trimodal.py", *flags]) == 0
     said = capsys.readouterr().out
     assert "audio+image+text" in said and "image->text" in said and "mine.jsonl" in said
@@ -54,7 +55,7 @@ def test_trains_on_a_table_with_absent_modalities(table, tmp_path, monkeypatch, 
 
     broken = table.with_name("broken.jsonl")
     broken.write_text(table.read_text() + '{"image": "nowhere.png", "label": "day"}\n')
-    flags = [*flags[:-4], str(broken), "--workdir", str(tmp_path / "other")]
+    flags = [*flags[:-3], str(broken), "--workdir", str(tmp_path / "other")]
     assert main(["train", "experiments/trimodal.py", *flags]) == 2
     assert "nowhere.png" in capsys.readouterr().err.splitlines()[-1]
 
