@@ -14,12 +14,13 @@ import torch
 import transformers
 
 from experiments.benchmarks.onnx_recogniser import onnx_recogniser
+from experiments.dialogue import cascade
 from fusion_jax.data import stamps
-from fusion_jax.data.audio import SAMPLE_RATE, decode
+from fusion_jax.data.audio import decode
+from fusion_jax.data.spoken import Utterance
 from fusion_jax.language.prompt import Prompt, text_mask
 from fusion_jax.pretrained.fetch import fetch
 from fusion_jax.pretrained.load import load
-from fusion_jax.tokens import Tokens
 
 CAPTIONS = 50
 
@@ -54,24 +55,15 @@ def language_model() -> None:
 
 def recogniser() -> None:
     """Moonshine's transcripts beside ONNX Runtime's."""
-    opened, theirs = load("moonshine-tiny", "recogniser"), onnx_recogniser()
-    transcribe = jax.jit(
-        lambda params, sound: opened.module.apply({"params": params}, sound, method="transcribe")
-    )
+    ours, theirs = cascade("moonshine-tiny"), onnx_recogniser()
     source = stamps.load()
-    same = total = 0
-    for row in range(len(source)):
-        recording = (source[row].get("audio") or {}).get("en")
-        if recording is None:
-            continue
-        samples = decode(recording)
-        length = -(-len(samples) // SAMPLE_RATE) * SAMPLE_RATE
-        sound = np.zeros((1, length), np.float32)
-        sound[0, : len(samples)] = samples
-        found = transcribe(opened.params, Tokens(sound, np.arange(length)[None] < len(samples)))
-        ids = np.asarray(found.values[0])[np.asarray(found.mask[0])].tolist()
-        same += opened.tokenizer.decode(ids).strip() == theirs(samples)
-        total += 1
+    spoken = [(source[row].get("audio") or {}).get("en") for row in range(len(source))]
+    spoken = [Utterance("", recording=lambda each=each: each) for each in spoken if each]
+    transcripts = ours(spoken)
+    same = sum(
+        text == theirs(decode(each.sound())) for text, each in zip(transcripts, spoken, strict=True)
+    )
+    total = len(spoken)
     print(f"moonshine-tiny: {same} of {total} English transcripts are ONNX Runtime's to the letter")
 
 

@@ -39,7 +39,7 @@ from fusion_jax.data.pipeline import Transform
 from fusion_jax.data.text import FileTokenizer, Ids
 from fusion_jax.errors import UserError
 from fusion_jax.language.answers import PLAIN
-from fusion_jax.language.ask import Assistant, from_checkpoint, from_workdir
+from fusion_jax.language.ask import Assistant, from_checkpoint, lent
 from fusion_jax.language.fused import FusedLM
 from fusion_jax.language.prompt import text_mask
 from fusion_jax.language.translate import NAMES, instruction
@@ -420,12 +420,9 @@ def opened(
     measured = workdir / "report" / "metrics.json"
     if measured.exists():
         card["metrics"] = json.loads(measured.read_text())
-    model = offered(settings, params)
     if senses is not None:
-        if not isinstance(model, Assistant):
-            raise UserError(f"{workdir} is no model that is asked, and takes no --senses")
-        model, card["senses"] = model.with_senses(from_workdir(senses)), senses.resolve().name
-    return model, card
+        card["senses"] = senses.resolve().name
+    return lent(offered(settings, params), senses), card
 
 
 def size_of(path: Path) -> int:

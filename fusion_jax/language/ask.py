@@ -181,8 +181,9 @@ class Assistant:
         if not (isinstance(one, FusedLM) and isinstance(two, FusedLM)) or one.cross or two.cross:
             raise UserError("only models with connectors into the prompt lend each other senses")
         params = [run.params["decoder"] for run in (self, other)]
-        alike = len({str(jax.tree.map(jnp.shape, each)) for each in params}) == 1
-        if not alike or not np.array_equal(*(each["embedding"]["embedding"] for each in params)):
+        shapes, others = (jax.tree.map(jnp.shape, each) for each in params)
+        words = (each["embedding"]["embedding"] for each in params)
+        if shapes != others or not np.array_equal(*words):
             raise UserError("the two runs have different language models: train both on one")
         if both := sorted(set(self.readers) & set(other.readers)):
             raise UserError(f"both runs read {both}: leave --senses out")
@@ -310,9 +311,17 @@ def from_workdir(workdir: Path, senses: Path | None = None) -> Assistant:
             f"{workdir} was trained by an experiment without assistant(settings, params)"
         )
     params = loop.restore_params(module.build(settings), settings, workdir)
-    assistant = module.assistant(settings, params)
+    return lent(module.assistant(settings, params), senses)
+
+
+def lent(model: Any, senses: Path | None) -> Any:
+    """What a run offers, with the senses of the run in another workdir, if there is one.
+
+    Raises:
+        UserError: see `Assistant.with_senses`; something else than an `Assistant`.
+    """
     if senses is None:
-        return assistant
-    if not isinstance(assistant, Assistant):
-        raise UserError(f"{workdir} answers in its own way and takes no --senses")
-    return assistant.with_senses(from_workdir(senses))
+        return model
+    if not isinstance(model, Assistant):
+        raise UserError(f"a {type(model).__name__} takes no --senses: leave it out")
+    return model.with_senses(from_workdir(senses))

@@ -4,6 +4,7 @@ They are written for transformers, and may use what it adds to jinja: loop contr
 `generation`, a `tojson` that escapes no HTML, and `raise_exception`.
 """
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -34,6 +35,16 @@ def _refuse(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
+@functools.lru_cache(maxsize=16)
+def _compiled(template: str) -> jinja2.Template:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
+    )
+    environment.globals["raise_exception"] = _refuse
+    environment.filters["tojson"] = _json
+    return environment.from_string(template)
+
+
 def write(
     template: str,
     messages: Sequence[Mapping[str, Any]],
@@ -49,13 +60,8 @@ def write(
     Raises:
         ValueError: the template cannot be read, or fails on these messages.
     """
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
-    )
-    environment.globals["raise_exception"] = _refuse
-    environment.filters["tojson"] = _json
     try:
-        return environment.from_string(template).render(
+        return _compiled(template).render(
             messages=messages, add_generation_prompt=answer, **special
         )
     except (
