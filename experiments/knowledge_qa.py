@@ -157,25 +157,30 @@ class Chains:
     """Four questions without facts about the two steps of each chain, as `TRANSITIVE` has them."""
 
     writer: Writer
-    tasks: Sequence[Task]
+    fours: Sequence[Sequence[Task]]
     count: int
     """Of chains in a batch."""
     seed: int
 
-    def __getitem__(self, step: int) -> dict[str, Any]:
-        tasks = [task for task in self.tasks if len(task.chains[0]) > 2]
-        if not tasks or not self.count:
+    @classmethod
+    def of(cls, writer: Writer, tasks: Sequence[Task], count: int, seed: int) -> "Chains":
+        fours = []
+        for task in tasks:
+            (thing, between, *_, kind), (*_, other) = task.chains
+            if len(task.chains[0]) > 2:
+                pairs = ((thing, between), (between, kind), (thing, kind), (thing, other))
+                fours.append([dataclasses.replace(task, thing=a, kind=b) for a, b in pairs])
+        fours = [four for four in fours if all(map(writer.fits, four))]
+        if not fours or not count:
             raise UserError(
                 "the rule loss needs questions with chains of two facts, and a batch size of 8"
             )
+        return cls(writer, fours, count, seed)
+
+    def __getitem__(self, step: int) -> dict[str, Any]:
         rng = np.random.default_rng([self.seed, step, jax.process_index()])
-        chosen = rng.choice(len(tasks), self.count)
-        examples = []
-        for task in map(tasks.__getitem__, chosen.tolist()):
-            (thing, between, *_, kind), (*_, other) = task.chains
-            for a, b in ((thing, between), (between, kind), (thing, kind), (thing, other)):
-                asked = dataclasses.replace(task, thing=a, kind=b)
-                examples.append(self.writer(asked, (), most=self.writer.length))
+        chosen = rng.choice(len(self.fours), self.count)
+        examples = [self.writer(task, ()) for row in chosen.tolist() for task in self.fours[row]]
         return self.writer.collate(examples, length=self.writer.length)
 
 
@@ -195,10 +200,9 @@ def assemble(s: Settings) -> tuple[Any, LoRA, Writer]:
 
 def build(s: Settings) -> Experiment:
     checkpoint, model, writer = assemble(s)
-    tasks = writer.world.tasks["train"]
+    tasks = [task for task in writer.world.tasks["train"] if writer.fits(task)]
     share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     transforms = writer.transforms(writer.length)
-    few = max(s.batch_size // 2, 1)  # rows of what stands beside the questions
     streams: dict[str, Any] = {
         "asked": Batches(
             Training(writer, tasks, s.seed), s.batch_size, transforms, seed=s.seed, **share
@@ -207,9 +211,10 @@ def build(s: Settings) -> Experiment:
     if s.keep_weight:
         rows = prose.rows(prose.docstrings(), writer.chat.encode, 24, 2000)
         plain = [{"id": row, **writer.plain(ids)} for row, ids in enumerate(rows)]
-        streams["plain"] = Batches(plain, few, writer.transforms(25), seed=s.seed, **share)
+        streams["plain"] = Batches(plain, max(s.batch_size // 4, 1), writer.transforms(25), seed=s.seed, **share)
     if s.rule_weight:
-        streams["chains"] = Chains(writer, tasks, few // jax.process_count() // 4, s.seed)
+        count = s.batch_size // 8 // jax.process_count()
+        streams["chains"] = Chains.of(writer, tasks, count, s.seed)
     data = Streams(streams)
     example = writer.read(data[0]["asked"])
 
@@ -245,7 +250,7 @@ def objective_of(s: Settings, model: LoRA, writer: Writer) -> Objective:
     def transitive(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict]:
         return broken(log_odds(model, writer, params, batch).reshape(-1, 4), batch)
 
-    parts = {on_batch("asked", reading(causal_lm(model))): 1.0}
+    parts = {on_batch("asked", reading(causal_lm(model, chunk=1))): 1.0}
     if s.keep_weight:
         parts[on_batch("plain", reading(stay_close(model, untrained)))] = s.keep_weight
     if s.rule_weight:
