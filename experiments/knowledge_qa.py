@@ -211,7 +211,8 @@ def build(s: Settings) -> Experiment:
     if s.keep_weight:
         rows = prose.rows(prose.docstrings(), writer.chat.encode, 24, 2000)
         plain = [{"id": row, **writer.plain(ids)} for row, ids in enumerate(rows)]
-        streams["plain"] = Batches(plain, max(s.batch_size // 4, 1), writer.transforms(25), seed=s.seed, **share)
+        few = max(s.batch_size // 4, 1)
+        streams["plain"] = Batches(plain, few, writer.transforms(25), seed=s.seed, **share)
     if s.rule_weight:
         count = s.batch_size // 8 // jax.process_count()
         streams["chains"] = Chains.of(writer, tasks, count, s.seed)
