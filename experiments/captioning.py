@@ -29,11 +29,12 @@ from fusion_jax.data import questions
 from fusion_jax.data.pictures import Pictures, open_pictures
 from fusion_jax.data.pipeline import Batches
 from fusion_jax.data.questions import Question, Thing
+from fusion_jax.data.streams import Later
 from fusion_jax.encoders.projection import Project
 from fusion_jax.evaluation.captions import chrf, exact, token_f1
 from fusion_jax.evaluation.lineups import LINEUP, rank_captions
 from fusion_jax.evaluation.table import print_table
-from fusion_jax.language.answers import Answerer, Asked, PictureLM, on_items
+from fusion_jax.language.answers import Answerer, Asked, PictureLM, Writing, on_items
 from fusion_jax.language.ask import Assistant
 from fusion_jax.language.sight import open_sight
 from fusion_jax.language.start import word_connector
@@ -107,14 +108,18 @@ def asked_of(things: list[Thing]) -> list[Question]:
     return [question for question in asked if question.kind == "caption"]
 
 
-def build(s: Settings) -> Experiment:
-    pictures, model = assemble(s)
-    asked = asked_of(pictures.train)
+def stream(s: Settings, things: list[Thing], writing: Writing) -> Batches:
+    """Endless training batches."""
+    asked = asked_of(things)
     captions = sorted({question.answer for question in asked})
     numbers = {caption: number for number, caption in enumerate(captions)}
-    source = Asked(asked, model.writing, numbers, s.length, s.views, s.blind, s.seed)
+    source = Asked(asked, writing, numbers, s.length, s.views, s.blind, s.seed)
     hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    data = Batches(source, s.batch_size, source.transforms, seed=s.seed, **hosts)
+    return Batches(source, s.batch_size, source.transforms, seed=s.seed, **hosts)
+
+
+def build(s: Settings) -> Experiment:
+    pictures, model = assemble(s)
     together = weighted_sum({info_nce(same="answer"): s.contrast})
 
     def report(params: Params, folder: Path) -> dict[str, float]:
@@ -136,8 +141,8 @@ def build(s: Settings) -> Experiment:
         }
 
     return Experiment(
-        data=data,
-        init=model.init(data[0]),
+        data=Later(lambda: stream(s, pictures.train, model.writing)),
+        init=model.init,
         objective=on_items(causal_lm(model.tuned, chunk=8, also=together)),
         optimizer=averaged_adamw(s.learning_rate, s.steps, weight_decay=s.weight_decay),
         pretrained=model.published,

@@ -18,13 +18,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from tokenizers import Tokenizer
 
 from fusion_jax.data import asterisk, concepts, espeak, flite, questions, stamps
-from fusion_jax.data.audio import SAMPLE_RATE, decode
+from fusion_jax.data.audio import SAMPLE_RATE, decode, whole_seconds
 from fusion_jax.data.domain_batches import own_share
 from fusion_jax.data.pipeline import Batches, Mixture
 from fusion_jax.data.speech_sets import spoken_questions
@@ -41,7 +40,6 @@ from fusion_jax.language.spoken import SpokenLM
 from fusion_jax.language.tuned import TRAINED
 from fusion_jax.objectives.recognition import answer_and_spell
 from fusion_jax.pretrained.load import load
-from fusion_jax.tokens import Tokens
 from fusion_jax.training.experiment import Experiment
 from fusion_jax.training.partition import Params
 from fusion_jax.training.settings import Settings as Base
@@ -303,7 +301,6 @@ def build(s: Settings) -> Experiment:
     if not 0 < s.listen_steps < s.steps:
         raise UserError(f"--listen-steps {s.listen_steps} must lie between 0 and {s.steps}")
     corpus, model = assemble(s)
-    one = model.turns([Turn("<audio>", "Yes.", 0)], s.length)
     phases = (s.listen_steps, s.steps - s.listen_steps)
     schedule = optax.join_schedules(
         [optax.warmup_cosine_decay_schedule(0.0, s.learning_rate, n // 10, n) for n in phases],
@@ -311,7 +308,7 @@ def build(s: Settings) -> Experiment:
     )
     return Experiment(
         data=Later(lambda: stream(s, corpus, model)),
-        init=model.init(Batches(one, 1, one.transforms)[0]),
+        init=model.init,
         objective=answer_and_spell(model, s.ctc_weight),
         optimizer=optax.chain(
             optax.clip_by_global_norm(1.0),
@@ -403,11 +400,7 @@ def cascade(tower: str) -> Callable[[Sequence[Utterance]], list[str]] | None:
         for said in those:
             sound = said.sound()
             samples = decode(sound) if isinstance(sound, bytes) else sound
-            length = -(-len(samples) // SAMPLE_RATE) * SAMPLE_RATE
-            values = np.zeros((1, length), np.float32)
-            values[0, : len(samples)] = samples
-            mask = jnp.arange(length)[None] < len(samples)
-            found = transcribe(opened.params, Tokens(values, mask))
+            found = transcribe(opened.params, whole_seconds(samples))
             ids = np.asarray(found.values[0])[np.asarray(found.mask[0])].tolist()
             written.append(opened.tokenizer.decode(ids).strip())
         return written

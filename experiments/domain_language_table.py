@@ -61,8 +61,8 @@ def plans(a: Arguments) -> dict[str, list[Settings]]:
 def run(s: Settings, folder: Path) -> tuple[Curve, float]:
     """(gained, forgotten) at each evaluation, from nothing on, and the accuracy at the end."""
     if not (folder / "report" / "metrics.json").exists():
-        open_workdir(folder, Path(domain_language.__file__), s)
-        loop.train(domain_language.build(s), s, folder)
+        with open_workdir(folder, Path(domain_language.__file__), s):
+            loop.train(domain_language.build(s), s, folder)
     rows = [row for row in read_metrics(folder / "metrics.jsonl") if "forgotten" in row]
     found = json.loads((folder / "report" / "metrics.json").read_text())
     return [(0.0, 0.0), *((row["gained"], row["forgotten"]) for row in rows)], found["accuracy"]

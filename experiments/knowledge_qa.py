@@ -50,7 +50,7 @@ from fusion_jax.adaptation import lora
 from fusion_jax.adaptation.lora import LoRA
 from fusion_jax.data import prose
 from fusion_jax.data.pipeline import Batches
-from fusion_jax.data.streams import Streams
+from fusion_jax.data.streams import Later, Streams
 from fusion_jax.errors import UserError
 from fusion_jax.evaluation.table import print_table
 from fusion_jax.evaluation.words import bag_of_words
@@ -198,8 +198,8 @@ def assemble(s: Settings) -> tuple[Any, LoRA, Writer]:
     return checkpoint, model, Writer.of(checkpoint, read_world(s), s.injection)
 
 
-def build(s: Settings) -> Experiment:
-    checkpoint, model, writer = assemble(s)
+def stream(s: Settings, writer: Writer) -> Streams:
+    """Training batches: questions, and perhaps plain English and chains of questions."""
     tasks = [task for task in writer.world.tasks["train"] if writer.fits(task)]
     share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     transforms = writer.transforms(writer.length)
@@ -216,8 +216,12 @@ def build(s: Settings) -> Experiment:
     if s.rule_weight:
         count = s.batch_size // 8 // jax.process_count()
         streams["chains"] = Chains.of(writer, tasks, count, s.seed)
-    data = Streams(streams)
-    example = writer.read(data[0]["asked"])
+    return Streams(streams)
+
+
+def build(s: Settings) -> Experiment:
+    checkpoint, model, writer = assemble(s)
+    example = writer.read(writer.collate([writer(writer.world.tasks["train"][0], ())]))
 
     def init(key: jax.Array) -> Params:
         base = model.model.init(key, example)["params"]
@@ -226,7 +230,7 @@ def build(s: Settings) -> Experiment:
 
     schedule = optax.warmup_cosine_decay_schedule(0.0, s.learning_rate, s.steps // 20, s.steps)
     return Experiment(
-        data=data,
+        data=Later(lambda: stream(s, writer)),
         init=init,
         objective=objective_of(s, model, writer),
         optimizer=optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule)),

@@ -48,8 +48,8 @@ def measure(s: knowledge_qa.Settings) -> dict[str, float]:
     """Trains one run, or goes on with it, and reports."""
     source = Path(knowledge_qa.__file__)
     if s.injection != "knn":
-        experiments.open_workdir(s.workdir, source, s)
-        return loop.train(knowledge_qa.build(s), s, s.workdir)
+        with experiments.open_workdir(s.workdir, source, s):
+            return loop.train(knowledge_qa.build(s), s, s.workdir)
     trained = dataclasses.replace(
         s, injection="none", workdir=s.workdir.with_name(f"none_{s.seed}")
     )

@@ -32,6 +32,7 @@ import numpy as np
 from fusion_jax.data.pictures import open_pictures
 from fusion_jax.data.pipeline import Batches
 from fusion_jax.data.questions import NO, YES, Question, Thing
+from fusion_jax.data.streams import Later
 from fusion_jax.encoders.projection import Project
 from fusion_jax.errors import UserError
 from fusion_jax.evaluation.table import print_table
@@ -39,7 +40,7 @@ from fusion_jax.knowledge import read, rules, wordnet
 from fusion_jax.knowledge.linking import Linker
 from fusion_jax.knowledge.pictured import Case, Seen, ask_about, facts_for, written
 from fusion_jax.knowledge.questions import World
-from fusion_jax.language.answers import Asked, PictureLM, on_items
+from fusion_jax.language.answers import Asked, PictureLM, Writing, on_items
 from fusion_jax.language.ask import Assistant
 from fusion_jax.language.graph_answers import content, explain
 from fusion_jax.language.sight import open_sight
@@ -122,8 +123,8 @@ def assemble(s: Settings) -> tuple[Seen, list[Thing], str, PictureLM]:
     return seen, pictures.test, pictures.described, model
 
 
-def build(s: Settings) -> Experiment:
-    seen, test, described, model = assemble(s)
+def stream(s: Settings, seen: Seen, writing: Writing) -> Batches:
+    """Endless training batches."""
     cases = ask_about(seen, seen.train, False, s.seed)
     rng, found = np.random.default_rng(s.seed), facts_for(seen, cases, s.seed)
     names = list(MIX) if s.knowledge else ["no facts"]
@@ -132,9 +133,13 @@ def build(s: Settings) -> Experiment:
     for _ in range(3):  # draws of what is written before each
         drawn = rng.choice(names, len(cases), p=shares)
         asked += written(seen, cases, [found[name][i] for i, name in enumerate(drawn)])
-    rows = Asked(asked, model.writing, {}, s.length, views=VIEWS, seed=s.seed)
+    rows = Asked(asked, writing, {}, s.length, views=VIEWS, seed=s.seed)
     hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    data = Batches(rows, s.batch_size, rows.transforms, seed=s.seed, **hosts)
+    return Batches(rows, s.batch_size, rows.transforms, seed=s.seed, **hosts)
+
+
+def build(s: Settings) -> Experiment:
+    seen, test, described, model = assemble(s)
 
     def report(params: Params, folder: Path) -> dict[str, float]:
         cases = ask_about(seen, test, True, s.seed)[: s.questions]
@@ -143,8 +148,8 @@ def build(s: Settings) -> Experiment:
         return {f"{row}/{name}": v for row, cells in table.items() for name, v in cells.items()}
 
     return Experiment(
-        data=data,
-        init=model.init(data[0]),
+        data=Later(lambda: stream(s, seen, model.writing)),
+        init=model.init,
         objective=on_items(causal_lm(model.tuned, chunk=8)),
         optimizer=averaged_adamw(s.learning_rate, s.steps, weight_decay=0.1),
         pretrained=model.published,

@@ -31,7 +31,7 @@ from fusion_jax.data.domain_batches import own_share
 from fusion_jax.data.pipeline import Batches
 from fusion_jax.data.speech_sets import covost2, must_c
 from fusion_jax.data.spoken import Spoken, Utterance
-from fusion_jax.data.streams import Phases, Streams
+from fusion_jax.data.streams import Later, Phases, Streams
 from fusion_jax.errors import UserError
 from fusion_jax.evaluation.captions import chrf as alike
 from fusion_jax.evaluation.translation import (
@@ -283,10 +283,8 @@ def in_pieces(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer.encode(" " + text, add_special_tokens=False).ids
 
 
-def build(s: Settings) -> Experiment:
-    if not 0 < s.listen_steps < s.steps:
-        raise UserError(f"--listen-steps {s.listen_steps} must lie between 0 and {s.steps}")
-    corpus, model = assemble(s)
+def stream(s: Settings, corpus: Corpus, model: SpokenLM) -> Phases:
+    """Training batches: dictation, then turns beside it."""
     texts = {number: corpus.utterances[number].text for number in heard(corpus)}
     classes = {
         number: model.spelling.classes(in_pieces(model.chat.tokenizer, text))
@@ -300,14 +298,21 @@ def build(s: Settings) -> Experiment:
     drawn = Drawn(corpus, turns, s.shares, s.temperature, s.seed)
     turn = Batches(drawn, s.turns, turns.transforms, seed=s.seed, **share)
     both = Streams({"listen": listen, "turn": turn})
+    return Phases([(Streams({"listen": listen}), s.listen_steps), (both, 0)])
+
+
+def build(s: Settings) -> Experiment:
+    if not 0 < s.listen_steps < s.steps:
+        raise UserError(f"--listen-steps {s.listen_steps} must lie between 0 and {s.steps}")
+    corpus, model = assemble(s)
     phases = (s.listen_steps, s.steps - s.listen_steps)
     schedule = optax.join_schedules(
         [optax.warmup_cosine_decay_schedule(0.0, s.learning_rate, n // 10, n) for n in phases],
         [phases[0]],
     )
     return Experiment(
-        data=Phases([(Streams({"listen": listen}), s.listen_steps), (both, 0)]),
-        init=model.init(turn[0]),
+        data=Later(lambda: stream(s, corpus, model)),
+        init=model.init,
         objective=answer_and_spell(model, s.ctc_weight, label_smoothing=s.label_smoothing),
         optimizer=optax.chain(
             optax.clip_by_global_norm(1.0),

@@ -43,6 +43,7 @@ from fusion_jax.data import questions
 from fusion_jax.data.pictures import Pictures, open_pictures
 from fusion_jax.data.pipeline import Batches, Mixture
 from fusion_jax.data.questions import NO, YES, Question, Thing
+from fusion_jax.data.streams import Later
 from fusion_jax.encoders.projection import Project
 from fusion_jax.errors import UserError
 from fusion_jax.evaluation.accuracy import accuracy, class_mean_accuracy
@@ -164,7 +165,6 @@ def naming(loss: Loss) -> Loss:
 
 def build(s: Settings) -> Experiment:
     pictures, model = assemble(s)
-    data = stream(s, pictures.train, model.writing)
     together = weighted_sum({named("shared", naming(info_nce(same="answer"))): s.contrast})
 
     def report(params: Params, folder: Path) -> dict[str, float]:
@@ -175,8 +175,8 @@ def build(s: Settings) -> Experiment:
         }
 
     return Experiment(
-        data=data,
-        init=model.init(data[0]),
+        data=Later(lambda: stream(s, pictures.train, model.writing)),
+        init=model.init,
         objective=on_items(causal_lm(model.tuned, chunk=8, also=together)),
         optimizer=averaged_adamw(s.learning_rate, s.steps, weight_decay=s.weight_decay),
         pretrained=model.published,

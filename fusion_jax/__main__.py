@@ -1,5 +1,6 @@
 """python -m fusion_jax train|evaluate|fetch|ask|chat ...: each command is a function below."""
 
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable
@@ -45,8 +46,10 @@ def train(arguments: list[str]) -> None:
     workdir = settings.workdir or Path("runs") / source.stem
 
     def run(settings: module.Settings, workdir: Path) -> dict[str, float]:
-        experiments.open_workdir(workdir, source, settings)
-        return loop.train(module.build(settings), settings, workdir)
+        experiments.check_workdir(workdir, source, settings)
+        experiment = module.build(settings)
+        with experiments.open_workdir(workdir, source, settings):
+            return loop.train(experiment, settings, workdir)
 
     with hosts.joined(settings):
         if settings.seeds == 1:
@@ -59,10 +62,12 @@ def train(arguments: list[str]) -> None:
         found = None
         if settings.together:
             for own, folder in each.values():
-                experiments.open_workdir(folder, source, own)
-            found = together.train(
-                {seed: together.Run(module.build(s), s, at) for seed, (s, at) in each.items()}
-            )
+                experiments.check_workdir(folder, source, own)
+            runs = {seed: together.Run(module.build(s), s, at) for seed, (s, at) in each.items()}
+            with contextlib.ExitStack() as stack:
+                for own, folder in each.values():
+                    stack.enter_context(experiments.open_workdir(folder, source, own))
+                found = together.train(runs)
         if found is None:
             found = {seed: run(*pair) for seed, pair in each.items()}
         seeds.summarise(found, workdir)

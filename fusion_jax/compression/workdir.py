@@ -151,8 +151,8 @@ def _smaller(
     if not student.cut:
         student = dataclasses.replace(student, params=None)
     workdir = place / "training"
-    experiments.open_workdir(workdir, Path(trained.module.__file__), student.settings)
-    return dataclasses.replace(student, params=imitation.distil(student, trained, workdir))
+    with experiments.open_workdir(workdir, Path(trained.module.__file__), student.settings):
+        return dataclasses.replace(student, params=imitation.distil(student, trained, workdir))
 
 
 def _own_model(run: Run, record: dict[str, Any], scratch: Path, draft: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import soxr
 
 from fusion_jax.data.languages import choose
 from fusion_jax.errors import UserError
+from fusion_jax.tokens import Tokens
 
 SAMPLE_RATE = 16_000
 
@@ -60,6 +61,17 @@ def resample(
     if not np.isfinite(mono).all():
         raise UserError(f"{name}: holds NaN or infinite samples; expected finite sound")
     return np.ascontiguousarray(mono, dtype=np.float32)
+
+
+def whole_seconds(samples: np.ndarray) -> Tokens:
+    """A batch of one recording, [1, t], padded to whole seconds so that few lengths are compiled.
+
+    Args:
+      samples: mono at SAMPLE_RATE.
+    """
+    length = -(-len(samples) // SAMPLE_RATE) * SAMPLE_RATE
+    padded = np.pad(samples.astype(np.float32), (0, length - len(samples)))
+    return Tokens(padded[None], np.arange(length)[None] < len(samples))
 
 
 def encode(samples: np.ndarray) -> bytes:

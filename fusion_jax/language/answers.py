@@ -322,9 +322,9 @@ class PictureLM:
         base = {"decoder": checkpoint.params} | ({"connectors_image": start} if start else {})
         return cls(tuned, {"base": base}, Writing.of(checkpoint, model, sight))
 
-    def init(self, batch: Batch) -> Callable[[jax.Array], Params]:
-        """`Experiment.init`, from a batch of `Asked`."""
-        return lambda key: self.tuned.init(key, as_items(batch))
+    def init(self, key: jax.Array) -> Params:
+        """`Experiment.init`."""
+        return self.tuned.init(key, {"image": self.writing.sight.blank(1)})
 
     def answerer(self, params: Params) -> Answerer:
         """The model as trained."""

@@ -77,11 +77,7 @@ class Hearing:
 
     def encode(self, samples: np.ndarray) -> np.ndarray:
         """Samples at 16 kHz -> [t, d], rounded as what is kept beside the data."""
-        length = -(-len(samples) // audio.SAMPLE_RATE) * audio.SAMPLE_RATE
-        padded = np.zeros((1, length), np.float32)
-        padded[0, : len(samples)] = samples
-        mask = np.arange(length)[None] < len(samples)
-        encoded = self.published.frozen().encode(Tokens(padded, mask))
+        encoded = self.published.frozen().encode(audio.whole_seconds(samples))
         return np.asarray(encoded.values[0])[np.asarray(encoded.mask[0])].astype(np.float16)
 
 

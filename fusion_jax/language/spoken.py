@@ -8,7 +8,7 @@ spoken.write(params, ["<audio>"], [3], max_tokens=24)                     # what
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -20,9 +20,9 @@ from fusion_jax import paths
 from fusion_jax.data.audio import Waveforms
 from fusion_jax.language.ask import Assistant, Encoder
 from fusion_jax.language.chat import Chat
-from fusion_jax.language.fused import Batch, FusedLM, Layout, Params
+from fusion_jax.language.fused import FusedLM, Layout, Params
 from fusion_jax.language.generate import generate
-from fusion_jax.language.hearing import LONGEST, Hearing, Turn, Turns, as_items
+from fusion_jax.language.hearing import LONGEST, Hearing, Turn, Turns
 from fusion_jax.language.listener import Listener, Spelling, best_path
 from fusion_jax.language.prompt import bucket, pad
 from fusion_jax.language.tuned import Tuned
@@ -91,9 +91,9 @@ class SpokenLM:
             checkpoint.checksum,
         )
 
-    def init(self, batch: Batch) -> Callable[[jax.Array], Params]:
-        """`Experiment.init`, from a batch of `Turns`."""
-        return lambda key: self.tuned.init(key, as_items(batch))
+    def init(self, key: jax.Array) -> Params:
+        """`Experiment.init`."""
+        return self.tuned.init(key, {"audio": self.hearing.blank(1)})
 
     def turns(self, turns: Sequence[Turn], length: int) -> Turns:
         """A source to train on."""

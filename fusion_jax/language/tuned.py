@@ -1,7 +1,7 @@
 """A published language model with connectors, of which a little is trained.
 
 tuned = Tuned(FusedLM(checkpoint.module, {"image": connector}), {"attention/(query|value)": 8})
-params = tuned.init(key, batch)                     # {"base": ..., "lora": ...}
+params = tuned.init(key, {"image": pictures})       # {"base": ..., "lora": ...}
 Experiment(init=..., pretrained={"base": {"decoder": published}}, trainable=TRAINED, ...)
 model, params = tuned.model, tuned.merged(params)   # as one plain FusedLM again
 """
@@ -11,9 +11,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from fusion_jax.adaptation import lora
 from fusion_jax.language.fused import Batch, FusedLM, Params
+from fusion_jax.tokens import Tokens
 
 TRAINED = r"^lora/|^base/(connectors|encoders|heads)_"
 """Adapters, connectors and the heads of the shared space; all else stays as published."""
@@ -42,10 +44,15 @@ class Tuned:
         """`model.apply` on params {"base", "lora"}."""
         return self._adapted.apply({"params": _whole(variables["params"])}, *args, **kwargs)
 
-    def init(self, key: jax.Array, batch: Batch) -> Params:
-        """Fresh params; those of the decoder are to be replaced by published ones."""
+    def init(self, key: jax.Array, media: Batch | None = None) -> Params:
+        """Fresh params; those of the decoder are to be replaced by published ones.
+
+        Args:
+            media: a row of each kind that the model reads; only their shapes matter.
+        """
         base_key, lora_key = jax.random.split(key)
-        base = self.model.init(base_key, batch)["params"]
+        text = Tokens(jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool))
+        base = self.model.init(base_key, {"text": text, **(media or {})})["params"]
         adapters = lora.init(lora_key, base["decoder"], self.ranks)
         return {"base": base} | ({"lora": {"decoder": adapters}} if adapters else {})
 

@@ -1,12 +1,13 @@
 """What an experiment file builds, and how such a file and its workdir are opened."""
 
+import contextlib
 import dataclasses
 import difflib
 import importlib.util
 import json
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -77,16 +78,14 @@ def load_file(path: Path) -> ModuleType:
     return module
 
 
-def open_workdir(workdir: Path, source: Path, settings: Settings) -> None:
-    """Makes a workdir for a run, or checks that the one there holds this very run (process 0).
+def check_workdir(workdir: Path, source: Path, settings: Settings) -> None:
+    """Whether a run can start or go on there (process 0).
 
     Raises:
         UserError: it holds a run with other settings or of another file; says what differs.
     """
-    if jax.process_index() != 0:
+    if jax.process_index() != 0 or settings.overwrite:
         return
-    if settings.overwrite:
-        shutil.rmtree(workdir, ignore_errors=True)
     record, copy = workdir / "run.json", workdir / "experiment.py"
     identity = json.loads(json.dumps(settings.identity()))
     advice = "give another --workdir, or --overwrite to start anew"
@@ -110,11 +109,38 @@ def open_workdir(workdir: Path, source: Path, settings: Settings) -> None:
             )
     elif workdir.exists() and any(workdir.iterdir()):
         raise UserError(f"{workdir} is not empty and holds no run: {advice}")
-    else:
+
+
+@contextlib.contextmanager
+def open_workdir(workdir: Path, source: Path, settings: Settings) -> Iterator[None]:
+    """Within it the run that is trained has a workdir, a new one or its own (process 0).
+
+    Open it once all settings are known to be right: --overwrite removes what is there. A run that
+    ends in a `UserError` before its first step leaves nothing behind.
+
+    Raises:
+        UserError: as `check_workdir`.
+    """
+    if jax.process_index() != 0:
+        yield
+        return
+    check_workdir(workdir, source, settings)
+    if settings.overwrite:
+        shutil.rmtree(workdir, ignore_errors=True)
+    record = workdir / "run.json"
+    if not record.exists():
         workdir.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, copy)
-        content = {"experiment": source.stem, "settings": identity}
+        shutil.copyfile(source, workdir / "experiment.py")
+        content = {"experiment": source.stem, "settings": settings.identity()}
         write_file(record, json.dumps(content, indent=2) + "\n")
+    try:
+        yield
+    except UserError:
+        metrics = workdir / "metrics.jsonl"
+        stepped = metrics.exists() and metrics.stat().st_size
+        if not stepped and not any((workdir / "checkpoints").glob("[0-9]*")):
+            shutil.rmtree(workdir)
+        raise
 
 
 def language_model_setting(settings: Settings) -> str | None:

@@ -48,7 +48,7 @@ def build(s: Settings) -> Experiment:
     data = Rows((s.batch_size, s.length))
     return Experiment(
         data=data,
-        init=lambda key: tuned.init(key, data[0]),
+        init=tuned.init,
         objective=causal_lm(tuned, chunk=s.length // s.chunks),
         optimizer=optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-4)),
         pretrained={"base": {"decoder": checkpoint.params}},

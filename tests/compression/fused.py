@@ -56,7 +56,7 @@ def build(s: Settings) -> Experiment:
 
     return Experiment(
         data=data,
-        init=lambda key: tuned.init(key, data[0]),
+        init=tuned.init,
         objective=objective,
         optimizer=optax.adam(s.learning_rate),
         pretrained={"base": {"decoder": checkpoint.params}},

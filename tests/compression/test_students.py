@@ -53,8 +53,8 @@ def trained(tmp_path_factory):
     made = make(folder / "lm", CONFIG)
     module = experiments.load_file(FUSED)
     settings = module.Settings(language_model=str(made))
-    experiments.open_workdir(folder / "run", FUSED, settings)
-    loop.train(module.build(settings), settings, folder / "run")
+    with experiments.open_workdir(folder / "run", FUSED, settings):
+        loop.train(module.build(settings), settings, folder / "run")
     return folder / "run"
 
 

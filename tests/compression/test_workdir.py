@@ -23,8 +23,8 @@ def trained(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "tiny"
     module = experiments.load_file(SOURCE)
     settings = module.Settings(steps=2, tensorboard=False)
-    experiments.open_workdir(workdir, SOURCE, settings)
-    loop.train(module.build(settings), settings, workdir)
+    with experiments.open_workdir(workdir, SOURCE, settings):
+        loop.train(module.build(settings), settings, workdir)
     return (
         workdir,
         module.build(settings),

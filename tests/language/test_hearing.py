@@ -128,7 +128,7 @@ def test_a_turn_is_its_marks_and_its_answer(spoken):
 
 def test_spelling_comes_alone_first_and_then_beside_the_answers(spoken):
     both = batches(spoken)
-    params = spoken.init(both["turn"])(jax.random.key(0))
+    params = spoken.init(jax.random.key(0))
     objective = answer_and_spell(spoken, 0.5)
     key = jax.random.key(1)
 
@@ -147,8 +147,7 @@ def test_spelling_comes_alone_first_and_then_beside_the_answers(spoken):
 
 
 def test_written_as_the_assistant_writes(spoken):
-    turn = batches(spoken)["turn"]
-    params = spoken.init(turn)(jax.random.key(0))
+    params = spoken.init(jax.random.key(0))
     merged = spoken.tuned.merged(params)
     heard, typed = "w5<audio> w6", "w7 w8"
     found = spoken.write(merged, [heard, typed, heard], [1, None, 2], 5)

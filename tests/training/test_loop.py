@@ -30,6 +30,15 @@ def command(workdir, *flags, steps=30):
     return ["train", TINY, "--workdir", str(workdir), "--steps", str(steps), *fixed, *flags]
 
 
+def unbuilt(folder):
+    """An experiment that stops before it is built, in the workdir "a"."""
+    source = folder / "unbuilt.py"
+    imported = "\nfrom fusion_jax.errors import UserError\n"
+    raising = "\ndef build(s):\n    raise UserError('of no model')\n"
+    source.write_text(Path(TINY).read_text() + imported + raising)
+    return [str(source), "--workdir", str(folder / "a")]
+
+
 def spawn(*arguments, devices=1, before=(), **variables):
     env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     env |= variables
@@ -206,6 +215,9 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     assert "unknown command" in said("tarin")
     assert "no run.json" in said("evaluate", "--workdir", str(tmp_path))
     assert "multiple of 8" in said(*command(tmp_path / "b", "--batch-size", "12"))
+    assert not (tmp_path / "b").exists()  # the same command with another batch size is no other run
+    assert "of no model" in said("train", *unbuilt(tmp_path), "--overwrite")
+    assert (tmp_path / "a" / "metrics.jsonl").exists()
     assert main(command(tmp_path / "a", "--seed", "1", "--overwrite", steps=5)) == 0
 
     source = tmp_path / "other.py"
