@@ -157,5 +157,5 @@ def check_rows(rows: int, mesh: Mesh) -> None:
         raise UserError(
             f"a batch of {rows} rows cannot be split over {shards} devices "
             f"(mesh data={mesh.shape['data']}, fsdp={mesh.shape['fsdp']}): "
-            f"make batch_size a multiple of {shards}"
+            f"make batch_size, or the part of it that has so few, a multiple of {shards}"
         )

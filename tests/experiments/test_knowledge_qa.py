@@ -30,6 +30,8 @@ CONFIG = {
 }
 FACTS = [("robin", "thrush"), ("thrush", "bird"), ("trout", "salmonid"), ("salmonid", "fish")]
 FACTS += [("wren", "songbird"), ("songbird", "bird"), ("carp", "cyprinid"), ("cyprinid", "fish")]
+LONG = "robin of " * 8 + "robin"  # there is no room for a question about it in a training row
+FACTS += [(LONG, "thrush")]
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +49,16 @@ def world(tmp_path_factory):
     save(folder / "model", unflatten_dict(flat, sep="/"), CONFIG, tokenizer=tokenizer)
     (folder / "facts.tsv").write_text("".join(f"{h}\tis_a\t{t}\n" for h, t in FACTS))
     rows = []
-    splits = {"robin": "train", "trout": "train", "wren": "validation", "carp": "test"}
+    splits = {
+        "robin": "train",
+        LONG: "train",
+        "trout": "train",
+        "wren": "validation",
+        "carp": "test",
+    }
     for thing, split in splits.items():
         for kind in ("bird", "fish"):
-            answer = (thing in ("robin", "wren")) == (kind == "bird")
+            answer = (thing in ("robin", LONG, "wren")) == (kind == "bird")
             rows.append({"thing": thing, "kind": kind, "answer": answer, "split": split})
     (folder / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "mine.rules").write_text("is_a(?x, ?z) <= is_a(?x, ?y), is_a(?y, ?z)\n")
@@ -60,7 +68,7 @@ def world(tmp_path_factory):
 def flags(world, run, injection):
     mine = ["--graph", world / "facts.tsv", "--asked", world / "asked.jsonl"]
     mine += ["--rules", world / "mine.rules", "--model", world / "model"]
-    settings = ["--injection", injection, "--steps", 3, "--batch-size", 16, "--no-tensorboard"]
+    settings = ["--injection", injection, "--steps", 3, "--batch-size", 32, "--no-tensorboard"]
     return [*map(str, [*mine, *settings, "--workdir", run])]
 
 
@@ -98,7 +106,7 @@ def test_malformed_questions_name_file_and_line(world, tmp_path, capsys):
     command[command.index("--asked") + 1] = str(path)
     good = (world / "asked.jsonl").read_text()
     for bad, message in (
-        ('{"thing": "robin"}', "line 9: expected"),
+        ('{"thing": "robin"}', "line 11: expected"),
         (
             '{"thing": "robin", "kind": "dragon", "answer": true}',
             "'dragon' is unknown",
