@@ -56,7 +56,8 @@ def fuse(decoder: Decoder, injection: str) -> nn.Module:
     """The decoder, under "decoder", as a model that reads what the `Writer` writes."""
     if injection == "cross":
         connectors = {"facts": Projection(decoder.width, layers=1, norm=True)}
-        return FusedLM(with_cross_attention(decoder, every=6), connectors, cross="facts")
+        decoder = with_cross_attention(decoder, every=min(6, len(decoder.blocks)))
+        return FusedLM(decoder, connectors, cross="facts")
     if injection == "kbert":
         return TreeLM(decoder)
     return EntityLM(decoder) if injection == "ernie" else FusedLM(decoder, {})

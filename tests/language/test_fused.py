@@ -59,7 +59,7 @@ def fused(request):
     base = {"decoder": tiny.random_params(DECODER)}
     params = init_around(model, jax.random.key(1), batch, base)
     if request.param == "cross":
-        gates = params["decoder"]["transformer"]["layer_0"]["media"]
+        gates = params["decoder"]["transformer"]["layer_1"]["media"]
         gates["attention_gate"], gates["mlp_gate"] = jnp.float32(0.8), jnp.float32(-0.6)
     return model, params, layout
 
