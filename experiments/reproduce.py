@@ -22,6 +22,7 @@ from typing import Annotated
 import numpy as np
 import tyro
 
+from experiments.knowledge_qa_table import VARIANTS
 from fusion_jax.errors import UserError
 from fusion_jax.evaluation.table import markdown
 
@@ -110,6 +111,13 @@ def of_link_prediction(workdir: Path, row: str, column: str) -> list[float]:
     return [run["found"]["MRR"] for run in runs if wanted.items() <= run["settings"].items()]
 
 
+def of_injections(workdir: Path, row: str, column: str) -> list[float]:
+    """Accuracy of an injection (column) with certain facts (row), or the loss on plain English."""
+    runs = [json.loads(line) for line in (workdir / "table.jsonl").read_text().splitlines()]
+    metric = f"{row.split(' English')[0]}/{VARIANTS[column]['injection']}"
+    return [run["found"][metric] for run in runs if run["variant"] == column]
+
+
 def of_pairs(workdir: Path, row: str, column: str) -> list[float]:
     """Mean accuracy over pairs of vendors by seed, the step chosen by `column`."""
     by = {"accuracy": "source", "by InfoMax": "infomax", "oracle": "oracle"}[column]
@@ -130,6 +138,7 @@ def trimodal(row: str, column: str) -> str:
 TRAIN = ("-m", "fusion_jax", "train")
 INTO = ("--workdir", "{workdir}", "--no-tensorboard")
 SUBSETS = ("audio", "image", "text", "audio+image+text")
+INJECTIONS = ("none", "chained", "knn")
 SCORERS = ("complex", "simple", "distmult", "rotate", "transe")
 
 
@@ -161,6 +170,14 @@ CLAIMS = {
         places=[("experiments/fusion_strategies.py", (*SUBSETS, "step GFLOPs"))],
         command=["experiments/fusion_strategies.py", "--seeds", "3", "--workdir", "{workdir}"],
         found=of_seeds(trimodal),
+    ),
+    "knowledge_qa": Claim(
+        places=[("experiments/knowledge_qa.py", INJECTIONS)],
+        command=[
+            *("-m", "experiments.knowledge_qa_table", "--seeds", "3", "--workdir", "{workdir}"),
+            *("--variants", *INJECTIONS),
+        ],
+        found=of_injections,
     ),
     "domain_shift_pairs": Claim(
         places=[
