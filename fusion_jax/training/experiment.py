@@ -116,7 +116,7 @@ def open_workdir(workdir: Path, source: Path, settings: Settings) -> Iterator[No
     """Within it the run that is trained has a workdir, a new one or its own (process 0).
 
     Open it once all settings are known to be right: --overwrite removes what is there. A run that
-    ends in a `UserError` before its first step leaves nothing behind.
+    ends in a `UserError` before its first step leaves no new workdir behind.
 
     Raises:
         UserError: as `check_workdir`.
@@ -128,7 +128,8 @@ def open_workdir(workdir: Path, source: Path, settings: Settings) -> Iterator[No
     if settings.overwrite:
         shutil.rmtree(workdir, ignore_errors=True)
     record = workdir / "run.json"
-    if not record.exists():
+    new = not record.exists()
+    if new:
         workdir.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, workdir / "experiment.py")
         content = {"experiment": source.stem, "settings": settings.identity()}
@@ -138,7 +139,7 @@ def open_workdir(workdir: Path, source: Path, settings: Settings) -> Iterator[No
     except UserError:
         metrics = workdir / "metrics.jsonl"
         stepped = metrics.exists() and metrics.stat().st_size
-        if not stepped and not any((workdir / "checkpoints").glob("[0-9]*")):
+        if new and not stepped and not any((workdir / "checkpoints").glob("[0-9]*")):
             shutil.rmtree(workdir)
         raise
 
