@@ -22,10 +22,10 @@ right; much of the word F1 is articles. Trained in 6 minutes on two cores shared
 import dataclasses
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from fusion_jax.data import questions
+from fusion_jax.data.domain_batches import own_share
 from fusion_jax.data.pictures import Pictures, open_pictures
 from fusion_jax.data.pipeline import Batches
 from fusion_jax.data.questions import Question, Thing
@@ -114,8 +114,7 @@ def stream(s: Settings, things: list[Thing], writing: Writing) -> Batches:
     captions = sorted({question.answer for question in asked})
     numbers = {caption: number for number, caption in enumerate(captions)}
     source = Asked(asked, writing, numbers, s.length, s.views, s.blind, s.seed)
-    hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    return Batches(source, s.batch_size, source.transforms, seed=s.seed, **hosts)
+    return Batches(source, s.batch_size, source.transforms, seed=s.seed, **own_share())
 
 
 def build(s: Settings) -> Experiment:

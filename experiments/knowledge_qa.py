@@ -64,6 +64,7 @@ import optax
 from fusion_jax.adaptation import lora
 from fusion_jax.adaptation.lora import LoRA
 from fusion_jax.data import prose
+from fusion_jax.data.domain_batches import own_share
 from fusion_jax.data.pipeline import Batches
 from fusion_jax.data.streams import Later, Streams
 from fusion_jax.errors import UserError
@@ -218,18 +219,17 @@ def assemble(s: Settings) -> tuple[Any, LoRA, Writer]:
 def stream(s: Settings, writer: Writer) -> Streams:
     """Training batches: questions, and perhaps plain English and chains of questions."""
     tasks = [task for task in writer.world.tasks["train"] if writer.fits(task)]
-    share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     transforms = writer.transforms(writer.length)
     streams: dict[str, Any] = {
         "asked": Batches(
-            Training(writer, tasks, s.seed), s.batch_size, transforms, seed=s.seed, **share
+            Training(writer, tasks, s.seed), s.batch_size, transforms, seed=s.seed, **own_share()
         )
     }
     if s.keep_weight:
         rows = prose.rows(prose.docstrings(), writer.chat.encode, 24, 2000)
         plain = [{"id": row, **writer.plain(ids)} for row, ids in enumerate(rows)]
         few = max(s.batch_size // 4, 1)
-        streams["plain"] = Batches(plain, few, writer.transforms(25), seed=s.seed, **share)
+        streams["plain"] = Batches(plain, few, writer.transforms(25), seed=s.seed, **own_share())
     if s.rule_weight:
         count = s.batch_size // 8 // jax.process_count()
         streams["chains"] = Chains.of(writer, tasks, count, s.seed)

@@ -26,9 +26,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
+from fusion_jax.data.domain_batches import own_share
 from fusion_jax.data.pictures import open_pictures
 from fusion_jax.data.pipeline import Batches
 from fusion_jax.data.questions import NO, YES, Question, Thing
@@ -134,8 +134,7 @@ def stream(s: Settings, seen: Seen, writing: Writing) -> Batches:
         drawn = rng.choice(names, len(cases), p=shares)
         asked += written(seen, cases, [found[name][i] for i, name in enumerate(drawn)])
     rows = Asked(asked, writing, {}, s.length, views=VIEWS, seed=s.seed)
-    hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    return Batches(rows, s.batch_size, rows.transforms, seed=s.seed, **hosts)
+    return Batches(rows, s.batch_size, rows.transforms, seed=s.seed, **own_share())
 
 
 def build(s: Settings) -> Experiment:

@@ -34,6 +34,7 @@ import numpy as np
 
 from fusion_jax.data import concepts, features, stamps
 from fusion_jax.data.audio import Waveforms
+from fusion_jax.data.domain_batches import own_share
 from fusion_jax.data.image import Augment, Pictures
 from fusion_jax.data.pipeline import Batches, Padded, Source, Subset, Transform
 from fusion_jax.data.records import read_table
@@ -247,8 +248,7 @@ def build(s: Settings) -> Experiment:
         )
 
     models = {fusion: model_of(fusion) for fusion in dict.fromkeys(s.fusions)}
-    share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    data = Batches(Subset(source, train_rows), s.batch_size, transforms, seed=s.seed, **share)
+    data = Batches(Subset(source, train_rows), s.batch_size, transforms, seed=s.seed, **own_share())
     tests = Batches(Subset(source, test_rows), s.batch_size, transforms, train=False)
 
     def init(key: jax.Array) -> Params:

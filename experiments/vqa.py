@@ -40,6 +40,7 @@ import jax
 import numpy as np
 
 from fusion_jax.data import questions
+from fusion_jax.data.domain_batches import own_share
 from fusion_jax.data.pictures import Pictures, open_pictures
 from fusion_jax.data.pipeline import Batches, Mixture
 from fusion_jax.data.questions import NO, YES, Question, Thing
@@ -144,9 +145,8 @@ def stream(s: Settings, things: Sequence[Thing], writing: Writing) -> Batches:
         if those := [question for question in asked if question.kind == kind]:
             parts.append(Asked(those, writing, numbers, s.length, s.views, s.blind, s.seed))
             shares.append(share)
-    hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     mixture = Mixture(parts, shares)
-    return Batches(mixture, s.batch_size, parts[0].transforms, seed=s.seed, **hosts)
+    return Batches(mixture, s.batch_size, parts[0].transforms, seed=s.seed, **own_share())
 
 
 # ------------------------------------------------------------------------------------- objective
