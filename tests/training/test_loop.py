@@ -40,8 +40,8 @@ def unbuilt(folder):
 
 
 def spawn(*arguments, devices=1, before=(), **variables):
-    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    env |= variables
+    flags = os.environ["XLA_FLAGS"].replace("count=8", f"count={devices}")
+    env = os.environ | {"XLA_FLAGS": flags} | variables
     line = [*before, sys.executable, "-m", "fusion_jax", *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(line, env=env, **pipes)
