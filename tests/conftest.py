@@ -4,6 +4,11 @@ import os
 import subprocess
 import sys
 
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+
 QUICK_TO_COMPILE = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     " --xla_cpu_use_fusion_emitters=false"
@@ -18,13 +23,9 @@ def compiles(flags: str) -> bool:
     return subprocess.run(script, env=env, capture_output=True).returncode == 0
 
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if "XLA_FLAGS" not in os.environ:  # else this is a worker, or someone's wish
+if "XLA_FLAGS" not in os.environ:  # a worker of xdist has them already
     quick = QUICK_TO_COMPILE if compiles(QUICK_TO_COMPILE) else ""
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {quick}"
-
-import jax
-import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
