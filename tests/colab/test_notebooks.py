@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ import soundfile
 from PIL import Image
 
 notebooks = pytest.importorskip("colab.__main__")
+
+README = notebooks.FOLDER.parent / "README.md"
 
 
 @pytest.fixture(scope="module")
@@ -41,3 +44,10 @@ def test_runs_from_top_to_bottom(source, table, tmp_path, monkeypatch):
 @pytest.mark.parametrize("source", notebooks.SOURCES, ids=lambda source: source.stem)
 def test_what_colab_opens_is_in_step_with_the_source(source):
     assert source.with_suffix(".ipynb").read_text() == notebooks.write(source)
+
+
+@pytest.mark.parametrize("source", notebooks.SOURCES, ids=lambda source: source.stem)
+def test_a_badge_opens_it_from_the_repository_that_it_installs(source):
+    owner = re.search(r'repository = "https://github.com/([^"]+)"', source.read_text())[1]
+    opened = f"/github/{owner}/blob/main/colab/{source.with_suffix('.ipynb').name}\n"
+    assert f"[{source.name[0]}]: https://colab.research.google.com{opened}" in README.read_text()
