@@ -68,7 +68,7 @@ def translate(
     Args:
         sources: a text, or a sound file, or one of each that say the same.
         workdir: what --workdir was when the model was trained.
-        to: code of the language that is wanted, such as en.
+        to: code of the language that is wanted, such as en: one that was trained on.
         source: code of the language that is given, if you know it.
         max_tokens: at most so many tokens.
     """
@@ -93,7 +93,21 @@ def pieces(
     files: list[Path],
     max_tokens: int,
 ) -> Iterator[str]:
-    """The translation as it is written, of at most one text and one file."""
+    """The translation as it is written, of at most one text and one file.
+
+    Raises:
+        UserError: no model that translates, or a language that it was not trained on.
+    """
+    languages = getattr(assistant, "languages", ())
+    if not languages:
+        raise UserError(
+            "this is not a translation run: train experiments/translation.py, and give its "
+            "--workdir, or use `ask`"
+        )
+    for flag, code in (("--to", to), ("--from", source)):
+        if code is not None and code not in languages:
+            known = ", ".join(f"{each} ({NAMES.get(each, each)})" for each in languages)
+            raise UserError(f"{flag} {code}: this model translates between {known}")
     asked = instruction(to, source, texts[0].strip() if texts else None, bool(files))
     return assistant.answer(asked, {"audio": files}, max_tokens=max_tokens)
 

@@ -15,7 +15,7 @@ import soundfile
 from fusion_jax.data import concepts, stamps
 from fusion_jax.errors import UserError
 from fusion_jax.language.ask import Assistant
-from fusion_jax.language.translate import instruction, translate
+from fusion_jax.language.translate import instruction, pieces, translate
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
@@ -163,6 +163,25 @@ def test_instructions_and_what_is_no_source():
         translate(("a", "b"), Path("nowhere"), "en")
     with pytest.raises(UserError, match="0 texts and 2 files"):
         translate(("a.ogg", "b.wav"), Path("nowhere"), "en")
+
+
+def test_a_language_that_was_not_trained_on_is_refused(monkeypatch):
+    monkeypatch.setattr(Assistant, "answer", lambda self, asked, media, max_tokens: iter([asked]))
+    model = Assistant(None, {}, None, languages=("en", "fr"))
+    assert list(pieces(model, "en", "fr", ["un chat"], [], 4)) == [
+        "From French to English: un chat"
+    ]
+    assert list(pieces(model, "en", None, [], [Path("a.ogg")], 4)) == ["To English: <audio>"]
+    for to, source, told in (
+        ("english", None, r"--to english: .* between en \(English\), fr \(French\)"),
+        ("en", "fra", "--from fra: "),
+        ("fr", "de", "--from de: "),
+    ):
+        with pytest.raises(UserError, match=told):
+            pieces(model, to, source, ["un chat"], [], 4)
+    for other in (dataclasses.replace(model, languages=()), SimpleNamespace()):
+        with pytest.raises(UserError, match="not a translation run"):
+            pieces(other, "en", None, ["un chat"], [], 4)
 
 
 def test_what_is_a_file_or_ends_as_one_is_not_translated_as_words(tmp_path):
