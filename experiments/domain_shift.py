@@ -222,7 +222,7 @@ def prepare(s: Settings) -> Prepared:
         made.train(domain, s.batch_size // len(sources), s.seed + place)
         for place, domain in enumerate(sources)
     ]
-    source = Balanced(each, mesh.shape["data"] * mesh.shape["fsdp"])
+    source = Balanced(each, mesh.shape["data"] * mesh.shape["fsdp"], s.accumulation)
     check_batch(source[0], len(sources))
     sees_target = not s.unseen or CEILING in methods_of(s)
     data = Adaptation(

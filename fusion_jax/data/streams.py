@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from einops import rearrange
 
 from fusion_jax.errors import UserError
 
@@ -60,20 +61,23 @@ class Later:
 
 
 class Balanced:
-    """One batch of several domains' batches: row r is of domain r % domains.
+    """One batch of several domains' batches: row r is of domain r // accumulation % domains.
 
-    So there are equally many rows of each, on every device's contiguous share as well. Batches gain
-    "domain", int32 [b]; "id" is made unique over domains: id * domains + domain.
+    So there are equally many rows of each in every device's contiguous share and in every
+    micro-batch, which `make_step` makes of each accumulation-th row: losses that compare domains
+    find all of them. Batches gain "domain", int32 [b]; "id" is made unique over domains:
+    id * domains + domain.
 
     Args:
       streams: `Batches` or `ArrayBatches` of one size, one for each domain.
       shares: into how many the mesh's data and fsdp axes cut the batch.
+      accumulation: into how many micro-batches the step cuts each share.
 
     Raises:
-      UserError: no domain, or shares that cannot be even.
+      UserError: no domain, or shares or micro-batches that cannot be even.
     """
 
-    def __init__(self, streams: Sequence[Any], shares: int = 1):
+    def __init__(self, streams: Sequence[Any], shares: int = 1, accumulation: int = 1):
         if not streams:
             raise UserError("there is no domain to draw from; expected at least one")
         self.domains = len(streams)
@@ -81,11 +85,12 @@ class Balanced:
         sizes = {stream.batch_size for stream in streams}
         if len(sizes) > 1:
             raise UserError(f"the domains' batches have different sizes {sorted(sizes)}")
-        self.batch_size = sizes.pop() * self.domains
-        if self.batch_size % (self.domains * shares):
+        self.batch_size, self.accumulation = sizes.pop() * self.domains, accumulation
+        least = self.domains * shares * accumulation
+        if self.batch_size % least:
             raise UserError(
                 f"batch size {self.batch_size} cannot hold {self.domains} domains in even parts on "
-                f"{shares} shares: give a multiple of {self.domains * shares}"
+                f"{shares} shares in {accumulation} micro-batches: give a multiple of {least}"
             )
 
     def __len__(self) -> int:
@@ -98,7 +103,7 @@ class Balanced:
             part["id"] = part["id"] * self.domains + index
 
         def interleave(*leaves: np.ndarray) -> np.ndarray:
-            return np.stack(leaves, axis=1).reshape(-1, *leaves[0].shape[1:])
+            return rearrange(list(leaves), "d (g a) ... -> (g d a) ...", a=self.accumulation)
 
         return jax.tree.map(interleave, *parts)
 

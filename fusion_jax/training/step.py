@@ -41,7 +41,8 @@ def make_step(
         objective: (params, batch, rng) -> (loss, metrics). It gets all params, and batch["step"].
         optimizer: any optax transform; clipping, schedules and EMA are part of it.
         accumulation: the batch is cut into so many micro-batches whose gradients are averaged.
-            The same as the whole batch for any objective that is a mean over rows.
+            The same as the whole batch for any objective that is a mean over rows. An objective
+            that compares domains needs all of them in each: `data.streams.Balanced` sees to it.
         axis_name: the mapped axis to average over, when compiled by pmap.
     """
 
@@ -61,6 +62,7 @@ def make_step(
         if accumulation == 1:
             grads, metrics = grads_of(state.params, frozen, batch | {"step": state.step}, rng)
         else:
+            check_micro(batch, accumulation)
             # Rows are dealt out in turn, so that each device keeps the rows it has.
             micro = jax.tree.map(
                 lambda leaf: rearrange(leaf, "(b a) ... -> a b ...", a=accumulation), batch
@@ -93,6 +95,16 @@ def make_step(
         return State(state.step + 1, state.seed, params, opt_state), metrics
 
     return step
+
+
+def check_micro(batch: dict, accumulation: int) -> None:
+    """Raises UserError unless micro-batches can share the rows of a batch."""
+    odd = sorted({len(leaf) for leaf in jax.tree.leaves(batch) if len(leaf) % accumulation})
+    if odd:
+        raise UserError(
+            f"a batch, or a part of it, of {odd[0]} rows cannot be cut into {accumulation} "
+            f"micro-batches: give an --accumulation that divides it"
+        )
 
 
 def compile_step(

@@ -5,7 +5,9 @@ import threading
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from PIL import Image
 
@@ -14,6 +16,7 @@ from fusion_jax.data.arrays import ArrayBatches
 from fusion_jax.data.pipeline import Batches, Number
 from fusion_jax.data.streams import Adaptation, Balanced, Later, Streams, check_batch
 from fusion_jax.errors import UserError
+from fusion_jax.training.step import State, make_step
 
 
 def things(count, value):
@@ -23,12 +26,12 @@ def things(count, value):
 VALUE = {"value": Number("value", np.float32)}
 
 
-def balanced(sizes, rows, shares=1, **kwargs):
+def balanced(sizes, rows, shares=1, accumulation=1, **kwargs):
     streams = [
         Batches(things(size, domain), rows, VALUE, seed=domain, **kwargs)
         for domain, size in enumerate(sizes)
     ]
-    return Balanced(streams, shares)
+    return Balanced(streams, shares, accumulation)
 
 
 def test_even_shares_of_every_domain_on_every_device():
@@ -42,9 +45,30 @@ def test_even_shares_of_every_domain_on_every_device():
     jax.tree.map(np.testing.assert_array_equal, batch, balanced([5, 9, 2], 4, shares=2)[7])
 
 
-def test_processes_read_their_rows_of_the_same_batch():
-    whole = balanced([5, 9], 4)[4]
-    parts = [balanced([5, 9], 4, process_index=i, process_count=2)[4] for i in (0, 1)]
+def test_every_micro_batch_holds_every_domain_evenly():
+    def count(params, batch, rng):
+        members = jnp.stack([batch["domain"] == domain for domain in (0, 1)])
+        return params["w"] * 1.0, {"fewest": members.sum(axis=1).min().astype(jnp.float32)}
+
+    data = balanced([5, 9], 16, shares=2, accumulation=4)
+    step = jax.jit(make_step(count, optax.sgd(0.0), accumulation=4))
+    params = {"w": jnp.ones(())}
+    state = State(jnp.int32(0), jnp.int32(0), params, optax.sgd(0.0).init(params))
+    assert step(state, {}, data[3])[1]["fewest"] == 4  # the mean over four of the 8 rows each
+    for share in np.split(data[3]["domain"], 2):
+        assert np.bincount(share).tolist() == [8, 8]
+    alone = balanced([5, 9], 16)[3]  # the same rows in another order
+    np.testing.assert_array_equal(np.sort(data[3]["id"]), np.sort(alone["id"]))
+    with pytest.raises(UserError, match="rows cannot be cut into 3 micro-batches"):
+        make_step(count, optax.sgd(0.0), accumulation=3)(state, {}, data[3])
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_processes_read_their_rows_of_the_same_batch(accumulation):
+    whole = balanced([5, 9], 4, 2, accumulation)[4]
+    parts = [
+        balanced([5, 9], 4, 2, accumulation, process_index=i, process_count=2)[4] for i in (0, 1)
+    ]
     np.testing.assert_array_equal(np.concatenate([part["id"] for part in parts]), whole["id"])
 
 
@@ -74,6 +98,8 @@ def test_what_does_not_fit_is_told():
         Balanced([])
     with pytest.raises(UserError, match="multiple of 6"):
         balanced([2, 2, 2], 3, shares=2)
+    with pytest.raises(UserError, match="in 4 micro-batches: give a multiple of 8"):
+        balanced([2, 2], 2, accumulation=4)
     with pytest.raises(UserError, match=r"different sizes \[2, 4\]"):
         Balanced([Batches(things(2, 0), rows, VALUE) for rows in (2, 4)])
     batch = {"domain": np.array([0, 1, 3]), "label": np.array([1, 1, 0])}

@@ -96,11 +96,12 @@ def test_a_network_from_scratch_on_a_domain_never_seen(drawn, tmp_path, capsys):
         backbone="scratch",
         side=8,
         width=4,
-        batch_size=16,
+        batch_size=32,
+        accumulation=2,
     )
     experiment = build(settings)
-    batch = experiment.data[0]
-    assert "target" not in batch and batch["source"]["domain"].tolist() == [0, 1] * 8
+    batch = experiment.data[0]  # each second row is a micro-batch
+    assert "target" not in batch and batch["source"]["domain"].tolist() == [0, 0, 1, 1] * 8
     params = jax.eval_shape(experiment.init, jax.random.key(0))
     loss, _ = jax.eval_shape(experiment.objective, params, batch, jax.random.key(1))
     assert loss.shape == () and params["group-dro"]["group_dro"].shape == (2,)
