@@ -2,9 +2,13 @@
 
     objective = rounded_matmuls(objective, "int8")          # `train --matmuls int8` does this
 
-Params, optimizer and all other arithmetic stay as they are; evaluation is not rounded. It pays on
-hardware whose matrix units are faster in 8 bits: int8 on TPU v5e and later and NVIDIA from Turing,
-fp8 on NVIDIA from Ada and Hopper and TPU v7. On other devices XLA computes the same numbers slowly.
+Params, optimizer and all other arithmetic stay as they are; evaluation is not rounded. Under LoRA
+the frozen kernel's product is rounded and the two thin ones are not; compressed kernels, which have
+a product of their own, and the stacked kernels of a mixture of experts are left in full.
+
+It pays on hardware whose matrix units are faster in 8 bits: int8 on TPU v5e and later and NVIDIA
+from Turing, fp8 on NVIDIA from Ada and Hopper and TPU v7. On other devices XLA computes the same
+numbers slowly.
 
 int8: forward and towards the inputs; a kernel's gradient, a sum over all tokens, stays in full
 precision (SwitchBack, arXiv 2304.13013). fp8: e4m3 forward, e5m2 gradients (arXiv 2209.05433).
@@ -41,10 +45,10 @@ def rounded_matmuls(
     def dense(call: Callable[..., Any], args: tuple, kwargs: dict, context: Any) -> Any:
         module = context.module
         named = isinstance(module, nn.Dense) and context.method_name == "__call__"
-        if not named or not LAYERS.search("/".join(module.path)):
+        if not named or not layers.search("/".join(module.path)):
             return call(*args, **kwargs)
         kernel = module.get_variable("params", "kernel")
-        if is_compressed(kernel) or module.has_variable("params", "lora_a"):
+        if is_compressed(kernel):
             return call(*args, **kwargs)
         dtype = module.dtype or args[0].dtype
         inputs = args[0].astype(dtype)
@@ -58,8 +62,15 @@ def rounded_matmuls(
             )
         return out
 
-    def rounded(params: Any, batch: Any, rng: jax.Array) -> Any:
+    def innermost(call: Callable[..., Any], args: tuple, kwargs: dict, context: Any) -> Any:
+        """Interceptors are called from the first to the last: `dense` must come after LoRA's."""
+        if isinstance(context.module.parent, nn.Module):
+            return call(*args, **kwargs)
         with nn.intercept_methods(dense):
+            return call(*args, **kwargs)
+
+    def rounded(params: Any, batch: Any, rng: jax.Array) -> Any:
+        with nn.intercept_methods(innermost):
             return objective(params, batch, rng)
 
     return rounded

@@ -1,5 +1,6 @@
 """Products in 8 bits are near the full ones, in the layers that are meant, and train as well."""
 
+import re
 from functools import partial
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from fusion_jax.adaptation import lora
 from fusion_jax.attention import self_mask
 from fusion_jax.training.matmuls import product, rounded_matmuls
 from fusion_jax.transformer import Transformer, plain_block
@@ -62,3 +64,22 @@ def test_layers_that_are_meant_train_as_in_full_precision():
     assert rounded_matmuls(objective, "full") is objective
     text = jax.jit(rounded_matmuls(objective, "int8")).lower(params, {}, None).as_text()
     assert text.count("tensor<24x16xi8>") > 0  # tokens and width, in int8
+
+
+def test_layers_are_chosen_and_those_with_adapters_are_rounded_too():
+    params = MODEL.init(jax.random.key(2), TOKENS, MASK)["params"]
+    adapted = lora.LoRA(MODEL)
+    both = {"base": params, "lora": lora.init(jax.random.key(3), params, {"attention|mlp": 2})}
+
+    def products(model, params, **layers):
+        """Of 8 bits, forward."""
+
+        def objective(params, batch, rng):
+            return model.apply({"params": params}, TOKENS, MASK)[0].sum(), {}
+
+        text = str(jax.make_jaxpr(rounded_matmuls(objective, "int8", **layers))(params, {}, None))
+        return text.count("preferred_element_type=int32")
+
+    assert products(MODEL, params) == products(adapted, both) == 6
+    for model, own in ((MODEL, params), (adapted, both)):
+        assert products(model, own, layers=re.compile("mlp/down")) == 1
