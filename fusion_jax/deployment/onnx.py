@@ -33,7 +33,10 @@ def write(target: Path, model: Any) -> float:
         import onnx
         import onnxruntime
     except ImportError as error:
-        raise UserError(f"ONNX needs jax2onnx, onnx and onnxruntime: {error}") from error
+        raise UserError(
+            f"{error}: pip install 'fusion_jax[onnx]', then pip install --no-deps jax2onnx "
+            "(which asks for an orbax-checkpoint older than ours, and does not need it here)"
+        ) from error
     if not isinstance(model, Predictor):
         raise UserError("ONNX holds predictors; export a language model as stablehlo or gguf")
     names, specs = [], []
