@@ -169,7 +169,8 @@ def methods_of(s: Settings) -> list[str]:
             f"{wrong} adapt to the target's pictures, which --unseen hides: give one of "
             f"{GENERALISING + ADVERSARIAL}, or leave --unseen out"
         )
-    single = [name for name in s.method if name in GENERALISING and len(s.source) < 2]
+    several = GENERALISING + (ADVERSARIAL if s.unseen else ())
+    single = [name for name in s.method if name in several and len(s.source) < 2]
     if single:
         raise UserError(f"{single} learn from the differences of several domains: --source A B ...")
     if s.target in s.source:

@@ -155,6 +155,7 @@ def test_what_does_not_fit_is_told(drawn, tmp_path, capsys):
 
     pencil = str(drawn / "pencil")
     assert "learn from the differences of several" in told("--source", pencil, "--method", "irm")
+    assert "['cdan'] learn from the differences" in told("--source", pencil, "--unseen")
     assert "both a source and the target" in told("--source", str(drawn / "chalk"))
     assert "has no train examples" in told("--source", pencil, "--most", "0")
     assert "classes [0] alone" in told("--source", pencil, "--batch-size", "8", "--most", "3")
