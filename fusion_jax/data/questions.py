@@ -7,6 +7,8 @@ asked = questions.make([things[row] for row in rows["train"]], np.random.default
 Four kinds: "category" (What kind of thing is this?), "caption" (What is this?), and the yes-or-no
 questions "is category" and "is caption". Each thing asked in a yes-or-no question is asked as often
 of a picture where the answer is yes as of one where it is no: the question alone tells nothing.
+
+Where people asked questions of their own (see visual_questions.py), those are taken instead.
 """
 
 import dataclasses
@@ -22,6 +24,8 @@ from fusion_jax.data.languages import choose
 from fusion_jax.errors import UserError
 
 KINDS = ("category", "caption", "is category", "is caption")
+ASKED = "asked"
+"""The kind of what people asked."""
 YES, NO = "Yes", "No"
 _CLAUSE_END = re.compile(r"[.!?;:(—]|  ")
 # What follows one of these words describes the thing that stands before it.
@@ -31,28 +35,38 @@ _AFTER_NOUN = frozenset(
 
 
 @dataclasses.dataclass(frozen=True)
-class Thing:
-    """What is known of one row of a source: its caption, its category and its concept, if any."""
-
-    row: int
-    caption: str | None
-    category: str | None
-    concept: str | None
-
-    @property
-    def noun(self) -> str:
-        """The head noun of the caption, "" without one."""
-        return head_noun(self.caption or "")
-
-
-@dataclasses.dataclass(frozen=True)
 class Question:
-    """A question about the picture of one row, of one of the KINDS."""
+    """A question about the picture of one row, of one of the KINDS, or ASKED.
+
+    Attributes:
+        answers: of all who were asked, where `answer` is the commonest of several.
+    """
 
     row: int
     kind: str
     text: str
     answer: str
+    answers: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Thing:
+    """What is known of one row of a source: its caption, its category and its concept, if any.
+
+    Attributes:
+        asked: questions that people asked about it.
+    """
+
+    row: int
+    caption: str | None
+    category: str | None
+    concept: str | None
+    asked: tuple[Question, ...] = ()
+
+    @property
+    def noun(self) -> str:
+        """The head noun of the caption, "" without one."""
+        return head_noun(self.caption or "")
 
 
 def read_things(source: Any, language: str = "en") -> list[Thing]:
@@ -105,8 +119,12 @@ def splits(things: Sequence[Thing], seed: int) -> dict[str, list[int]]:
 
 
 def make(things: Sequence[Thing], rng: np.random.Generator) -> list[Question]:
-    """Every kind of question about each of these, where it has what is asked about."""
-    asked = []
+    """Every kind of question about each of these, where it has what is asked about.
+
+    Or only what people asked, if they did.
+    """
+    if asked := [question for thing in things for question in thing.asked]:
+        return asked
     with_category = [thing for thing in things if thing.category]
     with_caption = [thing for thing in things if thing.caption]
     for thing in with_category:

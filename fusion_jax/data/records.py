@@ -141,16 +141,7 @@ def read_table(
       UserError: with the row's line number and what is wrong there.
     """
     path = Path(path).expanduser()
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; expected a .jsonl or .csv table")
-    readers = {".jsonl": read_jsonl, ".csv": _read_csv}
-    if path.suffix not in readers:
-        raise UserError(f"{path}: expected a name that ends in .jsonl or .csv")
-    try:
-        lines = readers[path.suffix](path)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error})") from error
-
+    lines = read_lines(path)
     names = {field: (columns or {}).get(field, field) for field in FIELDS}
     present = {key for _, fields in lines for key in fields}
     if not present & set(names.values()):
@@ -187,6 +178,23 @@ def read_table(
     if not rows:
         raise UserError(f"{path}: holds no usable row; expected at least one example")
     return Table(path, rows, allowed, tuple(wrong[i] for i in sorted(wrong)))
+
+
+def read_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """(number in the file, all its fields) of each row of a .jsonl or .csv file.
+
+    Raises:
+      UserError: no such file, of neither kind, or malformed.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; expected a .jsonl or .csv table")
+    readers = {".jsonl": read_jsonl, ".csv": _read_csv}
+    if path.suffix not in readers:
+        raise UserError(f"{path}: expected a name that ends in .jsonl or .csv")
+    try:
+        return readers[path.suffix](path)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error})") from error
 
 
 def read_jsonl(path: Path) -> list[tuple[int, dict[str, Any]]]:

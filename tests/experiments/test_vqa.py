@@ -1,6 +1,9 @@
 """Question answering and captioning from their commands, on tiny checkpoints and a small table."""
 
+import importlib.util
 import json
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -9,6 +12,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from fusion_jax.__main__ import main
+from fusion_jax.data.questions import ASKED, Question, Thing
 from fusion_jax.pretrained.load import family_of
 from fusion_jax.pretrained.save import save
 
@@ -35,7 +39,7 @@ TOWER = {
 
 
 @pytest.fixture(scope="module")
-def flags(tmp_path_factory):
+def made(tmp_path_factory):
     """Eighty things of two kinds in a table, a tiny language model and a tiny tower."""
     folder, rng = tmp_path_factory.mktemp("vqa"), np.random.default_rng(0)
     rows = []
@@ -60,9 +64,14 @@ def flags(tmp_path_factory):
         module = family.build(config)
         params = jax.jit(module.init)(jax.random.key(0), *family.inputs(config))["params"]
         save(folder / name, params, config, tokenizer=tokenizer if name == "lm" else None)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def flags(made):
     return [
-        *("--table", str(folder / "mine.jsonl"), "--tower", str(folder / "tower")),
-        *("--language-model", str(folder / "lm"), "--lora", "attention/query"),
+        *("--table", str(made / "mine.jsonl"), "--tower", str(made / "tower")),
+        *("--language-model", str(made / "lm"), "--lora", "attention/query"),
         *("--steps", "2", "--batch-size", "8", "--views", "2", "--no-tensorboard"),
     ]
 
@@ -105,3 +114,53 @@ def test_trains_reports_and_answers(flags, experiment, expected, tmp_path, monke
         workdir = str(tmp_path / flag)
         assert main(["train", source, *flags, flag, value, "--workdir", workdir]) == 2
         assert told in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_own_questions_are_trained_on_and_scored(made, flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FUSION_JAX_HOME", str(tmp_path / "home"))
+    rows = [
+        {"image": f"{n}.png", "question": text, "answer": [("night", "day")[n % 2]] * 10}
+        for n in range(80)
+        for text in ("Is this a day?", "What kind of thing?")
+    ]
+    path = made / "asked.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = tmp_path / "run"
+    own = [str(path) if flag.endswith("mine.jsonl") else flag for flag in flags]
+    assert main(["train", "experiments/vqa.py", *own, "--workdir", str(run)]) == 0
+    assert "asked.jsonl, 40 questions about 20 pictures" in capsys.readouterr().out
+    numbers = json.loads((run / "report" / "metrics.json").read_text())
+    seen = ("picture", "question alone", "shuffled picture")
+    assert set(numbers) == {
+        f"{s}/{each}" for s in ("exact match", "VQAv2 accuracy") for each in seen
+    }
+
+
+def test_own_questions_are_scored_by_what_is_written_of_their_picture():
+    spec = importlib.util.spec_from_file_location(
+        "vqa_under_test", Path(__file__).parents[2] / "experiments/vqa.py"
+    )
+    vqa = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = vqa
+    spec.loader.exec_module(vqa)
+
+    class Knowing:
+        """It sees the number of a picture, in words; without one it says nothing."""
+
+        def write(self, texts, rows, most):
+            return ["" if row is None else f"The {row}" for row in rows]
+
+    def asked(row, people):
+        question = Question(row, ASKED, "Which?", people[0], tuple(people))
+        return Thing(row, None, None, None, (question,))
+
+    things = [asked(row, [str(row)] * 10) for row in range(8)]
+    things += [asked(row, ["x"] * 8 + [str(row)] * 2) for row in (8, 9)]
+    found = vqa.measure_asked(Knowing(), things, 100, seed=0)
+    assert found["exact match"]["picture"] == pytest.approx(0.8)
+    assert found["VQAv2 accuracy"]["picture"] == pytest.approx((8 + 2 * 0.6) / 10)
+    for score in found.values():
+        assert score["question alone"] == 0 and score["shuffled picture"] < score["picture"]
+    few = vqa.measure_asked(Knowing(), [asked(0, ["0"] * 3)], 100, seed=0)
+    assert set(few) == {"exact match"}
+    assert vqa.measure_asked(Knowing(), [Thing(0, "A cat", None, None)], 100, seed=0) == {}
