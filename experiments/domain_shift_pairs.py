@@ -30,6 +30,7 @@ from experiments.domain_shift import (
     CEILING,
     FLOOR,
     GENERALISING,
+    KNOWING,
     Prepared,
     Settings,
 )
@@ -47,7 +48,7 @@ History = list[dict[str, float]]
 @dataclasses.dataclass(frozen=True)
 class Arguments:
     what: tyro.conf.Positional[Literal["methods", "pairs", "leave-one-out"]]
-    method: tuple[Literal[ADAPTING + GENERALISING], ...] = ()
+    method: tuple[Literal[ADAPTING + KNOWING + GENERALISING], ...] = ()
     """Beside the floor and the ceiling; by default all that fit, or what `methods` found best."""
     best: int = 4
     """How many of what `methods` found."""

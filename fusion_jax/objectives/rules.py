@@ -7,6 +7,9 @@ Rules among these atoms are arrays (`Rules`), written by hand or taken from a ch
     transitive = Rules.of([((0, 1), 2)])            # atoms 0 and 1 together imply atom 2
     loss = rule_loss(transitive, log_odds=lambda outputs, batch: outputs.logits)
 
+Where a classifier has two heads, classes and their kinds, "a class implies its kind" is a rule
+between what both say of unlabelled rows (`kinds_implied`).
+
 No labels are needed. `rule_loss` is fuzzy (a t-norm), `semantic_loss` and
 `posterior_regularization` sum over all worlds and are exact for up to some twelve atoms.
 """
@@ -15,6 +18,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +27,9 @@ from flax import struct
 from fusion_jax.errors import UserError
 from fusion_jax.knowledge.chaining import Closure
 from fusion_jax.objectives.combine import Batch, Loss, Metrics
+from fusion_jax.objectives.domains import DomainOutputs, fused
+from fusion_jax.objectives.rows import row_mean
+from fusion_jax.objectives.supervised import label_nll
 
 LogOdds = Callable[[Any, Batch], jax.Array]
 MOST_ATOMS = 16
@@ -109,6 +116,55 @@ def rule_loss(
         return losses.mean(), {"rules_broken": broken.mean()}
 
     return rule_loss
+
+
+def class_log_odds(logits: jax.Array) -> jax.Array:
+    """log p - log(1 - p) of each class, with p = softmax(logits): [..., classes], float32."""
+    log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
+    return log_p - _log1mexp(log_p)
+
+
+def kinds_implied(
+    head: nn.Module, kinds: Sequence[int], stream: str = "target", name: str = "kinds"
+) -> Loss:
+    """ "A class implies its kind", between two heads on a domain's unlabelled rows.
+
+    A loss on DomainOutputs: `rule_loss` of the model's classes and of the kinds that a second head
+    names, which learns them elsewhere by `kinds_cross_entropy`. Both heads and the features give
+    way.
+
+    Args:
+        head: features [b, d] -> logits of the kinds [b, kinds], with params in params[name].
+        kinds: of each class.
+    """
+    rules = Rules.of([((cls,), len(kinds) + kind) for cls, kind in enumerate(kinds)])
+
+    def kinds_implied(outputs: DomainOutputs, batch: Batch) -> tuple[jax.Array, Metrics]:
+        said = outputs.of[stream]
+        named = head.apply({"params": outputs.params[name]}, fused(said))
+        odds = jnp.concatenate([class_log_odds(said.logits), class_log_odds(named)], axis=1)
+        return rule_loss(rules, lambda odds, batch: odds)(odds, batch)
+
+    return kinds_implied
+
+
+def kinds_cross_entropy(
+    head: nn.Module,
+    kinds: Sequence[int],
+    stream: str = "source",
+    label: str = "label",
+    name: str = "kinds",
+) -> Loss:
+    """Cross-entropy of the kind of each labelled row's class; see `kinds_implied`."""
+    of_class = np.asarray(kinds, np.int32)
+
+    def kinds_cross_entropy(outputs: DomainOutputs, batch: Batch) -> tuple[jax.Array, Metrics]:
+        labels = batch[stream][label]
+        wanted = jnp.where(labels >= 0, jnp.asarray(of_class)[labels.clip(0)], -1)
+        logits = head.apply({"params": outputs.params[name]}, fused(outputs.of[stream]))
+        return row_mean(label_nll(logits, wanted), wanted >= 0), {}
+
+    return kinds_cross_entropy
 
 
 def worlds(atoms: int) -> np.ndarray:

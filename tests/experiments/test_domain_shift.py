@@ -16,6 +16,7 @@ from experiments.domain_shift import (
     CEILING,
     FLOOR,
     GENERALISING,
+    KNOWING,
     Settings,
     build,
     extra_params,
@@ -122,10 +123,11 @@ def test_every_method_has_a_gradient_and_the_params_it_reads():
     batch |= {"supervised": batch["target"], "step": jnp.int32(2)}
     model, _ = model_of(Settings(width=4), 2)
     base = model.init(jax.random.key(0), batch["source"])["params"]
-    for method in (FLOOR, CEILING, *ADAPTING, *GENERALISING):
+    classes = ("light: day", "dark: night")
+    for method in (FLOOR, CEILING, *ADAPTING, *KNOWING, *GENERALISING):
         s = Settings(source=("a", "b"), method=(), width=4, steps=3)
-        params = base | extra_params(s, method, base, 2, jax.random.key(1))
-        objective = jax.grad(objective_of(s, method, model, 2), has_aux=True)
+        params = base | extra_params(s, method, base, classes, jax.random.key(1))
+        objective = jax.grad(objective_of(s, method, model, classes), has_aux=True)
         grads, metrics = jax.eval_shape(objective, params, batch, jax.random.key(2))
         assert jax.tree.map(jnp.shape, grads) == jax.tree.map(jnp.shape, params), method
         assert all(leaf.shape == () for leaf in jax.tree.leaves(metrics)), method
@@ -157,6 +159,7 @@ def test_what_does_not_fit_is_told(drawn, tmp_path, capsys):
     assert "learn from the differences of several" in told("--source", pencil, "--method", "irm")
     assert "['cdan'] learn from the differences" in told("--source", pencil, "--unseen")
     assert "both a source and the target" in told("--source", str(drawn / "chalk"))
+    assert "'night'] ... tell no categories" in told("--source", pencil, "--method", "rules")
     assert "has no train examples" in told("--source", pencil, "--most", "0")
     assert "classes [0] alone" in told("--source", pencil, "--batch-size", "8", "--most", "3")
     (drawn / "pencil" / "dusk").mkdir()

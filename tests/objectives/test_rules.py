@@ -1,6 +1,8 @@
 import itertools
+from functools import partial
 from types import SimpleNamespace
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +13,11 @@ from jax.test_util import check_grads
 from fusion_jax.errors import UserError
 from fusion_jax.knowledge import graph, rules
 from fusion_jax.knowledge.chaining import chain
+from fusion_jax.objectives.domains import DomainOutputs
 from fusion_jax.objectives.rules import (
     Rules,
+    kinds_cross_entropy,
+    kinds_implied,
     posterior_regularization,
     rule_loss,
     semantic_loss,
@@ -139,3 +144,37 @@ def test_what_cannot_be_computed_is_told():
         value(semantic_loss(RULES), np.zeros(40))
     with pytest.raises(UserError, match="contradict each other"):
         value(semantic_loss(Rules.of([((0,), None), ((1,), 0), ((), 1)])), np.zeros(2))
+
+
+def softmax(logits):
+    return np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+
+
+def test_a_class_implies_its_kind_between_two_heads():
+    """On the target's rows, without labels; the kinds are learned from the source's alone."""
+    rng, kinds, head = np.random.default_rng(1), [0, 1, 0], nn.Dense(2)
+    features = {name: rng.normal(size=(6, 4)) for name in ("source", "target")}
+    logits = {name: 2 * rng.normal(size=(6, 3)) for name in features}
+    kernel, bias = rng.normal(size=(4, 2)), rng.normal(size=2)
+    batch = {"source": {"label": jnp.array([0, 1, 2, 2, 1, -1], jnp.int32)}}
+
+    def of(loss, kernel, logits):
+        params = {"kinds": {"kernel": kernel, "bias": jnp.asarray(bias, jnp.float32)}}
+        said = {
+            name: SimpleNamespace(fused=jnp.asarray(features[name], jnp.float32), logits=each)
+            for name, each in logits.items()
+        }
+        return loss(DomainOutputs(said, params, None), batch)[0]
+
+    narrow = jnp.asarray(kernel, jnp.float32), jax.tree.map(jnp.float32, logits)
+    named = {name: softmax(features[name] @ kernel + bias) for name in features}
+    true = softmax(logits["target"])
+    wanted = -np.log(1 - true * (1 - named["target"][:, kinds])).mean()
+    implied = jax.jit(partial(of, kinds_implied(head, kinds)))
+    assert implied(*narrow) == pytest.approx(wanted, rel=1e-5)
+    gradient = jax.jit(jax.grad(implied, (0, 1)))(*narrow)
+    assert gradient[0].any() and gradient[1]["target"].any() and not gradient[1]["source"].any()
+    check_grads(implied, narrow, 1, ("rev",), atol=1e-2, rtol=1e-2)
+    labelled = named["source"][np.arange(5), [0, 1, 0, 0, 1]]
+    learned = of(kinds_cross_entropy(head, kinds), *narrow)
+    assert learned == pytest.approx(-np.log(labelled).mean(), rel=1e-5)
