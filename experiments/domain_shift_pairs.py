@@ -12,9 +12,9 @@ import dataclasses
 import itertools
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -130,14 +130,19 @@ class Trainer:
 
 def key_of(s: Settings, method: str) -> str:
     """What tells a run from others in the log."""
-    kept = s.identity() | {"method": method, "evaluate_every": s.evaluate_every}
-    return json.dumps(json.loads(json.dumps(kept)), sort_keys=True)
+    return kept(dataclasses.asdict(s) | {"method": method})
+
+
+def kept(settings: Mapping[str, Any]) -> str:
+    """What makes a run what it is, with when it is validated: histories have a row for each."""
+    found = Settings.without_runtime(settings) | {"evaluate_every": settings["evaluate_every"]}
+    return json.dumps(found, sort_keys=True, default=str)
 
 
 def read_log(workdir: Path) -> dict[str, History]:
     log = workdir / "results.jsonl"
     entries = map(json.loads, log.read_text().splitlines()) if log.exists() else ()
-    return {entry["key"]: entry["history"] for entry in entries}
+    return {kept(json.loads(entry["key"])): entry["history"] for entry in entries}
 
 
 def results(a: Arguments) -> dict[tuple[Settings, str], History]:

@@ -92,7 +92,7 @@ def check_workdir(workdir: Path, source: Path, settings: Settings) -> None:
     if record.exists():
         defaults = {f.name: f.default for f in dataclasses.fields(settings) if f.name in identity}
         before = json.loads(json.dumps(defaults, default=str))
-        before |= json.loads(record.read_text())["settings"]
+        before |= settings.without_runtime(json.loads(record.read_text())["settings"])
         other = [
             f"{name} was {before.get(name)!r}, now {identity.get(name)!r}"
             for name in sorted(before.keys() | identity.keys())

@@ -1,6 +1,7 @@
 """The settings that every experiment has; an experiment's own settings subclass these."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -70,9 +71,19 @@ class Settings:
 
     def identity(self) -> dict[str, Any]:
         """The settings that make this run what it is, ready for JSON."""
-        named = {field.name: field for field in dataclasses.fields(self)}
-        return {
-            name: str(value) if isinstance(value, Path) else value
-            for name, value in dataclasses.asdict(self).items()
-            if "runtime" not in named[name].metadata
-        }
+        return self.without_runtime(
+            {
+                name: str(value) if isinstance(value, Path) else value
+                for name, value in dataclasses.asdict(self).items()
+            }
+        )
+
+    @classmethod
+    def without_runtime(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings, or a record of them, less those that may change on resuming.
+
+        By name: a class that only gives one of them another default leaves it one of them.
+        """
+        fields = (*dataclasses.fields(Settings), *dataclasses.fields(cls))
+        dropped = {field.name for field in fields if "runtime" in field.metadata}
+        return {name: value for name, value in settings.items() if name not in dropped}

@@ -8,7 +8,7 @@ from flax.traverse_util import unflatten_dict
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 
-from experiments.knowledge_qa_table import tabulate
+from experiments import knowledge_qa, knowledge_qa_table
 from fusion_jax.__main__ import main
 from fusion_jax.pretrained.checkpoint import shapes_of
 from fusion_jax.pretrained.load import family_of
@@ -141,7 +141,21 @@ def test_the_table_has_a_column_for_each_variant_that_all_seeds_have(capsys):
     done = [row("none", 0, "none", 0.5), row("chained", 0, "chained", 0.6)]
     done += [row("none", 1, "none", 0.7), row("chained", 1, "chained", 0.8)]
     done += [row("rule loss", 0, "none", 0.9)]
-    tabulate(done)
+    knowledge_qa_table.tabulate(done)
     said = capsys.readouterr().out
     assert "0.600 ± 0.141" in said and "0.700 ± 0.141" in said and "0.500 ± 0.000" in said
     assert "none" in said and "bag of words" in said and "rule loss" not in said
+
+
+def test_a_row_counts_whatever_it_says_of_settings_that_change_nothing(monkeypatch, tmp_path):
+    """Logs once held how often checkpoints are written."""
+    own = knowledge_qa.Settings(injection="none").identity()
+    row = {"variant": "none", "seed": 0, "development": False, "found": {"plain/none": 1.0}}
+    log = tmp_path / "table.jsonl"
+    measured = []
+    found = row["found"]
+    monkeypatch.setattr(knowledge_qa_table, "measure", lambda s: measured.append(s) or found)
+    for also, times in (({"checkpoint_every": 100}, 0), ({"rank": 7}, 1)):
+        log.write_text(json.dumps(row | {"settings": own | also}) + "\n")
+        knowledge_qa_table.run(knowledge_qa_table.Settings(1, ("none",), workdir=tmp_path))
+        assert len(measured) == times

@@ -1,5 +1,6 @@
 """Killed at any moment and run again, a run ends as if it had never been killed."""
 
+import dataclasses
 import json
 import os
 import random
@@ -14,8 +15,11 @@ import numpy as np
 import pytest
 
 from fusion_jax.__main__ import main
+from fusion_jax.errors import UserError
+from fusion_jax.training import experiment as experiments
 from fusion_jax.training.hosts import started_with_others
 from fusion_jax.training.metrics import read_metrics
+from fusion_jax.training.settings import Settings, runtime
 
 TINY = str(Path(__file__).parent / "tiny.py")
 
@@ -231,6 +235,23 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(command(tmp_path / "c", "--no-such-setting", "1"))
     assert stop.value.code == 2 and "no-such-setting" in capsys.readouterr().err
+
+
+def test_a_setting_with_another_default_may_still_change_on_resuming(tmp_path):
+    @dataclasses.dataclass(frozen=True)
+    class Own(Settings):
+        checkpoint_every: int = 100
+        keep: int = runtime(1)
+
+    source, record = Path(TINY), tmp_path / "run.json"
+    with experiments.open_workdir(tmp_path, source, Own()):
+        written = json.loads(record.read_text())
+    assert not {"checkpoint_every", "keep", "workdir"} & written["settings"].keys()
+    written["settings"]["checkpoint_every"] = 100  # records once held it
+    record.write_text(json.dumps(written))
+    experiments.check_workdir(tmp_path, source, Own(checkpoint_every=7, keep=3))
+    with pytest.raises(UserError, match="batch_size was 64, now 32"):
+        experiments.check_workdir(tmp_path, source, Own(batch_size=32))
 
 
 def test_a_disk_that_takes_no_more_is_said_and_nothing_is_lost(unkilled, tmp_path):
