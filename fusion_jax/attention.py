@@ -21,6 +21,8 @@ class Mask:
 
     A query sees a key if the key is real, in the query's segment, not later than the query (when
     `causal`; prefix keys are seen by all), and less than `window` positions away (when given).
+    Who sees whom by another rule is a subclass with a `dense` of its own: kernels that do not ask
+    `dense` leave it to `dense_attend`.
 
     Attributes:
         query_positions: int32 [b, t], position of each query in its own sequence.

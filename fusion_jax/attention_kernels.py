@@ -65,12 +65,14 @@ def splash(
     """The TPU's splash attention, a Pallas kernel that skips blocks in which nobody sees anybody.
 
     For a sequence that looks at itself in order (training, encoders). With a cache, a prefix, a
-    bias or other lengths it falls back on `dense_attend`. `interpret` runs it on any device.
+    bias, other lengths or a mask of another kind than `Mask` it falls back on `dense_attend`.
+    `interpret` runs it on any device.
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 
     length, heads = query.shape[1:3]
-    if mask is None or mask.prefix is not None or bias is not None or key.shape[1] != length:
+    plain = type(mask) is Mask and mask.prefix is None
+    if not plain or bias is not None or key.shape[1] != length:
         return dense_attend(query, key, value, mask, bias=bias, scale=scale, softcap=softcap)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     dim = query.shape[-1]

@@ -31,12 +31,12 @@ def ring(
 ) -> jax.Array:
     """The signature and results of `attention.dense_attend`, computed in a ring.
 
-    For a sequence that looks at itself while a step is compiled for a mesh, of a length that the
-    ring divides. Everything else falls back on `dense_attend`.
+    For a sequence that looks at itself by a `Mask` while a step is compiled for a mesh, of a length
+    that the ring divides. Everything else falls back on `dense_attend`.
     """
     ranks = jax.sharding.get_abstract_mesh().shape.get(AXIS, 1)
     length = query.shape[1]
-    alone = mask is None or bias is not None or key.shape[1] != length
+    alone = type(mask) is not Mask or bias is not None or key.shape[1] != length
     if ranks == 1 or alone or length % ranks:
         return dense_attend(query, key, value, mask, bias=bias, scale=scale, softcap=softcap)
     parts = P(None, AXIS)

@@ -1,11 +1,17 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fusion_jax.attention import dense_attend
+from fusion_jax.attention_kernels import cudnn, splash
 from fusion_jax.errors import UserError
 from fusion_jax.language.knowledge_tree import Mention, Tree, TreeLM, TreeMask, stack
 from fusion_jax.language.prompt import pad, text_mask
+from fusion_jax.ring import ring
+from fusion_jax.training.sharding import make_mesh
 from tests.language import tiny
 
 SENTENCE = [5, 6, 7, 8, 9]
@@ -34,6 +40,23 @@ def test_the_visible_matrix_is_that_of_the_paper_read_forwards():
     dense = np.asarray(mask.dense()[0, 0])
     for row, name in enumerate(names):
         assert [names[i] for i in np.flatnonzero(dense[row])] == sees[name].split(), name
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [partial(cudnn, implementation="xla"), partial(splash, interpret=True), ring],
+    ids=["cudnn", "splash", "ring"],
+)
+def test_every_kernel_sees_the_same(kernel):
+    """And no token its future, which the plain part of the mask does not hide."""
+    batch = stack([TREE, Tree.of(SENTENCE, [])], 16)
+    tree = jax.tree.map(jnp.asarray, batch["tree"])
+    mask = TreeMask(tree.positions, tree.positions, jnp.asarray(batch["text"].mask), tree=tree)
+    query, key, value = jax.random.normal(jax.random.key(0), (3, 2, 16, 2, 8))
+    mesh = make_mesh("data=2,tensor=4").abstract_mesh
+    with jax.sharding.use_abstract_mesh(mesh):
+        found = jax.jit(kernel)(query, key, value, mask)
+    np.testing.assert_allclose(found, dense_attend(query, key, value, mask), atol=1e-5)
 
 
 def run(trees, length=16):
