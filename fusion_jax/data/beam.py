@@ -18,6 +18,7 @@ import tensorflow_datasets as tfds
 import tyro
 
 from fusion_jax.data import records
+from fusion_jax.data.lines import read_jsonl
 from fusion_jax.errors import UserError
 
 try:
@@ -37,7 +38,7 @@ def rows_of(path: str, classes: Sequence[str]) -> Iterator[Row]:
         UserError: the first row that is no JSON object, names a file that is not there, or a label
             that is none of the classes.
     """
-    for line, fields in records.read_jsonl(Path(path)):
+    for line, fields in read_jsonl(Path(path)):
         kept = {name: fields.get(name) for name in records.FIELDS}
         kept = {name: value for name, value in kept.items() if value not in (None, "")}
         if "label" in kept:

@@ -14,7 +14,6 @@ import dataclasses
 import functools
 import hashlib
 import importlib.util
-import json
 import os
 import re
 import types
@@ -30,6 +29,7 @@ from tqdm import tqdm
 
 from fusion_jax.data import audio, concepts, image, remote
 from fusion_jax.data.disk import needs_room
+from fusion_jax.data.lines import read_jsonl
 from fusion_jax.errors import UserError
 
 # TFDS's Audio feature asks TensorFlow for the name of one dtype when it is constructed, and for
@@ -195,22 +195,6 @@ def read_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
         return readers[path.suffix](path)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error})") from error
-
-
-def read_jsonl(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """(number from 1, object) of each line; UserError at one that is no JSON object."""
-    lines = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            fields = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path} row {number}: not JSON ({error})") from error
-        if not isinstance(fields, dict):
-            raise UserError(f"{path} row {number}: expected a JSON object, got {line[:50]}")
-        lines.append((number, fields))
-    return lines
 
 
 def _read_csv(path: Path) -> list[tuple[int, dict[str, Any]]]:

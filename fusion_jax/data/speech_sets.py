@@ -25,7 +25,6 @@ Lists are read at once; a recording is read, and checked, when its row is asked 
 import csv
 import dataclasses
 import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ import soundfile
 import yaml
 
 from fusion_jax.data import audio, concepts
+from fusion_jax.data.lines import read_jsonl, read_lines, read_text
 from fusion_jax.errors import UserError
 
 
@@ -160,10 +160,11 @@ def must_c(folder: str | Path, split: str = "train") -> Recordings:
     place = Path(folder) / "data" / split
     listed = place / "txt" / f"{split}.yaml"
     try:
-        segments = yaml.load(_text(listed), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        segments = yaml.load(read_text(listed), Loader=loader)
     except yaml.YAMLError as error:
         raise UserError(f"{listed}: not YAML ({str(error).splitlines()[0]})") from error
-    texts = {name: _lines(place / "txt" / f"{split}.{name}") for name in (source, target)}
+    texts = {name: read_lines(place / "txt" / f"{split}.{name}") for name in (source, target)}
     counts = {name: len(lines) for name, lines in texts.items()}
     if not isinstance(segments, list) or set(counts.values()) != {len(segments)}:
         size = len(segments) if isinstance(segments, list) else type(segments).__name__
@@ -196,7 +197,7 @@ def librispeech(folder: str | Path) -> Recordings:
     lists = sorted(Path(folder).rglob("*.trans.txt"))
     found = []
     for listed in lists:
-        for number, line in enumerate(_lines(listed), start=1):
+        for number, line in enumerate(read_lines(listed), start=1):
             name, _, words = line.partition(" ")
             if not words:
                 raise UserError(f"{listed} line {number}: {line!r}; expected NAME WORDS")
@@ -214,15 +215,12 @@ def spoken_questions(path: str | Path) -> Recordings:
       UserError: with the line's number.
     """
     path, found = Path(path), []
-    for number, line in enumerate(_lines(path), start=1):
-        if not line.strip():
-            continue
+    for number, row in read_jsonl(path):
         try:
-            row = json.loads(line)
             sound, question, answer = (row[name] for name in ("audio", "question", "answer"))
             if not all(isinstance(each, str) for each in (sound, question, answer)):
                 raise TypeError("not all of them are strings")
-        except (ValueError, TypeError, KeyError) as error:
+        except (TypeError, KeyError) as error:
             raise UserError(
                 f'{path} line {number}: expected {{"audio", "question", "answer"}} ({error!r})'
             ) from error
@@ -233,26 +231,13 @@ def spoken_questions(path: str | Path) -> Recordings:
 
 def _table(path: Path, columns: Sequence[str]) -> Iterable[dict[str, str]]:
     """Rows of a TSV without quoting, as Common Voice writes them."""
-    reader = csv.DictReader(_lines(path), delimiter="\t", quoting=csv.QUOTE_NONE)
+    reader = csv.DictReader(read_lines(path), delimiter="\t", quoting=csv.QUOTE_NONE)
     if missing := [name for name in columns if name not in (reader.fieldnames or ())]:
         raise UserError(f"{path}: has no column {missing}; it has {reader.fieldnames}")
     for row in reader:
         if any(not row[name] for name in columns):
             raise UserError(f"{path} line {reader.line_num}: {list(columns)} are not all there")
         yield row
-
-
-def _lines(path: Path) -> list[str]:
-    """Not `splitlines`, for which some characters within sentences end a line as well."""
-    return _text(path).removesuffix("\n").split("\n")
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else "no such file"
-        raise UserError(f"{path}: {reason}") from error
 
 
 def _stretch(said: Utterance, name: str) -> Any:

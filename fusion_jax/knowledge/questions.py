@@ -1,7 +1,6 @@
 """Questions "Is X a kind of Y?", what a retriever finds for them, and what follows from it."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from fusion_jax.data.concepts import normalize
+from fusion_jax.data.lines import read_jsonl
 from fusion_jax.errors import UserError
 from fusion_jax.knowledge import kinds, rules
 from fusion_jax.knowledge.chaining import Closure, chain
@@ -150,16 +150,13 @@ def read_tasks(
         found = graph.find(str(name))
         return found[0] if found else graph.entity(str(name))
 
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; expected JSONL with thing, kind and answer")
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, row in read_jsonl(path):
         try:
-            row = json.loads(line)
             answer, split = row["answer"], row.get("split", "train")
             if split not in splits or not isinstance(answer, bool):
                 raise ValueError("answer is true or false, split one of " + ", ".join(splits))
             rows.append((entity(row["thing"]), entity(row["kind"]), answer, split))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             form = '{"thing": "whale", "kind": "mammal", "answer": true, "split": "train"}'
             raise UserError(f"{path} line {number}: expected {form}: {error}") from None
     tasks: dict[str, list[Task]] = {split: [] for split in splits}

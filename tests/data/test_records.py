@@ -113,7 +113,7 @@ def test_a_damaged_file_is_named_when_read_or_skipped_up_front(folder, field, na
 
 def test_tables_that_are_no_tables(folder):
     for name, content, message in [
-        ("a.jsonl", "{broken", "a.jsonl row 1: not JSON"),
+        ("a.jsonl", "{broken", "a.jsonl line 1: not JSON"),
         ("b.jsonl", '{"picture": "red.png"}', "map them with columns"),
         ("c.txt", "", "ends in .jsonl or .csv"),
         ("d.csv", "", "no row has any"),

@@ -106,13 +106,13 @@ def test_malformed_questions_name_file_and_line(world, tmp_path, capsys):
     command[command.index("--asked") + 1] = str(path)
     good = (world / "asked.jsonl").read_text()
     for bad, message in (
-        ('{"thing": "robin"}', "line 11: expected"),
+        ('{"thing": "robin"}', "line 12: expected"),
         (
             '{"thing": "robin", "kind": "dragon", "answer": true}',
             "'dragon' is unknown",
         ),
     ):
-        path.write_text(good + bad + "\n")
+        path.write_text(good + "\n" + bad + "\n")  # a blank line is none
         assert main(["train", "experiments/knowledge_qa.py", *command]) == 2
         assert message in capsys.readouterr().err.splitlines()[-1]
     facts, mine = tmp_path / "facts.tsv", tmp_path / "mine.rules"
