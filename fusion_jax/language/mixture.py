@@ -13,7 +13,10 @@ from fusion_jax.rows import each_share
 class Mixture(nn.Module):
     """Gated MLPs of which every token uses `chosen` (https://arxiv.org/abs/2101.03961).
 
-    No token is dropped: tokens are sorted by expert and multiplied by ragged groups. The router's
+    No token is dropped: tokens are sorted by expert and multiplied by ragged groups. Experts are
+    split over the mesh's axis `tensor`: a device sends its tokens, which are the same along that
+    axis, through its own experts, and what they give is added up. So kernels stay where they are,
+    except that those of the own experts are gathered over `fsdp` like any layer's. The router's
     logits are sown as `router_logits` among the intermediates for `load_balancing_loss`.
 
     Attributes:
@@ -50,24 +53,37 @@ class Mixture(nn.Module):
 
     def _mixed(
         self,
+        first: jax.Array,
         hidden: jax.Array,
         logits: jax.Array,
         gate: jax.Array,
         up: jax.Array,
         down: jax.Array,
     ) -> jax.Array:
-        """hidden [b, t, d] through the experts that the router's logits [b, t, e] choose."""
+        """What the experts from `first` on, whose kernels are given, add to the output.
+
+        hidden [b, t, d] goes through those that the router's logits [b, t, e] choose.
+        """
         weights, picked = jax.lax.top_k(jax.nn.softmax(logits), self.chosen)
         if self.normalize:
             weights /= weights.sum(axis=-1, keepdims=True)
-        # one row per token and expert of it, sorted so that each expert's rows are together
-        batch, picked = hidden.shape[0], picked.reshape(-1)
+        # one row per token and expert of it, sorted so that each expert's rows are together and
+        # those of the experts that are not here come last
+        batch, picked = hidden.shape[0], (picked.reshape(-1) - first) % self.experts
         order = jnp.argsort(picked)
-        sizes = jnp.bincount(picked, length=self.experts).astype(jnp.int32)
-        tokens = rearrange(hidden, "b t d -> (b t) d").astype(self.dtype)[order // self.chosen]
+        here = gate.shape[0]
+        sizes = jnp.bincount(picked, length=self.experts)[:here].astype(jnp.int32)
+        mine = (jnp.arange(picked.size) < sizes.sum())[:, None]
+
+        def own(rows: jax.Array) -> jax.Array:
+            """Rows beyond all groups are undefined in a ragged product, and in its gradient."""
+            return rows if here == self.experts else jnp.where(mine, rows, 0)
+
+        tokens = rearrange(hidden, "b t d -> (b t) d").astype(self.dtype)
+        tokens = own(tokens[order // self.chosen])
         inner = self.activation(jax.lax.ragged_dot(tokens, gate, sizes))
         inner *= jax.lax.ragged_dot(tokens, up, sizes)
-        out = jax.lax.ragged_dot(inner, down, sizes)[jnp.argsort(order)]
+        out = own(jax.lax.ragged_dot(inner, down, sizes))[jnp.argsort(order)]
         out = rearrange(out, "(b t k) d -> b t k d", b=batch, k=self.chosen)
         return (out * weights[..., None].astype(out.dtype)).sum(axis=2)
 

@@ -5,8 +5,10 @@ from typing import Any
 
 from jax.extend import core
 
+from fusion_jax.rows import PARTS
 
-def count(jaxpr: core.ClosedJaxpr | core.Jaxpr, loops: int = 1) -> float:
+
+def count(jaxpr: core.ClosedJaxpr | core.Jaxpr, loops: int = 1, experts: int = 1) -> float:
     """FLOPs of the matrix products and convolutions, two for each multiplication and addition.
 
     Of a branch the costlier side counts. Elementwise work is left out: beside these it is little,
@@ -15,21 +17,26 @@ def count(jaxpr: core.ClosedJaxpr | core.Jaxpr, loops: int = 1) -> float:
     Args:
         jaxpr: `jax.make_jaxpr(f)(...)` or `jax.jit(f).trace(...).jaxpr`.
         loops: how often those run of which data decide it.
+        experts: devices that share the groups of a ragged product; all rows are in each of them.
     """
     total = 0.0
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         name, params = equation.primitive.name, equation.params
-        inner = [count(each, loops) for each in _jaxprs(params)]
+        sizes = _devices(params) if name == "shard_map" else {}
+        share = sizes.get(PARTS, experts)
+        inner = [count(each, loops, share) for each in _jaxprs(params)]
         if name == "scan":
             total += params["length"] * sum(inner)
         elif name == "while":
             total += loops * sum(inner)
         elif name == "cond":
             total += max(inner)
+        elif name == "ragged_dot_general":
+            total += _ragged_dot(equation) / experts
         elif name in OWN:
             total += OWN[name](equation)
         else:
-            total += sum(inner)
+            total += math.prod(sizes.values()) * sum(inner)
     return total
 
 
@@ -40,6 +47,12 @@ def _jaxprs(params: dict[str, Any]) -> list[Any]:
         for leaf in (value if isinstance(value, tuple | list) else (value,))
     ]
     return [leaf for leaf in leaves if isinstance(leaf, core.Jaxpr | core.ClosedJaxpr)]
+
+
+def _devices(params: dict[str, Any]) -> dict[str, int]:
+    """How many run the body of a shard_map, along each axis."""
+    axes = next(value for name, value in params.items() if name.endswith("manual_axes"))
+    return {axis: params["mesh"].shape[axis] for axis in axes}
 
 
 def _dot(equation: Any) -> float:
@@ -71,6 +84,5 @@ def _convolution(equation: Any) -> float:
 
 OWN = {
     "dot_general": _dot,
-    "ragged_dot_general": _ragged_dot,
     "conv_general_dilated": _convolution,
 }

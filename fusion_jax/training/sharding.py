@@ -2,7 +2,8 @@
 
 The mesh has three axes. `data` splits the batch and replicates params; `fsdp` splits the batch and
 every large param (ZeRO-3, https://arxiv.org/abs/1910.02054); `tensor` splits matrices inside a
-layer (Megatron, https://arxiv.org/abs/1909.08053). XLA inserts the collectives.
+layer (Megatron, https://arxiv.org/abs/1909.08053), and a mixture by experts. XLA inserts the
+collectives.
 """
 
 import functools
@@ -32,8 +33,8 @@ DEFAULT_RULES: Rules = (
     (r"(out|down)/kernel$", P("tensor", "fsdp")),
     (r"(^|/)head/kernel$", P("fsdp", "tensor")),
     (r"embedding$", P("tensor", "fsdp")),
-    (r"mlp/(gate|up)$", P(None, "fsdp", "tensor")),  # of a mixture, [experts, in, out]
-    (r"mlp/down$", P(None, "tensor", "fsdp")),
+    (r"mlp/(gate|up)$", P("tensor", "fsdp", None)),  # of a mixture, [experts, in, out]
+    (r"mlp/down$", P("tensor", None, "fsdp")),
 )
 
 

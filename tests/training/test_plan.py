@@ -1,6 +1,8 @@
 """Plans say what compilers say, memory falls as a mesh grows, collectives are the expected ones."""
 
 import importlib.util
+import math
+import re
 from functools import partial
 
 import jax
@@ -130,30 +132,40 @@ def test_collectives_are_those_of_fsdp():
     assert alone.sent["all-reduce"] == pytest.approx(2 * alone.params * 7 / 8, rel=0.01)
 
 
-def test_a_mixture_is_the_same_in_shares():
-    """Each device sorts its own tokens: only kernels are gathered and their gradients reduced."""
-    mixture = Mixture(experts=4, chosen=2, hidden_width=8)
+@pytest.mark.parametrize("sizes", ["data=2,tensor=4", "fsdp=2,tensor=4"])
+def test_a_mixture_is_the_same_in_shares(sizes):
+    """Each device has its own experts, and sorts its own tokens: no other's kernels come to it."""
+    mixture = Mixture(experts=8, chosen=3, hidden_width=24)
     hidden = jax.random.normal(jax.random.key(0), (8, 3, 16))
-    params = mixture.init(jax.random.key(1), hidden)
+    params = {"mlp": mixture.init(jax.random.key(1), hidden)["params"]}
 
     def loss(params, hidden):
-        return (mixture.apply(params, hidden) ** 2).mean()
+        out = mixture.apply({"params": params["mlp"]}, hidden)
+        return (out**2).mean(), out
 
-    expected = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(params, hidden)
-    mesh = make_mesh("fsdp=2,tensor=2", jax.devices()[:4])
+    plain = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+    mesh = make_mesh(sizes)
 
     def step(params, hidden):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return jax.value_and_grad(loss, argnums=(0, 1))(params, hidden)
+            return plain(params, hidden)
 
     placed = jax.device_put(
         (params, hidden), (tree_shardings(params, mesh), NamedSharding(mesh, BATCH))
     )
-    compiled = jax.jit(step).lower(*placed).compile()
-    assert "all-to-all" not in collectives.traffic(compiled.as_text())[0]
-    jax.tree.map(
-        partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-7), compiled(*placed), expected
-    )
+    gate = placed[0]["mlp"]["gate"]
+    assert {shard.data.shape[0] for shard in gate.addressable_shards} == {2}  # of 8 experts
+    traced = jax.jit(step).trace(*placed)
+    compiled = traced.lower().compile()
+    near = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(near, compiled(*placed), jax.jit(plain)(params, hidden))
+    assert flops.count(traced.jaxpr) == flops.count(jax.make_jaxpr(plain)(params, hidden))
+
+    text = compiled.as_text()
+    sent, _ = collectives.traffic(text)
+    assert "all-to-all" not in sent and ("all-gather" in sent) == ("fsdp" in sizes)
+    gathered = re.findall(r"= f32\[([\d,]*)\]\S* all-gather", text)
+    assert all(math.prod(map(int, shape.split(","))) <= 2 * 16 * 24 for shape in gathered)
 
 
 def test_flops_count_loops_and_recomputation():
