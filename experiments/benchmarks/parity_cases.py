@@ -182,7 +182,7 @@ def contrastive(
         tokens = nn.apply(lambda m: m.vision(picture), module)(variables).values
         return jnp.concatenate([part.reshape(-1) for part in (logits, *vectors, tokens)])
 
-    side = {"num_patches": 16} if model is transformers.Siglip2Model else {"image_size": 16}
+    side = {"num_patches": 16} if model is transformers.Siglip2Model else {"image_size": size[0]}
     settings = config(
         vision_config=TOWER | side | (vision or {}),
         text_config=TOWER | TOWER_TEXT | (text or {}),
@@ -510,6 +510,7 @@ CASES: dict[str, Callable[[], Case]] = {
         contrastive,
         transformers.SiglipModel,
         transformers.SiglipConfig,
+        size=(18, 18),  # no multiple of the patch, like 384 / 14 of so400m
         text={"hidden_size": 24, "projection_size": 32},
     ),
     "siglip 2": partial(

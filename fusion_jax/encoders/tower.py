@@ -101,15 +101,16 @@ class VisionTower(nn.Module):
     def __call__(self, picture: Tokens, train: bool = False) -> Tokens:
         """Pictures [b, h, w, 3] in 0..1 -> Tokens [b, (class +) (registers +) patches, width].
 
+        What is left below and to the right of the last whole patch is not seen.
+
         Raises:
-            UserError: height or width is not a multiple of `patch`.
+            UserError: height or width is less than `patch`.
         """
         batch, height, width, _ = picture.values.shape
-        if height % self.patch or width % self.patch:
+        if min(height, width) < self.patch:
             raise UserError(
-                f"pictures of {height} x {width} pixels: resize them to multiples of the patch, "
-                f"{self.patch} (the tower was trained at {self.grid[0] * self.patch} x "
-                f"{self.grid[1] * self.patch})"
+                f"pictures of {height} x {width} pixels are smaller than a patch of {self.patch}: "
+                f"enlarge them (the tower was trained with {self.grid[0]} x {self.grid[1]} patches)"
             )
         mean, std = (jnp.asarray(each)[None, None, None] for each in (self.mean, self.std))
         pixels = (fill(picture).astype(jnp.float32) - mean) / std
