@@ -39,7 +39,7 @@ from fusion_jax.data.pipeline import Transform
 from fusion_jax.data.text import FileTokenizer, Ids
 from fusion_jax.errors import UserError
 from fusion_jax.language.answers import PLAIN
-from fusion_jax.language.ask import Assistant, from_checkpoint, lent
+from fusion_jax.language.ask import Assistant, check_named, from_checkpoint, lent
 from fusion_jax.language.fused import FusedLM
 from fusion_jax.language.prompt import text_mask
 from fusion_jax.language.translate import NAMES, instruction
@@ -373,8 +373,7 @@ def export(
         name: what to call it when it is served; the artifact's name unless given.
         numbers: how gguf and transformers store the weights (q8_0: gguf alone).
     """
-    if (model is None) == (workdir is None):
-        raise UserError("export what? give either --workdir DIR or --model NAME")
+    check_named(model, workdir, senses)
     if artifact.exists():
         raise UserError(f"{artifact} exists already: give another place, or remove it")
     found, card = (from_checkpoint(model), {"model": model}) if model else opened(workdir, senses)

@@ -273,10 +273,8 @@ def ask(
         stop: strings that end the answer.
         seed: of what is drawn.
     """
-    if (model is None) == (workdir is None):
-        raise UserError("whom to ask? give either --model NAME or --workdir DIR")
     sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p)
-    assistant = from_checkpoint(model) if workdir is None else from_workdir(workdir, senses)
+    assistant = named(model, workdir, senses)
     pieces = assistant.answer(
         question,
         {"image": image, "audio": audio},
@@ -288,6 +286,23 @@ def ask(
     for piece in pieces:
         print(piece, end="", flush=True)
     print()
+
+
+def check_named(model: str | None, workdir: Path | None, senses: Path | None) -> None:
+    """Whether flags name one model; UserError where they name none, two, or senses for neither."""
+    if (model is None) == (workdir is None):
+        raise UserError("which model? give either --model NAME or --workdir DIR")
+    if senses is not None and workdir is None:
+        raise UserError(
+            "--senses DIR lends a trained run what another run reads, and --model is no run: give "
+            "the one as --workdir, the other as --senses"
+        )
+
+
+def named(model: str | None, workdir: Path | None, senses: Path | None) -> Assistant:
+    """The model that --model, or --workdir with perhaps --senses, names."""
+    check_named(model, workdir, senses)
+    return from_workdir(workdir, senses) if model is None else from_checkpoint(model)
 
 
 def from_checkpoint(name: str) -> Assistant:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TextIO
 
 from fusion_jax.errors import UserError
-from fusion_jax.language.ask import Assistant, from_checkpoint, from_workdir
+from fusion_jax.language.ask import Assistant, named
 from fusion_jax.language.sampling import Sampling
 
 HELP = """Type a question and Enter. /image FILE and /audio FILE go with what you type next, or are
@@ -100,9 +100,7 @@ def chat(
         temperature: 0 always takes the most likely token.
         top_p: draw among the likeliest that hold this probability together.
     """
-    if (model is None) == (workdir is None):
-        raise UserError("whom to talk with? give either --model NAME or --workdir DIR")
-    assistant = from_checkpoint(model) if workdir is None else from_workdir(workdir, senses)
+    assistant = named(model, workdir, senses)
     if not isinstance(assistant, Assistant):
         raise UserError(f"{workdir} answers single questions: use `ask`")
     sampling = Sampling(temperature=temperature, top_p=top_p)

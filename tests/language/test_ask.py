@@ -226,5 +226,7 @@ def test_lines_are_turns_and_a_wrong_one_is_told(assistant, tmp_path):
 def test_whom_to_ask():
     with pytest.raises(UserError, match="either --model"):
         ask("Who?")
+    with pytest.raises(UserError, match="--model is no run"):
+        ask("Who?", model="nobody", senses=Path("nowhere"))
     with pytest.raises(UserError, match="holds no run"):
         ask("Who?", workdir=Path("nowhere"))
