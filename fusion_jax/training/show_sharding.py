@@ -53,8 +53,9 @@ def main(arguments: Sequence[str]) -> None:
 
 def _devices(mesh: str) -> int:
     """What a mesh without -1 multiplies to, else the devices that are here."""
-    numbers = [int(part.partition("=")[2] or 1) for part in mesh.split(",") if "=" in part]
-    return jax.device_count() if -1 in numbers else math.prod(numbers)
+    sizes = [part.partition("=")[2] for part in mesh.split(",")]
+    known = [int(size) for size in sizes if size.isdecimal()]  # `mesh_shape` refuses the others
+    return jax.device_count() if "-1" in sizes else math.prod(known)
 
 
 def drawn(trees: dict[str, Any], mesh: AbstractMesh) -> Table:

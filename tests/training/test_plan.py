@@ -228,6 +228,9 @@ def test_shardings_are_drawn_and_what_is_whole_is_told(capsys):
     assert main(["show-sharding", "--llm", "llama", "--mesh", "tensor=64"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "mlp/up/kernel (frozen) (64, 32769) is whole on every device, 8.00 MiB" in said
+    for wrong in ("fsdp=x", "fsdp", "fsdp="):
+        assert main(["show-sharding", "--llm", "llama", "--mesh", wrong]) == 2
+        assert "expected axis=size with axis in" in capsys.readouterr().err
 
 
 needs_libtpu = pytest.mark.skipif(
