@@ -62,7 +62,7 @@ class ArrayBatches:
         if not 0 <= step < len(self):
             raise IndexError(f"step {step} of {len(self)}")
         numbers = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
-        rows = self._shuffled(numbers) if self.train else numbers
+        rows = shuffled(numbers, self.seed, self.count) if self.train else numbers
         size = self.batch_size // self.process_count
         mine = slice(size * self.process_index, size * (self.process_index + 1))
         rows = rows[mine]
@@ -73,7 +73,8 @@ class ArrayBatches:
             if name not in self.views.values():
                 batch[name] = array[index]
                 if not real.all():
-                    batch[name] = np.where(real, batch[name], -1).astype(array.dtype)
+                    there = real.reshape(-1, *[1] * (array.ndim - 1))
+                    batch[name] = np.where(there, batch[name], -1).astype(array.dtype)
         for name, source in self.views.items():
             array, which = self.arrays[source], np.zeros(len(index), np.int64)
             if self.train:
@@ -82,17 +83,17 @@ class ArrayBatches:
             batch[name] = Tokens(array[index, which][:, None], real[:, None])
         return batch
 
-    def _shuffled(self, numbers: np.ndarray) -> np.ndarray:
-        """Which row each number of the endless stream is."""
-        epochs = numbers // self.count
-        return np.concatenate(
-            [
-                _order(self.seed, int(epoch), self.count)[numbers[epochs == epoch] % self.count]
-                for epoch in np.unique(epochs)
-            ]
-        )
+
+def shuffled(numbers: np.ndarray, seed: int, count: int) -> np.ndarray:
+    """Which of `count` rows each ascending number of an endless stream is; each epoch has an order
+    of its own."""
+    epochs, places = np.divmod(numbers, count)
+    return np.concatenate(
+        [_order(seed, int(epoch), count)[places[epochs == epoch]] for epoch in np.unique(epochs)]
+    )
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=4)
 def _order(seed: int, epoch: int, count: int) -> np.ndarray:
+    """The order of an epoch's rows; steps that follow each other ask for the same."""
     return np.random.default_rng([seed, epoch]).permutation(count)

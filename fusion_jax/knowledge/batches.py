@@ -1,11 +1,12 @@
 """Facts as training data: `data[step]` is a batch, a pure function of the seed and the step."""
 
 import dataclasses
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from fusion_jax.data.arrays import shuffled
 from fusion_jax.errors import UserError
 from fusion_jax.knowledge.graph import Graph, with_inverses
 
@@ -118,12 +119,7 @@ class Facts:
     def __getitem__(self, step: int) -> dict[str, Any]:
         own = self.batch_size // self.process_count
         first = step * self.batch_size + own * self.process_index
-        numbers = np.arange(first, first + own)
-        epochs, places = np.divmod(numbers, self.rows)
-        chosen = np.empty(own, np.int64)
-        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
-            here = epochs == epoch
-            chosen[here] = _order(self.seed, epoch, self.rows)[places[here]]
+        chosen = shuffled(np.arange(first, first + own), self.seed, self.rows)
         batch = {"id": chosen.astype(np.int32)}
         if self.queries:
             head, relation = self.answers.queries[chosen].T
@@ -132,9 +128,3 @@ class Facts:
         head, relation, tail = self.triples[chosen].T
         batch |= {"head": head, "relation": relation, "tail": tail}
         return batch if self._confidence is None else batch | {"weight": self._confidence[chosen]}
-
-
-@lru_cache(maxsize=4)
-def _order(seed: int, epoch: int, rows: int) -> np.ndarray:
-    """The order of an epoch's rows; steps that follow each other ask for the same."""
-    return np.random.default_rng([seed, epoch]).permutation(rows)

@@ -113,6 +113,7 @@ def test_what_does_not_fit_is_told():
 def test_arrays_are_batches_too():
     values = np.arange(20, dtype=np.float32).reshape(5, 2, 2)
     arrays = {"image": values, "label": np.arange(5, dtype=np.int32)}
+    arrays["box"] = np.arange(10, dtype=np.float32).reshape(5, 2)
     views = {"image": "image", "strong": "image"}
     data = ArrayBatches(arrays, 4, views, seed=1)
     seen = np.concatenate([data[step]["label"] for step in range(5)])
@@ -131,6 +132,7 @@ def test_arrays_are_batches_too():
     once = ArrayBatches(arrays, 4, {"image": "image"}, train=False)
     assert len(once) == 2 and once[1]["id"].tolist() == [4, -1, -1, -1]
     assert once[1]["label"].tolist() == [4, -1, -1, -1]
+    assert once[1]["box"].tolist() == [[8, 9], *[[-1, -1]] * 3]
     assert once[1]["image"].mask[:, 0].tolist() == [True, False, False, False]
     np.testing.assert_array_equal(once[0]["image"].values[:, 0], values[:4, 0])
     with pytest.raises(UserError, match="empty"):
