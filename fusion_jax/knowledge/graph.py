@@ -1,6 +1,6 @@
 """A knowledge graph as arrays: facts, names, splits, and neighbourhoods for jitted programs.
 
-    graph = read.pykeen_folder("umls/")          # or tsv, rdf (read.py), wordnet.load (wordnet.py)
+    graph = read.folder("umls/")                 # or tsv, rdf (read.py), wordnet.load (wordnet.py)
     graph.part("train")                          # int32 [n, 3]: head, relation, tail
     graph.find("whale"), graph.label(17)         # names to entities and back
     near = neighbourhood(graph.adjacency, seeds, rng, fanouts=(8, 4))

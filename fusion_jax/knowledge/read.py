@@ -2,7 +2,7 @@
 
 read.tsv("facts.tsv")             # head, relation, tail [, confidence [, source]]
 read.folder("mine/")              # train.txt, valid.txt, test.txt, as PyKEEN and others keep them
-read.rdf("schema.ttl")            # N-Triples, Turtle ... (pip install 'fusion_jax[knowledge]')
+read.rdf("schema.ttl")            # N-Triples, Turtle ... (pip install 'fusion_jax[rdf]')
 read.benchmark("umls")            # umls, kinships or nations, out of PyKEEN's wheel
 """
 
@@ -165,7 +165,7 @@ def rdf(path: str | Path, format: str | None = None) -> Graph:
         from rdflib.namespace import RDFS, SKOS
     except ImportError as error:
         raise UserError(
-            "reading RDF needs rdflib: pip install 'fusion_jax[knowledge]', or give triples as TSV"
+            "reading RDF needs rdflib: pip install 'fusion_jax[rdf]', or give triples as TSV"
         ) from error
     path = Path(path)
     if not path.is_file():
