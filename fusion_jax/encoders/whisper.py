@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from fusion_jax.attention import cross_mask, self_mask
+from fusion_jax.encoders.audio import sinusoids
 from fusion_jax.encoders.mel import LogMel
 from fusion_jax.language.decoder import Decoder
 from fusion_jax.tokens import Tokens, fill
@@ -40,7 +40,9 @@ class WhisperEncoder(nn.Module):
     def setup(self) -> None:
         conv = {"features": self.width, "kernel_size": (3,), "padding": 1, "dtype": self.dtype}
         self.conv1, self.conv2 = nn.Conv(**conv), nn.Conv(strides=STRIDE, **conv)
-        self.positions = self.param("positions", _sinusoids, (self.length, self.width))
+        self.positions = self.param(
+            "positions", lambda _: jnp.asarray(sinusoids(self.length, self.width))
+        )
         self.transformer = Transformer(
             self.blocks, self.final_norm, remat=self.remat, scan=self.scan, dtype=self.dtype
         )
@@ -80,12 +82,3 @@ class Whisper(nn.Module):
             train=train,
         )
         return self.decoder.logits(hidden)
-
-
-def _sinusoids(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
-    """Sines, then cosines, of wavelengths from 2 pi to 10,000 * 2 pi tokens."""
-    del key
-    length, width = shape
-    speeds = 10_000.0 ** (-np.arange(width // 2) / max(width // 2 - 1, 1))
-    angles = np.arange(length)[:, None] * speeds[None]
-    return jnp.asarray(np.concatenate([np.sin(angles), np.cos(angles)], axis=1), jnp.float32)
