@@ -11,6 +11,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from fusion_jax.deployment.runtime import template
+from fusion_jax.deployment.runtime.conversation import TextOf
 from fusion_jax.errors import UserError
 from fusion_jax.language.fused import Layout
 
@@ -114,28 +115,12 @@ class Chat:
 def text_stream(
     tokenizer: Tokenizer, chunks: Iterable[Sequence[int]], stops: Sequence[str] = ()
 ) -> Iterator[str]:
-    """The text of ids as they come, in pieces; ends before the first of the `stops`.
-
-    A piece is held back while it may be the beginning of a stop string or of a character that is
-    spread over several ids.
-    """
-    ids: list[int] = []
-    shown = 0
+    """The text of ids as they come, in pieces; ends before the first of the `stops` (`TextOf`)."""
+    text = TextOf(tokenizer, stops)
     for chunk in chunks:
-        ids.extend(chunk)
-        text = tokenizer.decode(ids, skip_special_tokens=True)
-        end = min((at for at in map(text.find, stops) if at >= 0), default=None)
-        if end is not None:
-            yield text[shown:end]
+        if piece := text.push(chunk):
+            yield piece
+        if text.stopped:
             return
-        ready = len(text.rstrip("\ufffd"))
-        for stop in stops:
-            most = min(len(stop) - 1, len(text))
-            held = (n for n in range(most, 0, -1) if text.endswith(stop[:n]))
-            ready = min(ready, len(text) - next(held, 0))
-        if ready > shown:
-            yield text[shown:ready]
-            shown = ready
-    text = tokenizer.decode(ids, skip_special_tokens=True)
-    if len(text) > shown:
-        yield text[shown:]
+    if piece := text.push((), last=True):
+        yield piece
