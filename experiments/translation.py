@@ -8,15 +8,16 @@ SmolLM2 with LoRA, and Moonshine Tiny's frozen encoder behind a `Listener` that 
 spell what people say in nine languages (CTC). Data are the captions and recordings of the Tux Paint
 stamps. They are split by concept: no thing that is tested on was written or said in any language in
 training, so what a new thing is called must come from the model's own English and from what words
-have in common. What happens to be written alike on both sides is left out of the test, as are
-recordings that say more than the caption. A second split is by language: no recording of an
-`unheard` one was in training.
+have in common. Any language goes into any other: the report has rows into English, from English,
+and between `pairs` of others. What happens to be written alike on both sides is left out of the
+test, as are recordings that say more than the caption. A second split is by language: no recording
+of an `unheard` one was in training.
 """
 
 import dataclasses
 import io
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from fusion_jax.data import questions, stamps
 from fusion_jax.data.concepts import normalize
 from fusion_jax.data.domain_batches import own_share
 from fusion_jax.data.pipeline import Batches
-from fusion_jax.data.speech_sets import covost2, must_c
+from fusion_jax.data.speech_sets import published
 from fusion_jax.data.spoken import Spoken, Utterance
 from fusion_jax.data.streams import Later, Phases, Streams
 from fusion_jax.errors import UserError
@@ -102,9 +103,13 @@ class Settings(Base):
     """Test items of each language, at most."""
     stamps: Path | None = None
     """Tux Paint's stamps, if they are not to be fetched."""
-    published: str | None = None
-    """A published set in place of them, in its own splits: "covost2 CV/fr covost_v2.fr_en.tsv" or
-    "must_c MUSTC/en-de". Give --seconds, --length and the languages that fit it."""
+    published: tuple[str, ...] = ()
+    """Published sets in place of them, in their own splits: "covost2 CV/fr covost_v2.fr_en.tsv",
+    "must_c MUSTC/en-de", and, to be written down only, "common_voice CV/fr" and "librispeech
+    LibriSpeech". Give --seconds, --length, --spelled and the languages that fit them."""
+    pairs: tuple[str, ...] = ("fr-es", "es-fr", "fr-ru", "ru-ca", "ro-el", "da-fr")
+    """From which language to which the report also measures; those it has no captions of are left
+    out."""
     development: bool = False
     """Report on validation concepts in place of the test ones."""
 
@@ -142,30 +147,40 @@ NOISY = "fr"
 
 def read_corpus(s: Settings) -> Corpus:
     """Looks captions and recordings up."""
-    return read_stamps(s) if s.published is None else read_published(s, *s.published.split())
+    return read_published(s) if s.published else read_stamps(s)
 
 
-def read_published(s: Settings, kind: str, *places: str) -> Corpus:
-    """Sentences of a published set and their translations, as if each were a stamp."""
-    sets = {"covost2": (covost2, "test"), "must_c": (must_c, "tst-COMMON")}
-    if kind not in sets:
-        raise UserError(f"--published {kind!r}: expected one of {', '.join(sets)}, then its places")
-    opener, test = sets[kind]
-    corpus = Corpus({}, {}, [], {})
-    for side, split in (("train", "train"), ("held", "dev" if s.development else test)):
-        source = opener(*places, split)
-        first = len(corpus.captions)
-        corpus.rows[side] = list(range(first, first + len(source)))
-        for index, said in enumerate(source.utterances):
-            texts = {said.language: said.text, **said.more["translation"]}
-            captions = {lang: text for lang, text in texts.items() if lang in s.languages}
-            corpus.captions[first + index] = captions
-            if said.language in captions and not (side == "train" and said.language in s.unheard):
-                corpus.spoken[first + index, said.language, None] = len(corpus.utterances)
-                read = lambda source=source, index=index: source[index]["audio"]  # noqa: E731
-                key = f"{source.checksum} {index}"
-                corpus.utterances.append(
-                    Utterance(said.text, said.language, recording=read, key=key)
+def read_published(s: Settings) -> Corpus:
+    """Sentences of published sets and their translations, as if each were a stamp.
+
+    A test sentence of one set may be for training in another: it is not trained on.
+    """
+    corpus = Corpus({}, {"train": [], "held": []}, [], {})
+    tested: set[tuple[str, str]] = set()
+    for side, split in (("held", "dev" if s.development else "test"), ("train", "train")):
+        for given in s.published:
+            source, before = published(given, split), len(corpus.captions)
+            for index, said in enumerate(source.utterances):
+                texts = {said.language: said.text, **said.more.get("translation", {})}
+                captions = {lang: text for lang, text in texts.items() if lang in s.languages}
+                keys = {(lang, normalize(text)) for lang, text in captions.items()}
+                if not captions or (side == "train" and keys & tested):
+                    continue
+                tested |= keys if side == "held" else set()
+                row = len(corpus.captions)
+                corpus.captions[row] = captions
+                corpus.rows[side].append(row)
+                unheard = side == "train" and said.language in s.unheard
+                if said.language in captions and not unheard:
+                    corpus.spoken[row, said.language, None] = len(corpus.utterances)
+                    read = lambda source=source, index=index: source[index]["audio"]  # noqa: E731
+                    key = f"{source.checksum} {index}"
+                    corpus.utterances.append(
+                        Utterance(said.text, said.language, recording=read, key=key)
+                    )
+            if len(corpus.captions) == before:
+                raise UserError(
+                    f"{given}: nothing of {split} is in --languages {' '.join(s.languages)}"
                 )
     return corpus
 
@@ -222,12 +237,14 @@ class Drawn:
     seed: int
 
     def __post_init__(self) -> None:
-        rows = [row for row in self.corpus.rows["train"] if len(self.corpus.captions[row]) > 1]
+        heard = self.corpus.languages()
+        written = self.corpus.captions
+        rows = [row for row in self.corpus.rows["train"] if row in heard or len(written[row]) > 1]
         counts = Counter(lang for row in rows for lang in self.corpus.captions[row])
         weights = {lang: count ** (1 / self.temperature) for lang, count in counts.items()}
         object.__setattr__(self, "rows", rows)
         object.__setattr__(self, "weights", weights)
-        object.__setattr__(self, "heard", self.corpus.languages())
+        object.__setattr__(self, "heard", heard)
 
     def __len__(self) -> int:
         return len(self.rows) * len(self.weights) ** 2
@@ -239,7 +256,8 @@ class Drawn:
 
     def _turn(self, row: int, rng: np.random.Generator) -> Turn:
         captions, heard = self.corpus.captions[row], self.heard.get(row)
-        shares = np.array(self.shares) * ([1, 1, 1, 1] if heard else [1, 0, 0, 0])
+        known, said = len(captions) > 1, bool(heard)
+        shares = np.array(self.shares) * [known, known and said, known and said, said]
         way = rng.choice(4, p=shares / shares.sum())
         source = str(rng.choice(heard if way else sorted(captions)))
         if way == 3:  # write down what is said
@@ -304,6 +322,8 @@ def stream(s: Settings, corpus: Corpus, model: SpokenLM) -> Phases:
 def build(s: Settings) -> Experiment:
     if not 0 < s.listen_steps < s.steps:
         raise UserError(f"--listen-steps {s.listen_steps} must lie between 0 and {s.steps}")
+    if wrong := [pair for pair in s.pairs if pair.count("-") != 1]:
+        raise UserError(f"--pairs {wrong}: expected two codes each, such as fr-es")
     corpus, model = assemble(s)
     phases = (s.listen_steps, s.steps - s.listen_steps)
     schedule = optax.join_schedules(
@@ -328,9 +348,18 @@ def build(s: Settings) -> Experiment:
 def assistant(s: Settings, params: Params) -> Assistant:
     """What `python -m fusion_jax translate --workdir` asks."""
     corpus, model = assemble(s)
-    data = f"trained on captions of {len(corpus.rows['train'])} stamps in {', '.join(s.languages)}"
+    trained = {lang for row in corpus.rows["train"] for lang in corpus.captions[row]}
+    languages = tuple(lang for lang in s.languages if lang in trained)
+    data = (
+        f"trained on {len(corpus.rows['train'])} captions of {named(s)} in {', '.join(languages)}"
+    )
     answers = model.assistant(params, data, most=40)
-    return dataclasses.replace(answers, languages=s.languages)
+    return dataclasses.replace(answers, languages=languages)
+
+
+def named(s: Settings) -> str:
+    """What the data are called."""
+    return ", ".join(given.split()[0] for given in s.published) or "Tux Paint stamps"
 
 
 # ---------------------------------------------------------------------------------------- report
@@ -343,7 +372,8 @@ WAYS = {"text": (True, False), "speech": (False, True), "both": (True, True)}
 def report(
     s: Settings, corpus: Corpus, model: SpokenLM, params: Params, folder: Path
 ) -> dict[str, float]:
-    """The same held-out captions given as text, speech and both; in noise; and from English."""
+    """The same held-out captions given as text, speech and both: into English, from it, between
+    others, and in noise; and recordings written down."""
     merged = model.tuned.merged(params)
     nearest = nearest_caption(corpus)
     found: dict[str, dict[str, dict[str, float]]] = {}
@@ -359,7 +389,7 @@ def report(
 
     def show(what: str, measure: str, scores: dict[str, dict[str, Score]], about: str) -> None:
         title = f"{what}, {measure}"
-        print(format_scores(title, scores, f"Tux Paint stamps, {about}; seed {s.seed}"))
+        print(format_scores(title, scores, f"{named(s)}, {about}; seed {s.seed}"))
         name = title.lower().replace(",", "").replace(" ", "_")
         plot_scores(folder / f"{name}.png", scores, what, measure)
         found[title] = {
@@ -373,16 +403,20 @@ def report(
     def pairs(items: list, to: str, way: str) -> tuple[list[str], list[str]]:
         return translated(items, to, way), [corpus.captions[row][to] for row, *_ in items]
 
+    def everyone(items: list, to: str, ways: Iterable[str]) -> dict[str, list[str]]:
+        """What the model writes, and the baselines."""
+        given = [(corpus.captions[row][lang], lang) for row, lang, _ in items]
+        return {way: translated(items, to, way) for way in ways} | {
+            "copy the source": [text for text, _ in given],
+            "nearest caption": [nearest(text, lang, to) for text, lang in given],
+        }
+
     into: dict[str, dict[str, Score]] = {}
-    spelled: dict[str, dict[str, Score]] = {}
     pooled: dict[str, tuple[list[str], list[str]]] = {}
     for lang in [lang for lang in s.languages if lang != "en" and len(items_of(lang)) >= FEWEST]:
         items = items_of(lang)
         truth = [corpus.captions[row]["en"] for row, *_ in items]
-        given = [corpus.captions[row][lang] for row, *_ in items]
-        written = {way: translated(items, "en", way) for way in WAYS}
-        written["copy the source"] = given
-        written["nearest caption"] = [nearest(text, lang, "en") for text in given]
+        written = everyone(items, "en", WAYS)
         name = f"{lang} (unheard)" if lang in s.unheard else lang
         into[name] = {way: chrf(texts, truth) for way, texts in written.items()}
         for way, texts in written.items():
@@ -390,8 +424,6 @@ def report(
                 a, b = pooled.setdefault(way, ([], []))
                 a.extend(texts)
                 b.extend(truth)
-        heard_as = model.spell(merged, [corpus.spoken[item] for item in items])
-        spelled[name] = {"listener": character_error_rate(heard_as, given)}
     if pooled:
         every = "all that were heard"
         into[every] = {way: chrf(a, b) for way, (a, b) in pooled.items()}
@@ -400,7 +432,6 @@ def report(
         for measure, score in {"BLEU": bleu, "exact match": exact_match}.items():
             scores = {every: {way: score(a, b) for way, (a, b) in pooled.items()}}
             show("Into English", measure, scores, about)
-        show("Spelled by the listener", "character errors", spelled, about)
         better = max(("text", "speech"), key=lambda way: into[every][way].value)
         texts, truth = pooled["both"]
         p = paired_p_value(texts, pooled[better][0], truth)
@@ -425,14 +456,9 @@ def report(
         rows = [r for r in corpus.rows["held"] if {"en", lang} <= set(corpus.captions[r])][: s.most]
         if not rows:
             continue
-        texts, truth = pairs([(row, "en", None) for row in rows], lang, "text")
-        given = [corpus.captions[row]["en"] for row in rows]
-        near = [nearest(text, "en", lang) for text in given]
-        out[lang] = {
-            "text": chrf(texts, truth),
-            "copy the source": chrf(given, truth),
-            "nearest caption": chrf(near, truth),
-        }
+        written = everyone([(row, "en", None) for row in rows], lang, ["text"])
+        truth = [corpus.captions[row][lang] for row in rows]
+        out[lang] = {way: chrf(texts, truth) for way, texts in written.items()}
         spoken = [(r, "en", None) for r in rows if (r, "en", None) in corpus.spoken]
         if len(spoken) >= FEWEST:
             said[lang] = {way: chrf(*pairs(spoken, lang, way)) for way in WAYS}
@@ -441,6 +467,36 @@ def report(
         show("From English", "chrF", out, about)
     if said:
         show("From spoken English", "chrF", said, f"{about}, those with a recording")
+    between: dict[str, dict[str, Score]] = {}
+    for pair in s.pairs:
+        lang, _, to = pair.partition("-")
+        rows = [row for row in corpus.rows["held"] if {lang, to} <= set(corpus.captions[row])]
+        items = [(row, lang, None) for row in rows]
+        recorded = [item for item in items if item in corpus.spoken]
+        items, ways = (recorded, WAYS) if len(recorded) >= FEWEST else (items, ["text"])
+        if len(items := items[: s.most]) >= FEWEST:
+            truth = [corpus.captions[row][to] for row, *_ in items]
+            between[f"{lang} to {to}"] = {
+                way: chrf(texts, truth) for way, texts in everyone(items, to, ways).items()
+            }
+    if between:
+        about = f"at most {s.most} captions a pair of things never trained on"
+        show("Between other languages", "chrF", between, about)
+    heard_as: dict[str, dict[str, Score]] = {}
+    for lang in s.languages:
+        spoken = [(row, lang, None) for row in corpus.rows["held"]]
+        spoken = [item for item in spoken if item in corpus.spoken][: s.most]
+        if len(spoken) >= FEWEST:
+            truth = [corpus.captions[row][lang] for row, *_ in spoken]
+            heard_as[f"{lang} (unheard)" if lang in s.unheard else lang] = {
+                "listener": character_error_rate(
+                    model.spell(merged, [corpus.spoken[item] for item in spoken]), truth
+                ),
+                "language model": character_error_rate(translated(spoken, lang, "speech"), truth),
+            }
+    if heard_as:
+        about = f"at most {s.most} recordings a language of things never trained on, people's"
+        show("Written down", "character errors", heard_as, about)
     return {
         f"{title}/{row}/{name}": value
         for title, rows in found.items()
@@ -454,6 +510,8 @@ def nearest_caption(corpus: Corpus) -> Callable[[str, str, str], str]:
 
     def nearest(text: str, source: str, to: str) -> str:
         rows = [r for r in corpus.rows["train"] if {source, to} <= set(corpus.captions[r])]
+        if not rows:
+            return ""
         best = max(rows, key=lambda row: alike(corpus.captions[row][source], text))
         return corpus.captions[best][to]
 

@@ -5,6 +5,7 @@
     source = must_c("MUSTC/en-de", "train")                  # any folder of yaml, wav and lines
     source = librispeech("LibriSpeech/train-clean-100")
     source = spoken_questions("asked.jsonl")                 # {"audio", "question", "answer"}
+    source = published("must_c MUSTC/en-de", "test")         # any but the last, by name
 
 An example (see pipeline.py):
 
@@ -206,6 +207,37 @@ def librispeech(folder: str | Path) -> Recordings:
                 Utterance(listed.with_name(f"{name}.flac"), words.lower(), "en", more=more)
             )
     return Recordings(found, Path(folder))
+
+
+PUBLISHED = {
+    "covost2": (covost2, {}),
+    "must_c": (must_c, {"test": "tst-COMMON"}),
+    "common_voice": (common_voice, {}),
+    "librispeech": (
+        lambda folder, split: librispeech(Path(folder) / split),
+        {"train": "train-clean-100", "dev": "dev-clean", "test": "test-clean"},
+    ),
+}
+"""{name: (what opens a split of it, {split: what it is called there, if not so})}."""
+
+
+def published(given: str, split: str) -> Recordings:
+    """A set by its name and places: "covost2 CV/fr covost_v2.fr_en.tsv", "librispeech LibriSpeech".
+
+    Args:
+      split: train, dev or test; train is train-clean-100 in LibriSpeech.
+
+    Raises:
+      UserError: another name, or too few places; else as what opens it.
+    """
+    name, *places = given.split()
+    if name not in PUBLISHED or len(places) != 1 + (name == "covost2"):
+        raise UserError(
+            f"{given!r} names no set; expected one of {', '.join(PUBLISHED)} and its folder, and "
+            "after that of covost2 its list"
+        )
+    opener, names = PUBLISHED[name]
+    return opener(*places, names.get(split, split))
 
 
 def spoken_questions(path: str | Path) -> Recordings:

@@ -91,19 +91,72 @@ def test_published_sets_keep_their_splits(tmp_path):
         listed += f"{number}.flac\tAn owl {number}.\t{split}\n"
     (tmp_path / "validated.tsv").write_text(rows)
     (tmp_path / "covost_v2.fr_en.tsv").write_text(listed)
-    published = f"covost2 {tmp_path} {tmp_path / 'covost_v2.fr_en.tsv'}"
+    published = (f"covost2 {tmp_path} {tmp_path / 'covost_v2.fr_en.tsv'}",)
     found = translation.read_corpus(translation.Settings(published=published))
-    assert found.rows == {"train": [0, 1], "held": [2]}
-    assert found.captions[2] == {"fr": "Un hibou 3.", "en": "An owl 3."}
+    assert found.rows == {"train": [1, 2], "held": [0]}
+    assert found.captions[0] == {"fr": "Un hibou 3.", "en": "An owl 3."}
     assert [found.utterances[n].text for n in translation.heard(found)] == [
         "Un hibou 0.",
         "Un hibou 1.",
     ]
-    assert found.utterances[found.spoken[2, "fr", None]].sound()[:4] == b"fLaC"
+    assert found.utterances[found.spoken[0, "fr", None]].sound()[:4] == b"fLaC"
     held = dataclasses.replace(translation.Settings(published=published), development=True)
-    assert translation.read_corpus(held).captions[2]["en"] == "An owl 2."
-    with pytest.raises(UserError, match="expected one of covost2, must_c"):
-        translation.read_corpus(translation.Settings(published="librispeech x"))
+    assert translation.read_corpus(held).captions[0]["en"] == "An owl 2."
+    for wrong in ("wmt x", "covost2 x", "librispeech"):
+        with pytest.raises(UserError, match="expected one of covost2, must_c, common_voice, libri"):
+            translation.read_corpus(translation.Settings(published=(wrong,)))
+    with pytest.raises(UserError, match="nothing of test is in --languages de"):
+        translation.read_corpus(translation.Settings(published=published, languages=("de",)))
+
+
+def test_published_sets_are_joined_and_none_trains_on_what_another_tests(tmp_path):
+    sound = np.ones(2000) * 0.1
+
+    def libri(split, *lines):
+        place = tmp_path / "LibriSpeech" / split / "1/2"
+        place.mkdir(parents=True)
+        (place / "1-2.trans.txt").write_text("".join(f"1-2-{i} {t}\n" for i, t in enumerate(lines)))
+        for i in range(len(lines)):
+            soundfile.write(place / f"1-2-{i}.flac", sound, 16_000)
+
+    libri("train-clean-100", "AN OWL", "A CAT")
+    libri("test-clean", "A HOUSE")
+    voices = tmp_path / "fr"
+    (voices / "clips").mkdir(parents=True)
+    for split, texts in {"train": ["Un hibou", "Un mot"], "test": ["Un chat"]}.items():
+        rows = [f"{split}{i}.flac\t{text}\tfr\n" for i, text in enumerate(texts)]
+        (voices / f"{split}.tsv").write_text("path\tsentence\tlocale\n" + "".join(rows))
+        for i in range(len(texts)):
+            soundfile.write(voices / f"clips/{split}{i}.flac", sound, 16_000)
+    talks = tmp_path / "fr-en"
+    for split, pairs in {"train": [("Un lac", "A lake")], "tst-COMMON": [("Mot", "A cat")]}.items():
+        place = talks / "data" / split
+        (place / "txt").mkdir(parents=True), (place / "wav").mkdir()
+        soundfile.write(place / "wav/a.wav", sound, 16_000)
+        segment = "{duration: 0.1, offset: 0, wav: a.wav}"
+        (place / f"txt/{split}.yaml").write_text(f"- {segment}\n" * len(pairs))
+        for side, lang in enumerate(("fr", "en")):
+            lines = "".join(pair[side] + "\n" for pair in pairs)
+            (place / f"txt/{split}.{lang}").write_text(lines)
+    published = (f"librispeech {tmp_path}/LibriSpeech", f"common_voice {voices}", f"must_c {talks}")
+    found = translation.read_corpus(translation.Settings(published=published))
+    written = {side: [found.captions[row] for row in rows] for side, rows in found.rows.items()}
+    assert written["held"] == [{"en": "a house"}, {"fr": "Un chat"}, {"fr": "Mot", "en": "A cat"}]
+    assert written["train"] == [  # "a cat" is tested by another set
+        {"en": "an owl"},
+        {"fr": "Un hibou"},
+        {"fr": "Un mot"},
+        {"fr": "Un lac", "en": "A lake"},
+    ]
+    turns = type("Turns", (), {"example": staticmethod(lambda turn, number: turn)})()
+    drawn = translation.Drawn(found, turns, (0.3, 0.3, 0.25, 0.15), 2.0, seed=0)
+    asked = {drawn[index].content for index in range(400)}
+    assert {"To English: <audio>", "From French to English: <audio> Un lac"} <= asked
+    assert not any("Un hibou" in each for each in asked)  # nothing to translate it into
+    for index in range(400):
+        turn = drawn[index]
+        alone = len(found.captions[found.rows["train"][index % 4]]) == 1
+        assert not alone or turn.answer == found.utterances[turn.row].text
 
 
 class Knowing:
@@ -129,15 +182,27 @@ class Knowing:
 
 def test_the_report_leaves_out_what_there_is_none_of(corpus, tmp_path, capsys):
     s = translation.Settings(languages=("en", "fr", "da", "ru"), most=12)
+    few = {**corpus.rows, "train": corpus.rows["train"][:60]}  # the nearest of them is sought
+    corpus = dataclasses.replace(corpus, rows=few)
     found = translation.report(s, corpus, Knowing(corpus), {}, tmp_path)
     row = "Into English, chrF/all that were heard"
     assert found[f"{row}/speech"] == found[f"{row}/copy the source"] > 0
     assert found[f"{row}/text"] == found[f"{row}/both"] == 0
-    assert found["Spelled by the listener, character errors/fr/listener"] == 0
+    written = "Written down, character errors/fr"
+    assert found[f"{written}/listener"] == found[f"{written}/language model"] == 0
     assert "Both against speech alone: chrF" in capsys.readouterr().out
+    row = "Between other languages, chrF/da to fr"
+    assert found[f"{row}/speech"] == found[f"{row}/copy the source"] > found[f"{row}/text"] == 0
+    assert not any("es" in name.split("/")[1].split() for name in found)
     silent = dataclasses.replace(corpus, spoken={}, utterances=[])
     found = translation.report(s, silent, Knowing(silent), {}, tmp_path)
-    assert found and all(name.startswith("From English") for name in found)
+    assert {name.split(",")[0] for name in found} == {"From English", "Between other languages"}
+    assert not any(name.endswith(("/speech", "/both")) for name in found)
+    french = {row: {"fr": texts.get("fr", "")} for row, texts in corpus.captions.items()}
+    said = {item: number for item, number in corpus.spoken.items() if item[1] == "fr"}
+    alone = dataclasses.replace(corpus, captions=french, spoken=said)
+    found = translation.report(s, alone, Knowing(alone), {}, tmp_path)
+    assert {name.split(",")[0] for name in found} == {"Written down"}
 
 
 def test_the_nearest_caption_is_of_training(corpus):
@@ -150,9 +215,9 @@ def test_the_nearest_caption_is_of_training(corpus):
 
 def test_a_run_says_between_which_languages_it_translates(monkeypatch):
     model = SimpleNamespace(assistant=lambda params, data, most: Assistant(None, params, None))
-    corpus = translation.Corpus({}, {"train": []}, [], {})
+    corpus = translation.Corpus({0: {"fr": "Un", "en": "One"}}, {"train": [0]}, [], {})
     monkeypatch.setattr(translation, "assemble", lambda s: (corpus, model))
-    told = translation.assistant(translation.Settings(languages=("en", "fr")), {})
+    told = translation.assistant(translation.Settings(languages=("en", "fr", "de")), {})
     assert told.languages == ("en", "fr")
 
 
