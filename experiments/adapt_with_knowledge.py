@@ -5,9 +5,10 @@
 The task is that of domain_language: SmolLM2 names the subject of an article of the Free On-line
 Dictionary of Computing. Adapting goes on pretraining on the Jargon File and on the articles
 without their subjects; the graph is what the trained articles say of each other (knowledge.
-references), and enters as sentences before the article: the subjects of those it refers to. Each
-row takes the same steps on the task, and all are measured on the same held-out articles, whose own
-subjects are in no fact.
+references), and enters as sentences before the article, the subjects of those it refers to, or as
+an objective: the rule "an article is of the subject of those that it refers to", over what the
+model itself says of articles without labels. Each row takes the same steps on the task, and all are
+measured on the same held-out articles, whose own subjects are in no fact.
 """
 
 import dataclasses
@@ -33,6 +34,8 @@ class Arguments:
     """Steps on texts before it, in the rows that adapt; two thirds of them on the domain's."""
     facts: int = 3
     """Of the graph, before an article."""
+    rule_weight: float = 1.0
+    """Of the graph's rule, in the row that has it."""
     workdir: Path = Path("runs/adapt_with_knowledge")
     settings: Settings = dataclasses.field(
         default_factory=lambda: Settings(length=96, tensorboard=False, keep=1)
@@ -50,6 +53,7 @@ def rows(a: Arguments) -> dict[str, Settings]:
         "adapt, fine-tune": adapted,
         "graph, fine-tune": {"facts": a.facts},
         "adapt, graph, fine-tune": adapted | {"facts": a.facts},
+        "adapt, rule, fine-tune": adapted | {"rule_weight": a.rule_weight},
     }
     return {row: dataclasses.replace(a.settings, **base | own) for row, own in changes.items()}
 

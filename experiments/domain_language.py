@@ -36,6 +36,7 @@ from fusion_jax.knowledge.references import references, subjects_of
 from fusion_jax.language.fused import FusedLM
 from fusion_jax.objectives.combine import Batch, Metrics, Objective, on_batch, weighted_sum
 from fusion_jax.objectives.generative import causal_lm
+from fusion_jax.objectives.rules import Rules, class_log_odds, rule_loss
 from fusion_jax.pretrained.load import load
 from fusion_jax.training.experiment import Experiment
 from fusion_jax.training.partition import Params, partition
@@ -69,6 +70,9 @@ class Settings(Base):
     facts: int = 0
     """Of the domain's graph before a definition: subjects of at most so many articles that it
     refers to, among those that were trained on."""
+    rule_weight: float = 0.0
+    """Of the rule "an article is of the subject of those that it refers to", on the task's articles
+    without labels."""
     hold: Literal["nothing", "replay", "ewc", "l2-sp"] = "nothing"
     """What holds on to what was known."""
     hold_weight: float | None = None
@@ -79,6 +83,7 @@ class Settings(Base):
     """Measure on validation articles in place of the test articles."""
 
 
+TEXT, OTHER = ("text", "weight", "segment"), "other_"  # of a row; of the article beside it
 HOLD_WEIGHTS = {"nothing": 0.0, "replay": 1.0, "ewc": 100.0, "l2-sp": 0.1}
 
 
@@ -122,13 +127,23 @@ def read_texts(s: Settings, encode: Callable[[str], list[int]]) -> Texts:
         found = subjects_of(graph, [n for n in entry.links if n not in entry.heads], s.facts)
         return "".join(f"{name}: {subject}. " for name, subject in found)
 
+    def ask(entry: Entry, facts: str = "") -> dict[str, Any]:
+        return question(entry, facts, names, encode, s.length)
+
+    def about(entries: list[Entry]) -> list[Entry]:
+        return [entry for entry in entries if entry.tags and entry.tags[0] in names]
+
     def asked(entries: list[Entry]) -> list[dict[str, Any]]:
-        chosen = [entry for entry in entries if entry.tags and entry.tags[0] in names]
-        rows = [question(entry, related(entry), names, encode, s.length) for entry in chosen]
+        rows = [ask(entry, related(entry)) for entry in about(entries)]
         return [row | {"id": number} for number, row in enumerate(rows)]
 
     train = {"dapt": plain(domain["train"]), "tapt": plain(task["train"])}
     train |= {"tune": asked(task["train"]), "old": plain(old["train"])}
+    if s.rule_weight:
+        train["linked"] = [
+            ask(one) | {OTHER + name: value for name, value in ask(other).items()} | {"id": number}
+            for number, (one, other) in enumerate(linked(about(task["train"])))
+        ]
     side = "validation" if s.development else "test"
     held = {"old": plain(old[side]), "new": plain(task[side]), "task": asked(task[side])}
     held = {name: spread(rows, s.most) for name, rows in held.items()}
@@ -160,14 +175,29 @@ def question(
     return {"text": ids, "weight": weight, "segment": segment, "label": label}
 
 
+def linked(entries: Sequence[Entry]) -> list[tuple[Entry, Entry]]:
+    """Each article beside each other one that it refers to. Raises UserError if there are none."""
+    of = {head.lower(): entry for entry in entries for head in entry.heads}
+    found = [
+        (entry, other)
+        for entry in entries
+        for link in entry.links
+        if (other := of.get(link.lower(), entry)) is not entry
+    ]
+    if not found:
+        raise UserError("no article of the task refers to another: leave --rule-weight at 0")
+    return found
+
+
 def spread(rows: list, most: int) -> list:
     """At most so many rows, from all over."""
     return [rows[i] for i in np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(int)]
 
 
 def batches_of(s: Settings, rows: list[dict[str, Any]], train: bool) -> Batches:
-    transforms = {name: Padded(name, (s.length,), np.int32) for name in ("text", "segment")}
-    transforms["weight"] = Padded("weight", (s.length,), np.float32)
+    names = [side + name for side in ("", OTHER) for name in TEXT if side + name in rows[0]]
+    kinds = {name: np.float32 if name.endswith("weight") else np.int32 for name in names}
+    transforms = {name: Padded(name, (s.length,), kind) for name, kind in kinds.items()}
     share = own_share() if train else {}
     return Batches(rows, s.batch_size, transforms, seed=s.seed, train=train, **share)
 
@@ -175,8 +205,8 @@ def batches_of(s: Settings, rows: list[dict[str, Any]], train: bool) -> Batches:
 # ------------------------------------------------------------------------------------- objective
 
 
-def objective_of(s: Settings, model: FusedLM) -> Objective:
-    """Predict the next token, and what holds on to the old.
+def objective_of(s: Settings, model: FusedLM, subjects: Sequence[int]) -> Objective:
+    """Predict the next token, and what holds on to the old or says what must fit together.
 
     What does not change, "anchor" and "fisher", lies beside the model among the params: closed
     over, it would be a constant of the compiled step.
@@ -191,12 +221,32 @@ def objective_of(s: Settings, model: FusedLM) -> Objective:
             return anchoring.ewc(anchor, params["fisher"])(params["model"], batch, rng)
         return anchoring.l2_sp(anchor)(params["model"], batch, rng)
 
-    weight = HOLD_WEIGHTS[s.hold] if s.hold_weight is None else s.hold_weight
-    new = on_batch("new", learn)
-    if s.hold == "nothing":
-        return new
-    hold = on_batch("old", learn) if s.hold == "replay" else anchored
-    return weighted_sum({new: 1.0, hold: weight})
+    alike = Rules.of([((len(subjects) + n,), n) for n in range(len(subjects))])
+    broken = rule_loss(alike, log_odds=lambda odds, batch: odds)
+
+    def subjects_alike(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Metrics]:
+        sides = [{name: batch[side + name] for name in TEXT} for side in ("", OTHER)]
+        said = [subject_logits(model, params["model"], side, subjects) for side in sides]
+        return broken(jnp.concatenate([class_log_odds(each) for each in said], axis=1), batch)
+
+    parts = {on_batch("new", learn): 1.0}
+    if s.hold != "nothing":
+        hold = on_batch("old", learn) if s.hold == "replay" else anchored
+        parts[hold] = HOLD_WEIGHTS[s.hold] if s.hold_weight is None else s.hold_weight
+    if s.rule_weight:
+        parts[on_batch("linked", subjects_alike)] = s.rule_weight
+    return weighted_sum(parts)
+
+
+def subject_logits(
+    model: FusedLM, params: Params, batch: Batch, subjects: Sequence[int]
+) -> jax.Array:
+    """What is said of each subject, by its first token, where the subject stands: [b, subjects]."""
+    hidden = model.apply({"params": params}, batch).hidden
+    last = jnp.argmax(batch["weight"].values, axis=1) - 1  # predicts the subject
+    hidden = jnp.take_along_axis(hidden, last.clip(0)[:, None, None], axis=1)
+    logits = model.apply({"params": params}, hidden, method="logits")[:, 0]
+    return jnp.take(logits, jnp.asarray(subjects), axis=1)
 
 
 def fisher_of(s: Settings, model: FusedLM, trained: Params, frozen: Params, rows: list) -> Params:
@@ -213,7 +263,6 @@ def fisher_of(s: Settings, model: FusedLM, trained: Params, frozen: Params, rows
 
 
 FISHER_ROWS = 32
-TEXT = ("text", "weight", "segment")
 
 
 # --------------------------------------------------------------------------------- build, report
@@ -241,6 +290,8 @@ def build(s: Settings) -> Experiment:
     pretrained = {"model": published}
     if s.hold == "replay":
         streams["old"] = train["old"]
+    if s.rule_weight:
+        streams["linked"] = train["linked"]
     if s.hold in ("ewc", "l2-sp"):
         pretrained["anchor"] = trained
     if s.hold == "ewc":
@@ -250,7 +301,7 @@ def build(s: Settings) -> Experiment:
     return Experiment(
         data=Streams(streams),
         init=lambda key: jax.tree.map(jnp.zeros_like, pretrained),
-        objective=objective_of(s, model),
+        objective=objective_of(s, model, texts.first_tokens),
         optimizer=optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule)),
         pretrained=pretrained,
         trainable=f"^model/.*{s.trainable}",
@@ -265,7 +316,6 @@ def measuring(s: Settings, model: FusedLM, texts: Texts) -> Callable[[Params], d
         name: [batches[step] for step in range(len(batches))]
         for name, batches in ((n, batches_of(s, rows, False)) for n, rows in texts.held.items())
     }
-    tokens = jnp.asarray(texts.first_tokens)
 
     @jax.jit
     def likelihood(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -274,11 +324,7 @@ def measuring(s: Settings, model: FusedLM, texts: Texts) -> Callable[[Params], d
 
     @jax.jit
     def choose(params: Params, batch: Batch) -> jax.Array:
-        hidden = model.apply({"params": params}, batch).hidden
-        last = jnp.argmax(batch["weight"].values, axis=1) - 1  # predicts the subject
-        hidden = jnp.take_along_axis(hidden, last.clip(0)[:, None, None], axis=1)
-        logits = model.apply({"params": params}, hidden, method="logits")[:, 0]
-        return jnp.take(logits, tokens, axis=1).argmax(axis=1)
+        return subject_logits(model, params, batch, texts.first_tokens).argmax(axis=1)
 
     def measure(params: Params) -> dict[str, float]:
         found = {}

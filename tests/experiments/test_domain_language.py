@@ -15,7 +15,9 @@ from experiments import adapt_with_knowledge, domain_language
 from experiments.domain_language_table import forgotten_at
 from fusion_jax.__main__ import main
 from fusion_jax.data import dictionary
+from fusion_jax.errors import UserError
 from fusion_jax.language.decoder import Decoder
+from fusion_jax.language.fused import FusedLM
 from fusion_jax.language.prompt import text_mask
 from fusion_jax.pretrained import load
 from fusion_jax.pretrained.load import Pretrained
@@ -60,14 +62,14 @@ def texts(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("hold", ["ewc", "replay"])
-def test_three_phases(texts, tmp_path, hold, capsys):
+@pytest.mark.parametrize(("hold", "rule"), [("ewc", 0), ("replay", 0.5)])
+def test_three_phases(texts, tmp_path, hold, rule, capsys):
     run = tmp_path / "run"
     flags = [
         *("train", "experiments/domain_language.py", "--workdir", str(run), "--no-tensorboard"),
         *("--texts", str(texts), "--domain", "slang", "--task", "terms", "--old", "prose"),
         *("--trainable", "layer_1/", "--steps", "3", "--phases", "1", "1", "1", "--length", "32"),
-        *("--evaluate-every", "1", "--hold", hold),
+        *("--evaluate-every", "1", "--hold", hold, "--rule-weight", str(rule)),
     ]
     assert main(flags) == 0
     assert "among 2 subjects" in capsys.readouterr().out
@@ -76,6 +78,8 @@ def test_three_phases(texts, tmp_path, hold, capsys):
     assert np.isfinite([numbers["gained"], numbers["forgotten"]]).all()
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert sum("forgotten" in row for row in rows) == 3
+    told = [row["train/linked/subjects_alike"] for row in rows if rule and "train/loss" in row]
+    assert len(told) == bool(rule) and all(np.isfinite(told))
 
 
 def test_facts_of_the_graph_stand_before_an_article_and_are_of_others(texts):
@@ -90,7 +94,41 @@ def test_facts_of_the_graph_stand_before_an_article_and_are_of_others(texts):
     assert known and all("WhatĠtermsĠnumberĠ4" not in text for text in known)
     assert all(text.endswith(("Subject:Ġa", "Subject:Ġb")) for text in told)
     ablation = adapt_with_knowledge.rows(adapt_with_knowledge.Arguments(tune=1, adapt=2))
-    assert [(one.steps, one.facts) for one in ablation.values()] == [(1, 0), (3, 0), (1, 3), (3, 3)]
+    found = [(one.steps, one.facts, one.rule_weight) for one in ablation.values()]
+    assert found == [(1, 0, 0), (3, 0, 0), (1, 3, 0), (3, 3, 0), (3, 0, 1)]
+
+
+def test_a_rule_asks_that_articles_which_refer_to_each_other_have_one_subject(texts):
+    s = domain_language.Settings(
+        texts=texts, domain="slang", task="terms", old="prose", length=64, rule_weight=2.0
+    )
+    opened = load.load("bytes")
+    read = domain_language.read_texts(s, lambda text: opened.tokenizer.encode(text).ids)
+    decode = opened.tokenizer.id_to_token
+    told = [
+        ["".join(map(decode, row[name].tolist())) for row in read.train["linked"]]
+        for name in ("text", "other_text")
+    ]
+    assert told[0] and all("numberĠ4Ġ" in text for text in told[1])
+    assert not any("numberĠ4Ġ" in text for text in told[0])
+    model = FusedLM(opened.module, {})
+    rows = domain_language.batches_of(s, read.train["linked"], True)
+    batch = {"new": domain_language.batches_of(s, read.train["tapt"], True)[0], "linked": rows[0]}
+    params = {"model": {"decoder": opened.params}}
+    objective = domain_language.objective_of(s, model, read.first_tokens)
+    loss, metrics = jax.jit(objective)(params, batch, jax.random.key(0))
+    said = jax.jit(partial(domain_language.subject_logits, model, subjects=read.first_tokens))
+    true = []
+    for prefix in ("", "other_"):
+        side = {name: rows[0][prefix + name] for name in domain_language.TEXT}
+        odds = np.exp(np.asarray(said(params["model"], side), np.float64))
+        true.append(odds / odds.sum(axis=1, keepdims=True))
+    one, other = true
+    wanted = -np.log(1 - other * (1 - one)).mean()
+    assert metrics["linked/subjects_alike"] == pytest.approx(wanted, rel=1e-4)
+    assert loss == pytest.approx(float(metrics["new/learn"]) + 2 * wanted, rel=1e-4)
+    with pytest.raises(UserError, match="no article of the task refers to another"):
+        domain_language.linked([dictionary.Entry(("a",), "A a.", ("x",), ("a", "b"))])
 
 
 def test_forgetting_is_compared_at_equal_gain():
