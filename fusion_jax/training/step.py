@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fusion_jax.errors import UserError
+from fusion_jax.training.overlap import compiler_options
 from fusion_jax.training.partition import Params, merge
 
 Objective = Callable[[Params, dict, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
@@ -133,7 +134,12 @@ def compile_step(
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for `rows.by_rows`
                 return whole(state, frozen, batch)
 
-        return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, replicated))
+        return jax.jit(
+            step,
+            donate_argnums=0,
+            out_shardings=(state_shardings, replicated),
+            compiler_options=compiler_options(mesh),
+        )
     if mesh.shape["fsdp"] * mesh.shape["tensor"] > 1:
         raise UserError("engine pmap replicates params: use --mesh data=-1, or --engine jit")
     devices = mesh.devices.flatten().tolist()

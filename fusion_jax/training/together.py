@@ -29,6 +29,7 @@ from fusion_jax.training.clock import Clock
 from fusion_jax.training.experiment import Experiment
 from fusion_jax.training.matmuls import rounded_matmuls
 from fusion_jax.training.metrics import MetricsFile
+from fusion_jax.training.overlap import compiler_options
 from fusion_jax.training.partition import Params
 from fusion_jax.training.settings import Settings
 from fusion_jax.training.sharding import BATCH, check_rows, make_mesh
@@ -126,7 +127,12 @@ def _train(runs: Sequence[Run], checkpoints: Sequence[Checkpoints]) -> list[Para
             return every(state, frozen, batch)
 
     replicated = NamedSharding(mesh, P())
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(places, replicated))
+    jitted = jax.jit(
+        step,
+        donate_argnums=0,
+        out_shardings=(places, replicated),
+        compiler_options=compiler_options(mesh),
+    )
     rows = _beside(mesh, NamedSharding(mesh, BATCH))
 
     def put(batches: Sequence[dict]) -> dict:
