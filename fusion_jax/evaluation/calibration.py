@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+import scipy.special
 
 from fusion_jax.errors import UserError
 
@@ -31,8 +32,7 @@ def reliability(logits: np.ndarray, labels: np.ndarray, bins: int = 15) -> Relia
         raise UserError(f"reliability needs one bin or more, and {bins} was given")
     counted = labels >= 0
     logits = np.asarray(logits, np.float64)[counted]
-    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
-    confidence = (shifted / shifted.sum(axis=1, keepdims=True)).max(axis=1)
+    confidence = scipy.special.softmax(logits, axis=1).max(axis=1)
     right = logits.argmax(axis=1) == labels[counted]
     where = np.ceil(confidence * bins).astype(int).clip(1, bins) - 1  # bins are (low, high]
     count = np.bincount(where, minlength=bins)
