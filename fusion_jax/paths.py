@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -19,11 +20,24 @@ def cache_dir() -> Path:
     return Path(home).expanduser() if home else Path.home() / ".cache" / "fusion_jax"
 
 
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a name beside `path` for a file that becomes `path` only if the block succeeds.
+
+    A kill at any moment leaves `path` as it was.
+    """
+    draft = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
+    try:
+        yield draft
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
 def write_file(path: Path, text: str) -> None:
     """Writes a text file that is either whole or as it was before."""
-    draft = path.with_suffix(".tmp")
-    draft.write_text(text)
-    os.replace(draft, path)
+    with replacing(path) as draft:
+        draft.write_text(text)
 
 
 def read_medium(file: Path) -> bytes:

@@ -6,7 +6,6 @@ bit for each number and the others. The file's metadata tell how the tensors mak
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from safetensors.numpy import save_file
 from fusion_jax.compression.low_rank import LowRank
 from fusion_jax.compression.quantization import Params, Quantized
 from fusion_jax.errors import UserError
+from fusion_jax.paths import replacing
 
 FILE = "params.safetensors"
 KINDS = {kind.__name__: kind for kind in (Quantized, LowRank)}
@@ -31,9 +31,8 @@ def write(path: Path, params: Params) -> None:
     described = {
         name: _take(name, leaf, tensors) for name, leaf in flatten_dict(params, sep="/").items()
     }
-    draft = path.with_suffix(".tmp")
-    save_file(tensors, draft, {"params": json.dumps(described)})
-    os.replace(draft, path)
+    with replacing(path) as draft:
+        save_file(tensors, draft, {"params": json.dumps(described)})
 
 
 def read(path: Path) -> Params:

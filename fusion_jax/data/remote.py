@@ -12,7 +12,6 @@ than any disk; those elsewhere are copied to the cache, each when a row of it is
 import bisect
 import hashlib
 import itertools
-import os
 import re
 import shutil
 import threading
@@ -26,7 +25,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from fusion_jax.data.disk import needs_room, one_at_a_time
 from fusion_jax.errors import UserError
-from fusion_jax.paths import cache_dir
+from fusion_jax.paths import cache_dir, replacing
 
 SHARD = ".array_record"
 """In the name of every file of rows."""
@@ -169,6 +168,5 @@ def _newest(system: Any, root: str, url: str) -> str:
 
 def _copy(system: Any, file: str, target: Path) -> None:
     """A file that is either whole or as it was before."""
-    draft = target.with_name(f".{target.name}.part")
-    system.get_file(file, str(draft))
-    os.replace(draft, target)
+    with replacing(target) as draft:
+        system.get_file(file, str(draft))

@@ -11,6 +11,7 @@ import numpy as np
 from fusion_jax.data.image import Pictures
 from fusion_jax.deployment.export import Predictor
 from fusion_jax.errors import UserError
+from fusion_jax.paths import replacing
 from fusion_jax.tokens import Tokens
 
 TOLERANCE = 1e-3
@@ -69,9 +70,8 @@ def write(target: Path, model: Any) -> float:
     worst = max(float(np.abs(a - b).max()) / s for a, b, s in zip(ours, found, scale, strict=True))
     if worst > TOLERANCE:
         raise UserError(f"ONNX Runtime's outputs differ from ours by {worst:.1e}; nothing written")
-    draft = target.with_name(f".{target.name}.tmp")
-    onnx.save(made, draft)
-    draft.replace(target)
+    with replacing(target) as draft:
+        onnx.save(made, draft)
     return worst
 
 

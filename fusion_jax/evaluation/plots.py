@@ -2,8 +2,6 @@
 
 import itertools
 import math
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from matplotlib.figure import Figure
 from fusion_jax.errors import UserError
 from fusion_jax.evaluation.calibration import Reliability
 from fusion_jax.evaluation.retrieval import unit
+from fusion_jax.paths import replacing
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#444444"]
@@ -25,15 +24,8 @@ def save(figure: Figure, path: Path) -> None:
     """Writes a PNG that is either whole or not there."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, draft = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            FigureCanvasAgg(figure).print_figure(file, format="png", dpi=120)
-        os.chmod(draft, 0o644)
-        os.replace(draft, path)
-    except BaseException:
-        os.unlink(draft)
-        raise
+    with replacing(path) as draft:
+        FigureCanvasAgg(figure).print_figure(draft, format="png", dpi=120)
 
 
 def panel(width: float, height: float, title: str) -> tuple[Figure, Axes]:

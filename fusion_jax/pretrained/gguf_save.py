@@ -1,7 +1,6 @@
 """Writes GGUF files (llama.cpp, Ollama) of Llama-like decoders, tokenizer and template inside."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +13,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from tokenizers import Tokenizer
 
 from fusion_jax.errors import UserError
+from fusion_jax.paths import replacing
 from fusion_jax.pretrained.gguf_model import LAYER, OUTSIDE
 from fusion_jax.pretrained.gguf_tokenizer import CONTROL, SPLITS, USER_DEFINED
 from fusion_jax.pretrained.load import family_of
@@ -54,10 +54,9 @@ def save_gguf(
     kind = config.get("model_type")
     if kind not in ARCHITECTURES:
         raise UserError(f"no GGUF of {kind!r} is written: only of {', '.join(ARCHITECTURES)}")
-    draft = path.with_name(f".{path.name}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
-    writer = gguf.GGUFWriter(draft, ARCHITECTURES[kind])
-    try:
+    with replacing(path) as draft:
+        writer = gguf.GGUFWriter(draft, ARCHITECTURES[kind])
         flat = traverse_util.flatten_dict(params, sep="/")
         slots = family_of(config).slots(config)
         needed = {path for slot in slots.values() for path in slot.all_paths}
@@ -89,9 +88,6 @@ def save_gguf(
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def _add(

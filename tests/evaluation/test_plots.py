@@ -52,7 +52,7 @@ def test_a_failing_save_keeps_the_old_picture(tmp_path, monkeypatch):
     before = path.read_bytes()
 
     def full_disk(self, file, **settings):
-        file.write(b"half")
+        file.write_bytes(b"half")
         raise OSError("no space left on device")
 
     monkeypatch.setattr(plots.FigureCanvasAgg, "print_figure", full_disk)
