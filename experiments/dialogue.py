@@ -86,6 +86,8 @@ class Settings(Base):
     """So much of an answer is learned, and compared."""
     seconds: float = 4.5
     """What lies beyond is not heard in training."""
+    views: int = 2
+    """Of each recording of training: as it is, then at other speeds and in noise of 0 to 20 dB."""
     length: int = 96
     """Ids of a turn."""
     asked: Path | None = None
@@ -245,11 +247,13 @@ def definitions(count: int, rng: np.random.Generator, wanted: Callable[[str], bo
 def assemble(s: Settings) -> tuple[Corpus, SpokenLM]:
     """What is said, and the language model that hears it."""
     corpus = read_corpus(s)
-    hearing = open_hearing(Spoken(corpus.utterances), s.tower, seconds=s.seconds)
+    trained = [row for rows in corpus.train.values() for row in rows]
+    hearing = open_hearing(
+        Spoken(corpus.utterances), s.tower, seconds=s.seconds, views=s.views, rows=trained
+    )
     checkpoint = load(s.language_model)
     if checkpoint.tokenizer is None or checkpoint.chat_template is None:
         raise UserError(f"{s.language_model} does not chat: give a checkpoint with a chat template")
-    trained = [row for rows in corpus.train.values() for row in rows]
     ids = [in_pieces(checkpoint.tokenizer, corpus.utterances[row].text) for row in trained]
     spelling = Spelling(ids, checkpoint.params["embedding"]["embedding"])
     ranks = {s.lora: s.lora_rank} if s.lora_rank else {}

@@ -95,6 +95,8 @@ class Settings(Base):
     """What lies beyond is not heard in training."""
     length: int = 72
     """Ids of a translation and what it is of."""
+    views: int = 2
+    """Of each recording of training: as it is, then at other speeds and in noise of 0 to 20 dB."""
     spelled: int = 32
     """Most word pieces of a recording that is learned to be spelled."""
     written: int = 24
@@ -252,7 +254,8 @@ class Drawn:
     def __getitem__(self, index: int) -> dict[str, Any]:
         rng = np.random.default_rng([self.seed, index])
         row = self.rows[index % len(self.rows)]
-        return self.turns.example(self._turn(row, rng), index)
+        turn = self._turn(row, rng)
+        return self.turns.example(turn, index, int(rng.integers(self.turns.hearing.views)))
 
     def _turn(self, row: int, rng: np.random.Generator) -> Turn:
         captions, heard = self.corpus.captions[row], self.heard.get(row)
@@ -279,11 +282,12 @@ class Drawn:
 def assemble(s: Settings) -> tuple[Corpus, SpokenLM]:
     """What is translated, and the language model that hears and reads it."""
     corpus = read_corpus(s)
-    hearing = open_hearing(Spoken(corpus.utterances), s.tower, seconds=s.seconds)
+    source, rows = Spoken(corpus.utterances), heard(corpus)
+    hearing = open_hearing(source, s.tower, seconds=s.seconds, views=s.views, rows=rows)
     checkpoint = load(s.language_model)
     if checkpoint.tokenizer is None:
         raise UserError(f"{s.language_model} has no tokenizer")
-    ids = [in_pieces(checkpoint.tokenizer, corpus.utterances[u].text) for u in heard(corpus)]
+    ids = [in_pieces(checkpoint.tokenizer, corpus.utterances[u].text) for u in rows]
     spelling = Spelling(ids, checkpoint.params["embedding"]["embedding"])
     ranks = {s.lora: s.lora_rank} if s.lora_rank else {}
     model = SpokenLM.of(checkpoint, hearing, spelling, ranks=ranks, template=PLAIN)
@@ -448,7 +452,7 @@ def report(
             name: {way: score(*pair) for way, pair in ways.items()} for name, ways in noisy.items()
         }
         if scores:
-            about = "recordings of things never trained on; training had no noise"
+            about = f"recordings of things never trained on; views of each in training: {s.views}"
             show(f"{NOISY} to en in white noise", measure, scores, about)
     out: dict[str, dict[str, Score]] = {}
     said: dict[str, dict[str, Score]] = {}

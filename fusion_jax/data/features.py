@@ -7,7 +7,8 @@
     Batches(source, 64, {"image": Padded("image", (81, 1408), np.float16), ...})
 
 A field that has alternatives (recordings in eight languages) keeps those in the transform's
-languages: each is encoded, and one is drawn per row as before. A cache is found again by the
+languages: each is encoded, and one is drawn per row as before. Alternatives that take time to make
+may be functions, called when they are encoded. A cache is found again by the
 checksums of the weights and of the data, the transform and the stored type; change any and it is
 computed anew beside the old one.
 """
@@ -312,7 +313,8 @@ def _inputs(
         example = source[row]
         for language in languages if isinstance(languages, list) else [None]:
             value = _by_language(example[field])
-            one = {**example, field: value if language is None else value[language]}
+            chosen = value if language is None else value[language]
+            one = {**example, field: chosen() if callable(chosen) else chosen}
             item = transform(one, None)
             if item is None:
                 raise UserError(f"{transform} finds nothing in row {row}, field {field}")

@@ -1,15 +1,20 @@
-"""Several views of each picture for a frozen tower, which sees every picture once."""
+"""Several views of each picture or recording for a frozen tower, which reads everything once."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from fusion_jax.data import image
+from fusion_jax.data import augment_sound, image
+from fusion_jax.data.audio import Waveforms
 from fusion_jax.data.features import ChecksummedSource
 from fusion_jax.data.image import Augment
 from fusion_jax.data.pipeline import Padded, Source
+from fusion_jax.tokens import Tokens
 
 
 class Views:
@@ -38,6 +43,64 @@ class Views:
             cut = whole[top : max(bottom, top + 1), left : max(right, left + 1)]
             views.append(cut[:, ::-1] if view % 2 and example.get("mirror", True) else cut)
         return example | {"image": views}
+
+
+SPEEDS = (0.9, 1.1)
+DECIBELS = (0.0, 20.0)
+"""By which speech is louder than the noise mixed into it."""
+
+
+class SoundViews:
+    """A source of which some rows' recordings have `count` alternatives: clean, then changed.
+
+    Each of the others is played at another speed and mixed with white noise, on the device, as
+    (row, view) alone say. What fills the time that is heard is not slowed down, so that nothing
+    that is said is cut off. Each is a function that makes it, see `features`.
+
+    Args:
+        rows: those of training; the others stay as they are.
+        seconds: what lies beyond is not heard.
+    """
+
+    def __init__(
+        self, source: ChecksummedSource, count: int, rows: Collection[int], seconds: float
+    ) -> None:
+        self.source, self.count, self.rows = source, count, frozenset(rows)
+        self.heard = Waveforms(seconds)
+        about = (source.checksum, count, sorted(self.rows), seconds, SPEEDS, DECIBELS)
+        self.checksum = f"{about!r} sound views"
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        example = self.source[row]
+        clean = self.heard(example, None) if row in self.rows else None
+        if clean is None:
+            return example
+        makers = [partial(self._view, clean, row, view) for view in range(self.count)]
+        return example | {"audio": makers}
+
+    def _view(self, clean: np.ndarray, row: int, view: int) -> np.ndarray:
+        if view == 0:
+            return clean
+        size = self.heard.shape[0]
+        mask = np.arange(size) < len(clean)
+        sound = Tokens(np.pad(clean, (0, size - len(clean)))[None], mask[None])
+        changed = _changed(sound, jnp.uint32(row), jnp.uint32(view))
+        return np.asarray(changed.values[0])[np.asarray(changed.mask[0])]
+
+
+@jax.jit
+def _changed(sound: Tokens, row: jax.Array, view: jax.Array) -> Tokens:
+    """[1, samples] at a speed and in noise drawn for that row and view."""
+    speed, noise, loud = (augment_sound.row_keys(row[None], view, seed) for seed in range(3))
+    slowest, fastest = SPEEDS
+    slowest = sound.mask.mean(axis=1).clip(slowest, 1.0)
+    factor = slowest + (fastest - slowest) * augment_sound.uniform(speed, 0.0, 1.0)
+    sound = augment_sound.change_speed(sound, factor)
+    noise = augment_sound.white_noise(noise, sound.values.shape[1])
+    return augment_sound.add_noise(sound, noise, augment_sound.uniform(loud, *DECIBELS))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -3,12 +3,13 @@
 hearing = open_hearing(Spoken(utterances), "moonshine-tiny", seconds=5)
 hearing.tokens(row)                     # [t, d] of an utterance, computed once and kept
 hearing.read(Path("question.ogg"))      # of any other recording
+hearing.tokens(row, view)               # at another speed and in noise, if opened with views
 turns = Turns([Turn("<audio>", "A badger is ...", row=3)], hearing, chat, layout, length=64)
 Batches(turns, 8, turns.transforms)     # to train a `FusedLM` on
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 
 from fusion_jax.data import audio, features
 from fusion_jax.data.pipeline import Padded, Transform
+from fusion_jax.data.views import SoundViews
 from fusion_jax.errors import UserError
 from fusion_jax.language.chat import Chat
 from fusion_jax.language.fused import Batch, Layout
@@ -36,20 +38,23 @@ class Hearing:
         frozen: the source, with tokens [t, d] in place of sound.
         published: the encoder as it comes.
         shape: the most tokens of an utterance of the source, and their width.
+        views: of each utterance of training, the first as it is, see `SoundViews`.
     """
 
     frozen: features.Frozen
     published: Tower
     shape: tuple[int, int]
+    views: int = 1
 
     def blank(self, rows: int) -> Tokens:
         """So many absent recordings, one an item: values [rows, 1, t, d], mask [rows, 1, t]."""
         values = np.zeros((rows, 1, *self.shape), np.float32)
         return Tokens(values, np.zeros(values.shape[:3], bool))
 
-    def tokens(self, row: int) -> np.ndarray:
+    def tokens(self, row: int, view: int = 0) -> np.ndarray:
         """Of an utterance, [t, d], float16."""
-        return self.frozen[row]["audio"]
+        found = self.frozen[row]["audio"]
+        return found[str(view)] if isinstance(found, dict) else found
 
     def items(self, rows: Sequence[int | None]) -> Tokens:
         """One recording a row of a batch, [b, 1, t, d]; absent where the row is None."""
@@ -81,17 +86,27 @@ class Hearing:
         return np.asarray(encoded.values[0])[np.asarray(encoded.mask[0])].astype(np.float16)
 
 
-def open_hearing(source: features.ChecksummedSource, tower: str, *, seconds: float) -> Hearing:
+def open_hearing(
+    source: features.ChecksummedSource,
+    tower: str,
+    *,
+    seconds: float,
+    views: int = 1,
+    rows: Collection[int] = (),
+) -> Hearing:
     """Encodes the recordings of `source`, unless that was done before.
 
     Args:
         tower: a published encoder of sound, by name, hub id or folder.
         seconds: what lies beyond is not heard.
+        views: of each of these rows, those of training; see `SoundViews`.
     """
+    if views > 1:
+        source = SoundViews(source, views, rows, seconds)
     published = open_tower(tower, "audio", seconds=seconds)
     frozen = features.freeze(source, {"audio": published.frozen()})
     _, kept = frozen.fields["audio"]
-    return Hearing(frozen, published, (kept.longest, kept.width))
+    return Hearing(frozen, published, (kept.longest, kept.width), views)
 
 
 def load_speech(file: Path) -> np.ndarray:
@@ -129,7 +144,7 @@ class Turn:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Turns:
-    """A source of turns as a fused model is trained on them.
+    """A source of turns as a fused model is trained on them, each with every view in turn.
 
     Attributes:
         length: ids in a row; what is longer is cut.
@@ -151,12 +166,13 @@ class Turns:
         }
 
     def __len__(self) -> int:
-        return len(self.turns)
+        return len(self.turns) * self.hearing.views
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.example(self.turns[index], index)
+        turn, view = divmod(index, self.hearing.views)
+        return self.example(self.turns[turn], index, view)
 
-    def example(self, turn: Turn, number: int) -> dict[str, Any]:
+    def example(self, turn: Turn, number: int, view: int = 0) -> dict[str, Any]:
         """A turn, be it among `turns` or not."""
         asked = {"role": "user", "content": turn.content}
         if isinstance(turn.answer, str):
@@ -170,13 +186,15 @@ class Turns:
             "id": number,
             "text": np.asarray(ids, np.int32),
             "weight": np.asarray(weights, np.float32),
-            "audio": None if turn.row is None else self.hearing.tokens(turn.row),
+            "audio": None if turn.row is None else self.hearing.tokens(turn.row, view),
         }
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dictation:
     """A source of utterances and the classes that spell them, for `recognition.ctc`.
+
+    Each utterance is there with every view in turn.
 
     Attributes:
         rows: of the hearing's source.
@@ -198,11 +216,12 @@ class Dictation:
         }
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.rows) * self.hearing.views
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        tokens = self.hearing.tokens(self.rows[index])
-        return {"id": index, "audio": tokens, "spoken": self.spelled[index]}
+        number, view = divmod(index, self.hearing.views)
+        tokens = self.hearing.tokens(self.rows[number], view)
+        return {"id": index, "audio": tokens, "spoken": self.spelled[number]}
 
 
 def as_items(batch: Batch) -> Batch:

@@ -62,8 +62,14 @@ def test_what_is_heard_says_the_caption_whole(corpus):
         assert soundfile.info(sound).duration <= translation.Settings.seconds
 
 
+def drawing(views):
+    """In place of `Turns`: what an example would be made of."""
+    example = lambda turn, number, view: (turn, number, view)  # noqa: E731
+    return SimpleNamespace(example=example, hearing=SimpleNamespace(views=views))
+
+
 def test_draws_are_of_training_and_depend_on_seed_and_index_alone(corpus):
-    turns = type("Turns", (), {"example": staticmethod(lambda turn, number: (turn, number))})()
+    turns = drawing(views=3)
     drawn = translation.Drawn(corpus, turns, (0.3, 0.3, 0.25, 0.15), 2.0, seed=0)
     found = [drawn[index] for index in range(800)]
     assert found[:50] == [drawn[index] for index in range(50)]
@@ -71,7 +77,8 @@ def test_draws_are_of_training_and_depend_on_seed_and_index_alone(corpus):
     assert found[:50] != [other[index] for index in range(50)]
     held = {text for row in corpus.rows["held"] for text in corpus.captions[row].values()}
     ways = np.zeros(2)
-    for turn, _ in found:
+    assert {view for _, _, view in found} == {0, 1, 2}
+    for turn, _, _ in found:
         asked = turn.content.split(": ", 1)[1].removeprefix("<audio>").strip()
         assert turn.answer not in held and asked not in held
         assert (turn.row is None) == ("<audio>" not in turn.content)
@@ -148,13 +155,13 @@ def test_published_sets_are_joined_and_none_trains_on_what_another_tests(tmp_pat
         {"fr": "Un mot"},
         {"fr": "Un lac", "en": "A lake"},
     ]
-    turns = type("Turns", (), {"example": staticmethod(lambda turn, number: turn)})()
-    drawn = translation.Drawn(found, turns, (0.3, 0.3, 0.25, 0.15), 2.0, seed=0)
-    asked = {drawn[index].content for index in range(400)}
+    drawn = translation.Drawn(found, drawing(views=1), (0.3, 0.3, 0.25, 0.15), 2.0, seed=0)
+    asked = {drawn[index][0].content for index in range(400)}
     assert {"To English: <audio>", "From French to English: <audio> Un lac"} <= asked
     assert not any("Un hibou" in each for each in asked)  # nothing to translate it into
     for index in range(400):
-        turn = drawn[index]
+        turn, _, view = drawn[index]
+        assert view == 0
         alone = len(found.captions[found.rows["train"][index % 4]]) == 1
         assert not alone or turn.answer == found.utterances[turn.row].text
 

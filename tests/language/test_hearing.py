@@ -16,7 +16,7 @@ from fusion_jax.data.pipeline import Batches
 from fusion_jax.errors import UserError
 from fusion_jax.language.chat import Chat
 from fusion_jax.language.fused import FusedLM
-from fusion_jax.language.hearing import Dictation, Hearing, Turn, as_items, load_speech
+from fusion_jax.language.hearing import Dictation, Hearing, Turn, Turns, as_items, load_speech
 from fusion_jax.language.listener import Listener, Spelling
 from fusion_jax.language.sight import Sight
 from fusion_jax.language.spoken import SpokenLM
@@ -83,7 +83,7 @@ def test_a_film_is_not_read(tmp_path):
 class Heard(Hearing):
     """Encoded already."""
 
-    def tokens(self, row):
+    def tokens(self, row, view=0):
         return np.random.default_rng(row).normal(size=(9 + row, 3)).astype(np.float16)
 
 
@@ -124,6 +124,25 @@ def test_a_turn_is_its_marks_and_its_answer(spoken):
     assert lengths.tolist() == [9, 4, 4]
     assert weight.values[:, :9].sum(axis=1).tolist() == [2, 2, 2]
     assert turn["audio"].mask.sum(axis=1).tolist() == [9, 0, 11]
+
+
+def test_every_view_of_training_is_heard(spoken):
+    class Viewed(Hearing):
+        def tokens(self, row, view=0):
+            return np.full((2, 3), 10 * row + view)
+
+    viewed = Viewed(None, None, (12, 3), 2)
+    turns = [Turn("<audio>", "w8", 1), Turn("<audio>", "w8", 0), Turn("w8", "w8")]
+    turns = Turns(turns, viewed, spoken.chat, spoken.layout, 16)
+    heard = [turns[index]["audio"] for index in range(len(turns))]
+    assert [each[0, 0] for each in heard[:4]] == [10, 11, 0, 1] and heard[4:] == [None, None]
+    dictation = Dictation([3, 1], [np.array([1]), np.array([2])], viewed, most=4)
+    found = [dictation[index] for index in range(len(dictation))]
+    assert [(each["audio"][0, 0], *each["spoken"]) for each in found] == [
+        *((30, 1), (31, 1), (10, 2), (11, 2))
+    ]
+    kept = Hearing([{"audio": {"0": "clean", "1": "noisy"}}, {"audio": "test"}], None, (12, 3), 2)
+    assert [kept.tokens(0), kept.tokens(0, 1), kept.tokens(1)] == ["clean", "noisy", "test"]
 
 
 def test_spelling_comes_alone_first_and_then_beside_the_answers(spoken):
