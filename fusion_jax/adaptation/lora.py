@@ -21,7 +21,9 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from fusion_jax.compression.low_rank import Adapted, LowRank
 from fusion_jax.compression.quantization import dense as dense_array
+from fusion_jax.compression.quantization import is_compressed
 from fusion_jax.compression.running import read_compressed
 from fusion_jax.errors import UserError
 
@@ -91,15 +93,25 @@ class LoRA:
         return (output - bias + delta) * ratio + bias
 
     def merge(self, params: Mapping[str, Params]) -> Params:
-        """{"base", "lora"} -> params of `model` itself that give the same outputs."""
+        """{"base", "lora"} -> params of `model` itself that give the same outputs.
+
+        A kernel that is compressed stays so, with its adapter beside it (see `Adapted`).
+        """
         kernels, adapters = flatten_dict(params["base"]), _by_module(params["lora"])
         for path, adapter in adapters.items():
-            kernel = dense_array(kernels[(*path, "kernel")])
-            merged = kernel + self._delta(adapter)
+            kernel, delta, ratio = kernels[(*path, "kernel")], self._delta(adapter), None
             if "lora_magnitude" in adapter:
-                norm = jnp.linalg.norm(merged, axis=-2, keepdims=True)
-                merged = merged * (adapter["lora_magnitude"][..., None, :] / norm)
-            kernels[(*path, "kernel")] = merged.astype(kernel.dtype)
+                norm = jnp.linalg.norm(dense_array(kernel) + delta, axis=-2)
+                ratio = adapter["lora_magnitude"] / norm
+            if is_compressed(kernel):
+                scale = self.alpha / adapter["lora_a"].shape[-1]
+                change = LowRank(adapter["lora_a"], adapter["lora_b"] * scale)
+                merged = Adapted(kernel, change, ratio)
+            else:
+                merged = kernel + delta
+                merged = merged if ratio is None else merged * ratio[..., None, :]
+                merged = merged.astype(kernel.dtype)
+            kernels[(*path, "kernel")] = merged
         return unflatten_dict(kernels)
 
     def unmerge(self, merged: Params, adapters: Params) -> dict[str, Params]:
@@ -108,7 +120,9 @@ class LoRA:
         for path, adapter in _by_module(adapters).items():
             if "lora_magnitude" in adapter:
                 raise UserError("merged DoRA kernels cannot be unmerged; keep the base params")
-            kernels[(*path, "kernel")] -= self._delta(adapter)
+            kernel = kernels[(*path, "kernel")]
+            plain = kernel.kernel if isinstance(kernel, Adapted) else kernel - self._delta(adapter)
+            kernels[(*path, "kernel")] = plain
         return {"base": unflatten_dict(kernels), "lora": adapters}
 
     def _delta(self, adapter: Mapping[str, jax.Array]) -> jax.Array:

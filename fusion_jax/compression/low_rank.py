@@ -1,4 +1,4 @@
-"""A kernel as the product of two thin ones, chosen by what the layer really reads.
+"""A kernel as the product of two thin ones, chosen by what the layer really reads; or beside one.
 
 The plain SVD keeps the directions in which the kernel is large. What matters is where its output is
 large: with X the layer's inputs and X'X = S S', the SVD of S'W keeps the directions in which X W
@@ -33,6 +33,10 @@ class LowRank:
         )
         return first @ second
 
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """For NumPy, which writes checkpoints of other formats."""
+        return np.asarray(self.dequantize(), dtype)
+
     def product(self, inputs: jax.Array) -> jax.Array:
         """inputs [..., in] -> [..., out]"""
         for factor in (self.first, self.second):
@@ -40,6 +44,43 @@ class LowRank:
             out = factor.product(inputs) if quantized else inputs @ factor.astype(inputs.dtype)
             inputs = out.astype(inputs.dtype)
         return inputs
+
+
+@struct.dataclass
+class Adapted:
+    """A compressed kernel with an adapter beside it, as `LoRA.merge` gives it.
+
+    The sum is not rounded to the kernel's few bits: most of what an adapter changes is smaller than
+    their steps and would be lost, and not at random.
+
+    Attributes:
+        kernel: whatever stands for [..., in, out].
+        change: what is added to it.
+        ratio: [..., out] that the sum's columns are scaled by (DoRA), or None.
+    """
+
+    kernel: Any
+    change: LowRank
+    ratio: jax.Array | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the kernel that it stands for."""
+        return self.change.shape
+
+    def dequantize(self) -> jax.Array:
+        """The kernel that it stands for."""
+        whole = self.kernel.dequantize() + self.change.dequantize()
+        return whole if self.ratio is None else whole * self.ratio[..., None, :]
+
+    __array__ = LowRank.__array__
+
+    def product(self, inputs: jax.Array) -> jax.Array:
+        """inputs [..., in] -> [..., out]"""
+        out = self.kernel.product(inputs).astype(inputs.dtype) + self.change.product(inputs)
+        if self.ratio is None:
+            return out
+        return out * self.ratio.astype(out.dtype).reshape((1,) * (out.ndim - 1) + (-1,))
 
 
 def worthwhile_rank(shape: tuple[int, int], share: float) -> int:

@@ -254,6 +254,23 @@ def on_kernels(params: Params, compress: Compress) -> Params:
     return unflatten_dict(flatten_dict(params, sep="/") | found, sep="/")
 
 
+def rounded_rest(params: Any, kind: str) -> Any:
+    """A tree with its plain kernels and tables, of convolutions too, in that kind of numbers.
+
+    For what a run never trained and a recipe never saw, such as a frozen tower: it is read through
+    `dense_params`. A kernel that this would not make half as large stays as it is.
+    """
+
+    def rounded(path: Any, leaf: Any) -> Any:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if is_compressed(leaf) or not name.endswith(("kernel", "embedding")) or leaf.ndim < 2:
+            return leaf
+        small = quantize(leaf, kind, transposed=not is_table(name))
+        return small if 2 * sum(x.nbytes for x in jax.tree.leaves(small)) < leaf.nbytes else leaf
+
+    return jax.tree_util.tree_map_with_path(rounded, params, is_leaf=is_compressed)
+
+
 # ------------------------------------------------------------------------------ training for it
 
 

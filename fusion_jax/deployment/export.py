@@ -33,13 +33,14 @@ from jax import export as jax_export
 from safetensors.numpy import save_file
 
 from fusion_jax.attention import Mask
+from fusion_jax.compression.quantization import GROUPS, dense, is_compressed, rounded_rest
 from fusion_jax.data.audio import SAMPLE_RATE, Waveforms
 from fusion_jax.data.image import Pictures
 from fusion_jax.data.pipeline import Transform
 from fusion_jax.data.text import FileTokenizer, Ids
 from fusion_jax.errors import UserError
 from fusion_jax.language.answers import PLAIN
-from fusion_jax.language.ask import Assistant, check_named, from_checkpoint, lent
+from fusion_jax.language.ask import Assistant, Encoder, check_named, from_checkpoint, lent
 from fusion_jax.language.fused import FusedLM
 from fusion_jax.language.prompt import text_mask
 from fusion_jax.language.translate import NAMES, instruction
@@ -421,7 +422,41 @@ def opened(
         card["metrics"] = json.loads(measured.read_text())
     if senses is not None:
         card["senses"] = senses.resolve().name
-    return lent(offered(settings, params), senses), card
+    model = lent(offered(settings, params), senses)
+    return _as_compressed(model, run.get("compressed", {}).get("recipes", ())), card
+
+
+def _as_compressed(model: Predictor | Assistant, recipes: Sequence[str]) -> Predictor | Assistant:
+    """The model of a compressed run, with what the run never trained in as few bits as the rest.
+
+    That is the towers, which an artifact brings along, and a run's params do not hold.
+    """
+    kinds = [name.partition("-")[0] for name in recipes]
+    kind = next((kind for kind in reversed(kinds) if kind in GROUPS), None)
+    if kind is None:
+        return model
+    if isinstance(model, Predictor):
+        return _rounded(model, kind)
+    if isinstance(model, Assistant):
+        encoders = {name: _rounded(encoder, kind) for name, encoder in model.encoders.items()}
+        return dataclasses.replace(model, encoders=encoders)
+    return model
+
+
+def _rounded(part: Predictor | Encoder, kind: str) -> Any:
+    small = rounded_rest(part.params, kind)
+    came = jax.tree.map(is_compressed, part.params, is_leaf=is_compressed)
+
+    def apply(params: Any, inputs: Any) -> Any:
+        read = jax.tree.map(
+            lambda given, as_it_came: given if as_it_came else dense(given),
+            params,
+            came,
+            is_leaf=is_compressed,
+        )
+        return part.apply(read, inputs)
+
+    return dataclasses.replace(part, apply=apply, params=small)
 
 
 def size_of(path: Path) -> int:

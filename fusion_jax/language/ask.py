@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from fusion_jax.compression.quantization import is_compressed
 from fusion_jax.data.pipeline import Transform
 from fusion_jax.errors import UserError
 from fusion_jax.language.chat import Chat, Message, text_stream
@@ -181,7 +181,9 @@ class Assistant:
         if not (isinstance(one, FusedLM) and isinstance(two, FusedLM)) or one.cross or two.cross:
             raise UserError("only models with connectors into the prompt lend each other senses")
         params = [run.params["decoder"] for run in (self, other)]
-        shapes, others = (jax.tree.map(jnp.shape, each) for each in params)
+        shapes, others = (
+            jax.tree.map(lambda leaf: leaf.shape, each, is_leaf=is_compressed) for each in params
+        )
         words = (each["embedding"]["embedding"] for each in params)
         if shapes != others or not np.array_equal(*words):
             raise UserError("the two runs have different language models: train both on one")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
@@ -84,7 +85,11 @@ def save(
 
 
 def _parts(slot: Slot, flat: Mapping[str, Any]) -> list[Any]:
-    return [flat[path][slot.row] if slot.row else flat[path] for path in slot.all_paths]
+    """Arrays, or what stands for them (see `compression`), out of their stacks."""
+    leaves = (flat[path] for path in slot.all_paths)
+    if not slot.row:
+        return list(leaves)
+    return [jax.tree.map(lambda array: array[slot.row], leaf) for leaf in leaves]
 
 
 def tensor_of(slot: Slot, flat: Mapping[str, Any]) -> np.ndarray:
