@@ -33,6 +33,7 @@ from fusion_jax.errors import UserError
 from fusion_jax.evaluation import accuracy
 from fusion_jax.evaluation.table import print_table
 from fusion_jax.knowledge.references import references, subjects_of
+from fusion_jax.language.ask import Assistant, from_checkpoint
 from fusion_jax.language.fused import FusedLM
 from fusion_jax.objectives.combine import Batch, Metrics, Objective, on_batch, weighted_sum
 from fusion_jax.objectives.generative import causal_lm
@@ -308,6 +309,13 @@ def build(s: Settings) -> Experiment:
         validate=lambda params: changes(before, measure(params)),
         report=lambda params, _: report(s, texts, before, measure(params)),
     )
+
+
+def assistant(s: Settings, params: Params) -> Assistant:
+    """What `python -m fusion_jax ask --workdir` talks to."""
+    data = f"trained on {s.domain}, then on {s.task}"
+    decoder = params["model"]["decoder"]
+    return dataclasses.replace(from_checkpoint(s.model), params=decoder, data=data)
 
 
 def measuring(s: Settings, model: FusedLM, texts: Texts) -> Callable[[Params], dict[str, float]]:

@@ -77,7 +77,11 @@ from fusion_jax.adaptation import statistics
 from fusion_jax.data import features
 from fusion_jax.data.domain_batches import FeatureBatches, PictureBatches, pooled, read_features
 from fusion_jax.data.domains import Domain, open_domain, same_classes
+from fusion_jax.data.image import Pictures
+from fusion_jax.data.pipeline import Transform
 from fusion_jax.data.streams import Adaptation, Balanced, check_batch
+from fusion_jax.data.views import as_trained_on
+from fusion_jax.deployment.export import Predictor
 from fusion_jax.encoders.projection import Project, Projected
 from fusion_jax.encoders.resnet import ResNet
 from fusion_jax.errors import UserError
@@ -187,6 +191,13 @@ def methods_of(s: Settings) -> list[str]:
 # ------------------------------------------------------------------------------------------ data
 
 
+def open_domains(s: Settings) -> tuple[list[Domain], Domain]:
+    """The sources, and the target."""
+    names = (*s.source, s.target)
+    *sources, target = (open_domain(name, s.seed, s.labels, s.emoji, s.most) for name in names)
+    return sources, target
+
+
 @functools.lru_cache
 def frozen_tower(name: str) -> features.Tower:
     """One token a picture; opened once for all runs of a process."""
@@ -218,10 +229,8 @@ MOST = 512  # rows of a split that the criteria look at
 
 def prepare(s: Settings) -> Prepared:
     """Reads the domains; makes the batches to train on and those to judge by."""
-    names = (*s.source, s.target)
-    domains = [open_domain(name, s.seed, s.labels, s.emoji, s.most) for name in names]
-    classes = same_classes(domains)
-    *sources, target = domains
+    sources, target = open_domains(s)
+    classes = same_classes([*sources, target])
     made, mesh = open_batches(s, sources, target), make_mesh(s.mesh)
     if s.batch_size % len(sources):
         raise UserError(f"batch size {s.batch_size} cannot hold {len(sources)} domains evenly")
@@ -382,7 +391,7 @@ def optimizer_of(s: Settings) -> optax.GradientTransformation:
     return optax.chain(optax.partition(players, player), parameter_ema(0.98))
 
 
-# ----------------------------------------------------------------------------- build and report
+# --------------------------------------------------------------------- build, export and report
 
 
 def build(s: Settings) -> Experiment:
@@ -411,6 +420,39 @@ def build(s: Settings) -> Experiment:
         best=f"{methods[-1]}/{s.select}",
         report=functools.partial(report, s, prepared),
     )
+
+
+EXTRA = ("discriminator", "teacher", "group_dro")
+
+
+def exported(s: Settings, params: Params) -> Predictor:
+    """What `python -m fusion_jax export --workdir` writes: the last method's model."""
+    sources, target = open_domains(s)
+    classes = same_classes([*sources, target])
+    model, _ = model_of(s, len(classes))
+    method = methods_of(s)[-1]
+    own = {"model": {name: leaf for name, leaf in params[method].items() if name not in EXTRA}}
+    made = open_batches(s, sources, target)
+    if isinstance(made, FeatureBatches):
+        tower = open_tower(s.tower, "image")
+        transform: Transform = tower.transform
+        own |= {"tower": tower.params, "mean": made.mean, "deviation": made.deviation}
+    else:
+        transform = Pictures(made.side)
+
+    def seen(params: Params, pictures: Tokens) -> Tokens:
+        """What training read of them: a frozen tower's features, or the pictures themselves."""
+        if not isinstance(made, FeatureBatches):
+            return pictures
+        tokens = pooled(tower.module.apply({"params": params["tower"]}, pictures))
+        return as_trained_on(tokens, params["mean"], params["deviation"])
+
+    def apply(params: Params, batch: dict[str, Tokens]) -> dict[str, jax.Array]:
+        outputs = model.apply({"params": params["model"]}, {"image": seen(params, batch["image"])})
+        return {"logits": outputs.logits}
+
+    data = f"{method} from {' + '.join(s.source)} to {s.target}"
+    return Predictor(apply, own, {"image": transform}, classes, data)
 
 
 def validate(judge: Judge, params: Params) -> dict[str, float]:

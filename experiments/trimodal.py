@@ -39,7 +39,7 @@ from fusion_jax.data.image import Augment, Pictures
 from fusion_jax.data.pipeline import Batches, Padded, Source, Subset, Transform
 from fusion_jax.data.records import read_table
 from fusion_jax.data.text import ByteTokenizer, Ids
-from fusion_jax.data.views import Views, standardized
+from fusion_jax.data.views import Views, as_trained_on, standardized
 from fusion_jax.deployment.export import Predictor
 from fusion_jax.encoders.audio import AudioTransformer
 from fusion_jax.encoders.projection import Project, Projected
@@ -294,13 +294,10 @@ def exported(s: Settings, params: Params) -> Predictor:
             params[name] = {"tower": tower.params, **scale}
 
     def standard(params: Params, name: str, tokens: Tokens) -> Tokens:
-        """The frozen tower's tokens as training read them: kept in 16 bits, standardized."""
         tokens = towers[name].module.apply({"params": params["tower"]}, tokens)
         for shorter in SHORTER[name]:
             tokens = shorter(tokens)
-        values = tokens.values.astype(jnp.float16).astype(jnp.float32)
-        mean, deviation = (params[part][None, None] for part in ("mean", "deviation"))
-        return Tokens((values - mean) / deviation, tokens.mask)
+        return as_trained_on(tokens, params["mean"], params["deviation"])
 
     def apply(params: Params, batch: dict[str, Tokens]) -> dict[str, jax.Array]:
         batch = batch | {name: standard(params[name], name, batch[name]) for name in towers}

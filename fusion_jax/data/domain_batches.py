@@ -56,10 +56,13 @@ class PictureBatches:
 class FeatureBatches:
     """Features in memory, standardized by the sources' training rows; see `read_features`.
 
-    `of` is {(domain, split): {"image": [rows, views, d], "label": [rows]}}.
+    `of` is {(domain, split): {"image": [rows, views, d], "label": [rows]}}; `mean` and `deviation`
+    [d] are those that it is standardized by.
     """
 
     of: Mapping[tuple[str, str], Mapping[str, np.ndarray]]
+    mean: np.ndarray
+    deviation: np.ndarray
     strong: bool = False
 
     def train(self, domain: Domain, size: int, seed: int) -> ArrayBatches:
@@ -111,7 +114,7 @@ def read_features(
     mean, deviation = known.mean(axis=0), known.std(axis=0) + 1e-3
     for arrays in found.values():
         arrays["image"] = (arrays["image"] - mean) / deviation
-    return FeatureBatches(found, strong)
+    return FeatureBatches(found, mean, deviation, strong)
 
 
 @functools.lru_cache(maxsize=16)

@@ -123,6 +123,16 @@ class Standardized:
         return (values.astype(np.float32) - self.mean) / self.deviation
 
 
+def as_trained_on(tokens: Tokens, mean: jax.Array, deviation: jax.Array) -> Tokens:
+    """A frozen tower's tokens [b, t, d] as training read them: kept in 16 bits, standardized.
+
+    A pure function of arrays, so that it can be exported.
+    """
+    values = tokens.values.astype(jnp.float16).astype(jnp.float32)
+    mean, deviation = (jnp.asarray(each)[None, None] for each in (mean, deviation))
+    return Tokens((values - mean) / deviation, tokens.mask)
+
+
 def standardized(of: Padded, source: Source, rows: Sequence[int]) -> Standardized:
     """Over all tokens of the first alternative of these rows."""
     found = [of(source[row], None) for row in rows]

@@ -12,7 +12,8 @@
       runtime/, serve.py    `python artifact/serve.py` needs jax, and fusion_jax not at all
 
 An experiment that predicts has `exported(settings, params) -> Predictor`; one that answers has
-`assistant(settings, params) -> Assistant` anyway.
+`assistant(settings, params) -> Assistant` anyway. Of one that shows the facts it looked up
+(knowledge_vqa.py) the model within is exported, which answers without them.
 """
 
 import dataclasses
@@ -378,6 +379,7 @@ def export(
     if artifact.exists():
         raise UserError(f"{artifact} exists already: give another place, or remove it")
     found, card = (from_checkpoint(model), {"model": model}) if model else opened(workdir, senses)
+    found = _without_facts(found, workdir)
     name = name or artifact.resolve().stem
     if format == "stablehlo":
         write(artifact, name, found, card)
@@ -390,6 +392,24 @@ def export(
 
         decoders.write(artifact, found, format, numbers)
     print(f"wrote {artifact}, {size_of(artifact) / 1e6:,.1f} MB")
+
+
+def _without_facts(model: Any, workdir: Path | None) -> Predictor | Assistant:
+    """The exportable part of what a run offers.
+
+    Raises:
+        UserError: there is none.
+    """
+    if isinstance(model, Predictor | Assistant):
+        return model
+    inner = getattr(model, "assistant", None)
+    if not isinstance(inner, Assistant):
+        raise UserError(
+            f"{workdir} answers by looking facts up as it goes, and a graph cannot be exported: "
+            f"serve it as it is, by serve --workdir {workdir}"
+        )
+    print("what is exported reads questions and media; only serve --workdir looks facts up")
+    return inner
 
 
 def opened(

@@ -21,6 +21,8 @@ from fusion_jax.language.fused import FusedLM
 from fusion_jax.language.prompt import text_mask
 from fusion_jax.pretrained import load
 from fusion_jax.pretrained.load import Pretrained
+from fusion_jax.training import experiment as experiments
+from fusion_jax.training import loop
 from fusion_jax.transformer import MLP, Attention, Block, Rope
 
 
@@ -80,6 +82,12 @@ def test_three_phases(texts, tmp_path, hold, rule, capsys):
     assert sum("forgotten" in row for row in rows) == 3
     told = [row["train/linked/subjects_alike"] for row in rows if rule and "train/loss" in row]
     assert len(told) == bool(rule) and all(np.isfinite(told))
+    if hold == "replay":  # it is asked as any language model
+        assert main(["ask", "--workdir", str(run), "--max-tokens", "3", "What"]) == 0
+        module, settings = experiments.reopen(run)
+        params = loop.restore_params(module.build(settings), settings, run)
+        asked = module.assistant(settings, params)
+        assert asked.params is params["model"]["decoder"]
 
 
 def test_facts_of_the_graph_stand_before_an_article_and_are_of_others(texts):

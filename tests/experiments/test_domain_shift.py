@@ -25,10 +25,14 @@ from experiments.domain_shift import (
 )
 from fusion_jax.__main__ import main
 from fusion_jax.data import domain_batches
+from fusion_jax.data.domains import open_domain
 from fusion_jax.data.image import Pictures
+from fusion_jax.deployment.runtime.artifact import Artifact
 from fusion_jax.errors import UserError
 from fusion_jax.pretrained.tower import Tower
 from fusion_jax.tokens import Tokens, fill
+from fusion_jax.training import experiment as experiments
+from fusion_jax.training import loop
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +88,19 @@ def test_adapts_to_a_domain_without_labels(drawn, tmp_path, capsys):
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     judged = [row for row in rows if "cdan/infomax" in row]
     assert len(judged) == 2 and all("cdan/dev" in row for row in judged)
+
+    artifact = tmp_path / "artifact"  # says of raw pictures what was measured
+    assert main(["export", "--workdir", str(run), str(artifact)]) == 0
+    module, settings = experiments.reopen(run)
+    params = loop.restore_params(module.build(settings), settings, run)["cdan"]
+    expected, _, _ = module.prepare(settings).judge.see(params, "test")
+    chalk = open_domain(settings.target, settings.seed).subset("test")
+    pictures = np.stack([Pictures(8)(chalk[row], None) for row in range(len(chalk))])
+    opened = Artifact(artifact)
+    given = {"image": {"values": pictures, "mask": np.ones(len(pictures), bool)}}
+    found = opened.functions["predict"](opened.params("predict"), given)
+    np.testing.assert_allclose(found["logits"], expected, atol=1e-4)
+    assert not [name for name in opened.weights if "discriminator" in name]
 
 
 def test_a_network_from_scratch_on_a_domain_never_seen(drawn, tmp_path, capsys):

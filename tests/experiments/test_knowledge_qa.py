@@ -87,6 +87,8 @@ def test_trains_reports_and_answers_with_facts_and_steps(world, tmp_path, capsys
     said = capsys.readouterr().out
     assert said.startswith(("Yes (", "No ("))
     assert "is_a(carp, cyprinid)" in said and "is_a(carp, fish), because" in said
+    assert main(["export", "--workdir", str(run), str(tmp_path / "artifact")]) == 2
+    assert "serve --workdir" in capsys.readouterr().err.splitlines()[-1]
     assert main(["ask", "--workdir", str(run), "Is a carp a unicorn?"]) == 2
     assert "name a thing and a kind that the graph knows; found: carp" in capsys.readouterr().err
 

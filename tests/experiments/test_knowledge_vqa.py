@@ -76,6 +76,10 @@ def test_trains_reports_and_answers(flags, tmp_path, monkeypatch, capsys):
     ):
         assert main([*question, *bad]) == 2
         assert message in capsys.readouterr().err.splitlines()[-1]
+    artifact = tmp_path / "artifact"  # the model that sees, without the facts
+    assert main(["export", "--workdir", str(run), str(artifact)]) == 0
+    assert "looks facts up" in capsys.readouterr().out
+    assert set(json.loads((artifact / "model.json").read_text())["inputs"]) == {"image"}
 
 
 class Sight:
