@@ -13,6 +13,7 @@ import tyro
 from fusion_jax.compression.quantization import is_compressed
 from fusion_jax.data.pipeline import Transform
 from fusion_jax.errors import UserError
+from fusion_jax.language import speculative
 from fusion_jax.language.chat import Chat, Message, text_stream
 from fusion_jax.language.decoder import Decoder
 from fusion_jax.language.fused import FusedLM, Layout, mark
@@ -79,6 +80,7 @@ class Assistant:
         sampling: Sampling | None = None,
         stops: Sequence[str] = (),
         seed: int = 0,
+        draft: "Assistant | None" = None,
     ) -> Iterator[str]:
         """The answer in pieces. Files that the question has no mark for are put before it, in the
         order of `readers`.
@@ -93,6 +95,7 @@ class Assistant:
             sampling=sampling,
             stops=stops,
             seed=seed,
+            draft=draft,
         )
 
     def marked(self, question: str, media: Mapping[str, Sequence[Path]]) -> str:
@@ -126,23 +129,37 @@ class Assistant:
         sampling: Sampling | None = None,
         stops: Sequence[str] = (),
         seed: int = 0,
+        draft: "Assistant | None" = None,
     ) -> Iterator[str]:
         """What follows the messages, in pieces.
 
         Args:
             messages: {"role", "content"} as `marked` and `reply` gave them before.
             media: {name: files of all messages, in the order of their marks}.
+            draft: a smaller model that guesses ahead: the same words sooner, see `speculative`.
         """
         prompt, decoder, params = self.prompt(self.ids(messages, media), media)
-        chunks = stream(
-            decoder,
-            params,
-            prompt,
-            max_tokens=max_tokens,
-            sampling=sampling or Sampling(),
-            stop_ids=self.chat.stop_ids,
-            rng=jax.random.key(seed),
-        )
+        sampling = sampling or Sampling()
+        if draft is None:
+            chunks = stream(
+                decoder,
+                params,
+                prompt,
+                max_tokens=max_tokens,
+                sampling=sampling,
+                stop_ids=self.chat.stop_ids,
+                rng=jax.random.key(seed),
+            )
+        else:
+            if sampling.temperature or sampling.repetition_penalty != 1:
+                raise UserError("a draft guesses the likeliest words: leave out what changes them")
+            read, small, its_params = draft.prompt(draft.ids(messages, media), media)
+            chunks = speculative.stream(
+                speculative.Pair(params, prompt, decoder),
+                speculative.Pair(its_params, read, small),
+                max_tokens=max_tokens,
+                stop_ids=self.chat.stop_ids,
+            )
         return text_stream(self.chat.tokenizer, (rows[0] for rows in chunks), stops)
 
     def ids(self, messages: Sequence[Message], media: Mapping[str, Sequence[Path]]) -> list[int]:
@@ -245,6 +262,7 @@ def ask(
     model: str | None = None,
     workdir: Path | None = None,
     senses: Path | None = None,
+    draft: str | None = None,
     image: tuple[Path, ...] = (),
     audio: tuple[Path, ...] = (),
     max_tokens: int = 256,
@@ -264,6 +282,8 @@ def ask(
         workdir: or what --workdir was when a model was trained.
         senses: with it, another run around the same language model: what that one reads is read
             too, so that a question about a picture may be spoken.
+        draft: a smaller model with the same tokenizer, a workdir or a checkpoint, that guesses
+            ahead, such as what `compress --recipe distil-0.5` wrote: the same answer, sooner.
         image: picture files.
         audio: sound files.
         max_tokens: at most so many tokens.
@@ -277,6 +297,7 @@ def ask(
     """
     sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p)
     assistant = named(model, workdir, senses)
+    guessing = {} if draft is None else {"draft": draft_of(assistant, draft)}
     pieces = assistant.answer(
         question,
         {"image": image, "audio": audio},
@@ -284,6 +305,7 @@ def ask(
         sampling=sampling,
         stops=stop,
         seed=seed,
+        **guessing,
     )
     for piece in pieces:
         print(piece, end="", flush=True)
@@ -305,6 +327,20 @@ def named(model: str | None, workdir: Path | None, senses: Path | None) -> Assis
     """The model that --model, or --workdir with perhaps --senses, names."""
     check_named(model, workdir, senses)
     return from_workdir(workdir, senses) if model is None else from_checkpoint(model)
+
+
+def draft_of(model: Any, name: str) -> Assistant:
+    """The model that guesses ahead for another: of a workdir, or a checkpoint.
+
+    Raises:
+        UserError: either of the two is no plain `Assistant`.
+    """
+    place = Path(name)
+    found = from_workdir(place) if (place / "run.json").exists() else from_checkpoint(name)
+    for each in (model, found):
+        if not isinstance(each, Assistant):
+            raise UserError(f"a {type(each).__name__} takes no --draft and is none: leave it out")
+    return found
 
 
 def from_checkpoint(name: str) -> Assistant:

@@ -94,6 +94,13 @@ def test_narrowed_and_distilled_workdirs_open_and_answer(trained, capsys):
     capsys.readouterr()
     assert main(["ask", "--workdir", str(moved), "--max-tokens", "3", "w9 w10 w11"]) == 0
     assert capsys.readouterr().out.split() == ["w12", "w13", "w14"]
+    question = ["ask", "--workdir", str(trained), "--max-tokens", "9", "w30 w31 w32"]
+    assert main(question) == 0  # the teacher, and the same with the student's guesses
+    alone = capsys.readouterr().out
+    assert main([*question, "--draft", str(moved)]) == 0
+    assert capsys.readouterr().out == alone
+    assert main([*question, "--draft", str(moved), "--temperature", "1"]) == 2
+    assert "a draft guesses the likeliest words" in capsys.readouterr().err
     more = moved.with_name("more")  # of one whose model is its own, and nothing is taken away
     again = ["compress", "--workdir", str(moved), "--batches", "1", "--output", str(more)]
     assert main([*again, "--recipe", "structured-1", "--recipe", "distil-1"]) == 0
