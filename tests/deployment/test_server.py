@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import dataclasses
 import io
 import json
@@ -23,12 +24,14 @@ from PIL import Image
 
 from fusion_jax.deployment import export
 from fusion_jax.deployment.runtime import exchange, inference_protocol
-from fusion_jax.deployment.runtime.artifact import BadInput
+from fusion_jax.deployment.runtime.artifact import Artifact, BadInput
 from fusion_jax.deployment.runtime.chat_protocol import ChatRequest
 from fusion_jax.deployment.runtime.conversation import TextOf
-from fusion_jax.deployment.runtime.host import Host, Limits
+from fusion_jax.deployment.runtime.generation import Generator
+from fusion_jax.deployment.runtime.host import Host, Limits, Served
 from fusion_jax.deployment.runtime.metrics import Metrics
 from fusion_jax.deployment.runtime.server import Server
+from fusion_jax.deployment.runtime.waiting import Job, Line
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of clients and of uvicorn
 
@@ -107,11 +110,11 @@ def client(process):
         yield client
 
 
-@pytest.fixture(scope="module")
-def address(predicts):
-    """The classifier's server, in a thread of this process."""
+@contextlib.contextmanager
+def served(folder, **limits):
+    """The address of a server of that artifact, in a thread of this process."""
     metrics = Metrics()
-    host = Host(predicts, Limits(rows=4, queue=64), metrics.count, every=60)
+    host = Host(folder, Limits(rows=4, queue=64, **limits), metrics.count, every=60)
     config = uvicorn.Config(Server(host, metrics).app(), port=free_port(), log_level="warning")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
@@ -121,6 +124,13 @@ def address(predicts):
     yield f"127.0.0.1:{config.port}"
     server.should_exit = True
     thread.join(20)
+
+
+@pytest.fixture(scope="module")
+def address(predicts):
+    """Of the classifier's server."""
+    with served(predicts) as found:
+        yield found
 
 
 def test_openai_client_with_a_picture_streams_what_ask_answers(
@@ -269,6 +279,52 @@ def test_a_full_line_refuses_and_a_cancelled_stream_stops(client):
     assert late.status_code in (429, 504)
 
 
+def leave(talker, route, content, limit=4):
+    """What a client that goes away at once leaves in the line of a server that does nothing."""
+    generator = Generator(Artifact(talker))
+    worker = types.SimpleNamespace(line=Line(limit), close=lambda _: None)
+    host = types.SimpleNamespace(served=Served(generator.artifact, generator, worker))
+    messages = [
+        {"type": "http.request", "body": json.dumps(content).encode(), "more_body": False},
+        {"type": "http.disconnect"},
+    ]
+    sent = []
+
+    async def receive():
+        return messages.pop(0)
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": route, "headers": [], "query_string": b""}
+    asyncio.run(Server(host, Metrics()).app()(scope, receive, send))
+    return list(worker.line._jobs), sent[0]["status"]
+
+
+def test_a_client_that_goes_away_leaves_nothing_to_be_written(talker):
+    """Of a chat, of many prompts at once, and of the scores of an answer."""
+    prompts = tensor("prompt", (9,), "BYTES", ["w5"] * 9)
+    for route, content, count in (
+        ("/v1/chat/completions", ask(), 1),
+        ("/v2/models/talker/infer", {"inputs": [prompts]}, 9),  # more than may wait: one request
+        ("/v1/occlusion", ask() | {"answer": "w6"}, 1),
+    ):
+        jobs, status = leave(talker, route, content)
+        assert status == 499 and [job.cancelled for job in jobs] == [True] * count
+
+
+def test_a_request_of_many_prompts_is_taken_whole_or_not_at_all(client):
+    prompts = tensor("prompt", (9,), "BYTES", [f"w{i}" for i in range(5, 14)])
+    request = {"inputs": [prompts], "parameters": {"max_tokens": 5}}
+    answer = client.post("/v2/models/talker/infer", json=request)
+    assert answer.status_code == 200 and len(answer.json()["outputs"][0]["data"]) == 9
+    line = Line(1)
+    line.put(*(Job(None, print, time.monotonic() + 9) for _ in range(3)))
+    with pytest.raises(BadInput, match="wait already"):
+        line.put(*(Job(None, print, time.monotonic() + 9) for _ in range(2)))
+    assert len(line) == 3
+
+
 def test_an_exchanged_artifact_is_picked_up_without_a_failed_request(
     client, place, assistant, tmp_path
 ):
@@ -401,8 +457,8 @@ def test_encoded_files_and_the_batches_of_many_clients(address, classifier):
     assert rows > batches  # some ran together
 
 
-def test_schemathesis_finds_no_crash(address, tmp_path):
-    pytest.importorskip("schemathesis")
+def examine(address, folder):
+    """schemathesis' own command on a server's OpenAPI document."""
     command = [sys.executable, "-m", "schemathesis.cli", "run", f"http://{address}/openapi.json"]
     command += ["--max-examples", "5", "--phases", "examples,fuzzing", "--seed", "1"]
     command += [
@@ -410,8 +466,22 @@ def test_schemathesis_finds_no_crash(address, tmp_path):
         "not_a_server_error,status_code_conformance,response_schema_conformance",
     ]
     command += ["--exclude-path", "/metrics", "--no-color"]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    run = subprocess.run(command, capture_output=True, text=True, cwd=folder)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]
+
+
+def test_schemathesis_finds_no_crash(address, tmp_path):
+    pytest.importorskip("schemathesis")
+    examine(address, tmp_path)
+
+
+def test_schemathesis_finds_no_crash_of_a_model_that_chats(talker, tmp_path):
+    pytest.importorskip("schemathesis")
+    with served(talker, warm=16) as found:
+        examine(found, tmp_path)
+        answered = httpx.get(f"http://{found}/metrics").text
+    for route in ("/v1/chat/completions", "/v1/occlusion"):  # it is asked in earnest too
+        assert f'route="{route}",status="200"' in answered
 
 
 def test_being_told_to_stop_finishes_a_stream(process, client):

@@ -18,12 +18,14 @@ ERRORS = {
 
 
 def document(model: str) -> dict[str, Any]:
-    """OpenAPI 3.1, with the name of the model that is served as the example."""
+    """OpenAPI 3.1, with the name of the model that is served."""
     schemas: dict[str, Any] = {}
 
     def schema(kind: Any) -> dict[str, str]:
         made = kind.model_json_schema(ref_template="#/components/schemas/{model}")
         schemas.update(made.pop("$defs", {}))
+        if "model" in made["properties"]:
+            made["properties"]["model"] |= {"enum": [model]}
         schemas[kind.__name__] = made
         return {"$ref": f"#/components/schemas/{kind.__name__}"}
 
@@ -41,7 +43,7 @@ def document(model: str) -> dict[str, Any]:
             for name in names
         ]
         if "model" in names:
-            found["parameters"][0]["schema"] |= {"examples": [model]}
+            found["parameters"][0]["schema"] |= {"enum": [model]}
         if body is not None:
             content = {"application/json": {"schema": schema(body)}}
             found["requestBody"] = {"required": True, "content": content}

@@ -10,7 +10,7 @@ import contextlib
 import hmac
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -141,16 +141,17 @@ class Server:
             raise BadInput(f"no model {name} {version}; there is {served.artifact.name}", 404)
         return served
 
-    def _submit(self, served: Served, work: Any, deadline: float, size: int = 1) -> Answer:
-        answer = Answer(work, deadline, size)
+    def _submit(self, served: Served, deadline: float, *works: Any, size: int = 1) -> list[Answer]:
+        """All of them, or none. Raises BadInput."""
+        answers = [Answer(work, deadline, size) for work in works]
         try:
-            served.worker.line.put(answer.job)
+            served.worker.line.put(*(answer.job for answer in answers))
         except BadInput as error:
             # The model was exchanged in this very moment: the next one takes it.
             if error.status == 503 and served is not self.host.served and not self.stopping:
-                return self._submit(self.host.served, work, deadline, size)
+                return self._submit(self.host.served, deadline, *works, size=size)
             raise
-        return answer
+        return answers
 
     # ------------------------------------------------------------ Open Inference Protocol, v2
 
@@ -183,11 +184,11 @@ class Server:
         asked = exchange.parsed(inference_protocol.InferRequest, head)
         given = await run_in_threadpool(inference_protocol.arrays, asked, binary)
         if isinstance(served.model, Generator):
-            outputs = await self._write_all(served, given, asked.parameters, deadline)
+            outputs = await self._write_all(request, served, given, asked.parameters, deadline)
         else:
             rows = await run_in_threadpool(inference_protocol.rows_of, served.model.readers, given)
-            answer = self._submit(served, rows, deadline, len(rows))
-            outputs = await self._unless_gone(request, answer.result(), answer)
+            answers = self._submit(served, deadline, rows, size=len(rows))
+            [outputs] = await self._unless_gone(request, answers)
             if served.model.classes:
                 best = outputs["logits"].argmax(axis=-1)
                 names = [served.model.classes[index].encode() for index in best]
@@ -199,7 +200,12 @@ class Server:
         return Response(content, media_type=kind, headers=headers)
 
     async def _write_all(
-        self, served: Served, given: dict[str, np.ndarray], how: dict[str, Any], deadline: float
+        self,
+        request: Request,
+        served: Served,
+        given: dict[str, np.ndarray],
+        how: dict[str, Any],
+        deadline: float,
     ) -> dict[str, np.ndarray]:
         """Each prompt's answer; the parameters are those of the chat route."""
         generator = served.model
@@ -213,7 +219,7 @@ class Server:
             raise BadInput("each prompt may have one item of each of the other inputs")
         names = ("max_tokens", "temperature", "top_p", "seed", "stop")
         how = {name: how[name] for name in names if name in how}
-        answers = []
+        writings, readers = [], []
         for prompt, items in zip(prompts.ravel(), media, strict=True):
             text = {"role": "user", "content": prompt.decode(errors="replace")}
             chat = exchange.valid(
@@ -228,19 +234,29 @@ class Server:
                 top_p=1.0 if chat.top_p is None else chat.top_p,
                 seed=(chat.seed or 0) % 2**32,
             )
-            reader = generator.text_of(writing, chat.stops)
-            answers.append((self._submit(served, writing, deadline), reader))
-        texts = []
-        for answer, reader in answers:
-            text = reader.push((await answer.result()).written, last=True)
-            texts.append(text.encode())
-        found = np.empty(len(texts), object)
-        found[:] = texts
+            writings.append(writing)
+            readers.append(generator.text_of(writing, chat.stops))
+        answers = self._submit(served, deadline, *writings)
+        written = await self._unless_gone(request, answers)
+        found = np.empty(len(written), object)
+        found[:] = [
+            reader.push(writing.written, last=True).encode()
+            for reader, writing in zip(readers, written, strict=True)
+        ]
         return {"text": found}
 
-    async def _unless_gone(self, request: Request, result: Awaitable[Any], answer: Answer) -> Any:
-        """The result, unless the client goes away first; the model then need not work on it."""
-        task = asyncio.ensure_future(result)
+    async def _unless_gone(
+        self, request: Request, answers: Sequence[Answer], result: Awaitable[Any] | None = None
+    ) -> Any:
+        """All results, or what `result` makes of the answers, unless the client goes away first.
+
+        The model then need not work on them any more, nor on the others where one fails.
+        """
+
+        async def results() -> list[Any]:
+            return [await answer.result() for answer in answers]
+
+        task = asyncio.ensure_future(results() if result is None else result)
         gone = asyncio.ensure_future(exchange.disconnected(request))
         try:
             await asyncio.wait([task, gone], return_when=asyncio.FIRST_COMPLETED)
@@ -249,8 +265,8 @@ class Server:
             return task.result()
         finally:
             gone.cancel()
-            if not task.done():
-                task.cancel()
+            task.cancel()
+            for answer in answers:
                 answer.job.cancelled = True
 
     # --------------------------------------------------------------------------- OpenAI's chat
@@ -266,7 +282,7 @@ class Server:
         asked = exchange.parsed(chat_protocol.ChatRequest, await self._body(request))
         _chats(served, asked.model)
         writing = await run_in_threadpool(chat_protocol.writing_of, asked, served.model)
-        answer = self._submit(served, writing, deadline)
+        [answer] = self._submit(served, deadline, writing)
         about = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -285,11 +301,10 @@ class Server:
             async for tokens in answer.tokens():
                 said += text.push(tokens)
                 if text.stopped:
-                    answer.job.cancelled = True
                     return said
             return said + text.push([], last=True)
 
-        said = await self._unless_gone(request, whole(), answer)
+        said = await self._unless_gone(request, [answer], whole())
         finish = "stop" if text.stopped else writing.finish or "stop"
         return JSONResponse(chat_protocol.completion(about, said, finish, writing))
 
@@ -300,9 +315,8 @@ class Server:
         asked = exchange.parsed(occlusion.OcclusionRequest, await self._body(request))
         _chats(served, asked.model)
         writings = await run_in_threadpool(occlusion.writings, asked, served.model)
-        answers = [self._submit(served, writing, deadline) for writing in writings.values()]
-        for answer in answers:
-            await answer.result()
+        answers = self._submit(served, deadline, *writings.values())
+        await self._unless_gone(request, answers)
         return JSONResponse(occlusion.report(writings))
 
     # ----------------------------------------------------------------------------- about it all

@@ -37,7 +37,7 @@ class Job:
 
 
 class Line:
-    """The jobs that wait. `limit` is how many may."""
+    """The jobs that wait. From `limit` on no more requests, of however many jobs, are taken."""
 
     def __init__(self, limit: int):
         self.limit = limit
@@ -79,11 +79,11 @@ class Line:
                 429,
             )
 
-    def put(self, job: Job) -> None:
-        """Takes a job, or refuses it at once; raises as `check`."""
+    def put(self, *jobs: Job) -> None:
+        """Takes all jobs of a request, or refuses them at once; raises as `check`."""
         with self._changed:
-            self._check(job.deadline, job.size)
-            self._jobs.append(job)
+            self._check(min(job.deadline for job in jobs), sum(job.size for job in jobs))
+            self._jobs.extend(jobs)
             self._changed.notify()
 
     def take(self, size: int, wait: float | None) -> list[Job] | None:
