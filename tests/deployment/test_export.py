@@ -46,12 +46,22 @@ sys.meta_path.insert(0, Refuse())
 from pathlib import Path
 import numpy as np
 from runtime.artifact import Artifact
+from runtime.generation import Generator
 from runtime.prediction import Predictor
 import jax
 cases = np.load(sys.argv[2], allow_pickle=True)["cases"]
 artifact = Artifact(Path(sys.argv[1]))
-run = artifact.functions["predict"]
-found = [run(artifact.params("predict"), case) for case in cases]
+def run(name, *inputs):
+    return artifact.functions[name](artifact.params(name), *inputs)
+if artifact.manifest["kind"] == "predict":
+    found = [run("predict", case) for case in cases]
+else:
+    found, generator = [], Generator(artifact)
+    for case in cases:
+        empty = generator._empty(len(case["ids"]), case["slots"])
+        first, caches = run("prefill", case["ids"], case["mask"], case["media"], empty)
+        then, _ = run("decode", case["token"], case["mask"].sum(1).astype(np.int32), caches)
+        found.append({"prefill": first, "decode": then})
 np.savez(sys.argv[3], found=np.array([jax.device_get(each) for each in found], object))
 assert not any(name.split(".")[0] in ("fusion_jax", "flax") for name in sys.modules)
 """
@@ -80,6 +90,18 @@ def raw_inputs(rng, batch, samples, text):
     }
 
 
+def alone(artifact, cases, folder):
+    """What the artifact says of each case in a process of its own."""
+    np.savez(folder / "in.npz", cases=np.array(cases, object))
+    arguments = [artifact, folder / "in.npz", folder / "out.npz"]
+    run = subprocess.run(
+        [sys.executable, "-c", LONE, *map(str, arguments)], capture_output=True, cwd=folder
+    )
+    assert run.returncode == 0, run.stderr.decode()[-2000:]
+    with np.load(folder / "out.npz", allow_pickle=True) as saved:
+        return list(saved["found"])
+
+
 def test_predictions_of_any_shape_in_a_process_without_fusion_jax(classifier, predicts, tmp_path):
     drawn = []
 
@@ -89,40 +111,40 @@ def test_predictions_of_any_shape_in_a_process_without_fusion_jax(classifier, pr
         drawn.append(raw_inputs(np.random.default_rng(seed), batch, samples, text))
 
     draw()
-    np.savez(tmp_path / "in.npz", cases=np.array(drawn, object))
-    arguments = [predicts, tmp_path / "in.npz", tmp_path / "out.npz"]
-    run = subprocess.run(
-        [sys.executable, "-c", LONE, *map(str, arguments)], capture_output=True, cwd=tmp_path
-    )
-    assert run.returncode == 0, run.stderr.decode()[-2000:]
     apply = jax.jit(classifier.apply)
-    with np.load(tmp_path / "out.npz", allow_pickle=True) as saved:
-        for case, found in zip(drawn, saved["found"], strict=True):
-            here = apply(classifier.params, {n: Tokens(**v) for n, v in case.items()})
-            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, here)
+    for case, found in zip(drawn, alone(predicts, drawn, tmp_path), strict=True):
+        here = apply(classifier.params, {n: Tokens(**v) for n, v in case.items()})
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, here)
 
 
-@pytest.mark.parametrize(("batch", "length", "slots"), [(1, 2, 3), (3, 7, 20)])
-def test_prefill_and_decode_of_any_shape(assistant, generator, batch, length, slots):
-    rng = np.random.default_rng(batch)
-    functions, decoder = generator.artifact.functions, assistant.model.decoder
-    ids = rng.integers(3, 61, (batch, length)).astype(np.int32)
-    mask = np.arange(length)[None] >= rng.integers(0, length, (batch, 1))
-    params = assistant.params["decoder"]
-    prompt = Prompt(ids, mask)
-    expected, caches, lengths = prefill(decoder, params, prompt, slots - length)
-    media = np.zeros((batch, 2, 16), np.float32)
-    empty = generator._empty(batch, slots)
-    found, ours = functions["prefill"](
-        generator.artifact.params("prefill"), ids, mask, media, empty
-    )
-    np.testing.assert_allclose(found, expected, atol=1e-5)
-    token = rng.integers(3, 61, batch).astype(np.int32)
-    expected, _ = advance(decoder, params, token, lengths, caches, prompt)
-    found, _ = functions["decode"](
-        generator.artifact.params("decode"), token, np.asarray(lengths), ours
-    )
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+def test_prefill_and_decode_of_any_shape_in_a_process_without_fusion_jax(
+    assistant, talker, tmp_path
+):
+    drawn = []
+
+    @settings(max_examples=3, deadline=None, database=None, derandomize=True)
+    @given(st.integers(1, 4), st.integers(2, 20), st.integers(1, 30), st.integers(0, 99))
+    def draw(batch, length, more, seed):
+        rng = np.random.default_rng(seed)
+        ids, token = (rng.integers(3, 61, shape) for shape in ((batch, length), batch))
+        drawn.append(
+            {
+                "ids": ids.astype(np.int32),
+                "mask": np.arange(length)[None] >= rng.integers(0, length, (batch, 1)),
+                "media": np.zeros((batch, 2, 16), np.float32),
+                "token": token.astype(np.int32),
+                "slots": length + more,
+            }
+        )
+
+    draw()
+    decoder, params = assistant.model.decoder, assistant.params["decoder"]
+    for case, found in zip(drawn, alone(talker, drawn, tmp_path), strict=True):
+        prompt, room = Prompt(case["ids"], case["mask"]), case["slots"] - case["ids"].shape[1]
+        expected, caches, lengths = prefill(decoder, params, prompt, room)
+        np.testing.assert_allclose(found["prefill"], expected, atol=1e-5)
+        expected, _ = advance(decoder, params, case["token"], lengths, caches, prompt)
+        np.testing.assert_allclose(found["decode"], expected, atol=1e-5)
 
 
 def test_all_platforms_and_the_card(predicts, talker):
