@@ -20,7 +20,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from fusion_jax.errors import UserError
 from fusion_jax.objectives.combine import Batch, Metrics, Objective, Params
-from fusion_jax.objectives.rows import row_mean
+from fusion_jax.objectives.distillation import soft_targets
 
 paths = partial(flatten_dict, sep="/")
 
@@ -160,12 +160,7 @@ def distill_from(
     def distill_from(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Metrics]:
         before = logits(model.apply({"params": old}, batch))
         outputs = model.apply({"params": params}, batch, train=True, rngs={"dropout": rng})
-        was, now = (
-            jax.nn.log_softmax(each.astype(jnp.float32) / temperature)
-            for each in (jax.lax.stop_gradient(before), logits(outputs))
-        )
-        gap = (jnp.exp(was) * (was - now)).sum(axis=-1)
-        counted = jnp.ones(gap.shape) if weights is None else weights(outputs, batch)
-        return temperature**2 * row_mean(gap, counted), {}
+        counted = None if weights is None else weights(outputs, batch)
+        return soft_targets(logits(outputs), before, counted, temperature=temperature), {}
 
     return distill_from

@@ -136,7 +136,6 @@ def on_batch(name: str, fn: Callable) -> Callable:
         step = {"step": batch["step"]} if "step" in batch else {}
         return fn(first, {**batch[name], **step}, *rest)
 
-    on_stream.__name__ = name_of(fn)
     stream = named(name, on_stream)
     stream.__name__ = f"{name}/{name_of(fn)}"
     return stream

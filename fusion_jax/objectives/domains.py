@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from fusion_jax.errors import UserError
-from fusion_jax.objectives.combine import Batch, Loss, Metrics, Objective, Params, name_of, named
+from fusion_jax.objectives.combine import Batch, Loss, Metrics, Objective, Params, name_of, on_batch
 
 
 @struct.dataclass
@@ -71,13 +71,11 @@ def forward_domains(
 def on_domain(stream: str, loss: Loss) -> Loss:
     """A loss on one model output, as a loss on DomainOutputs; its metrics become `STREAM/...`."""
 
-    def on_stream(outputs: DomainOutputs, batch: Batch) -> tuple[jax.Array, Metrics]:
-        step = {"step": batch["step"]} if "step" in batch else {}
-        return loss(outputs.of[stream], {**batch[stream], **step})
+    def of_stream(outputs: DomainOutputs, batch: Batch) -> tuple[jax.Array, Metrics]:
+        return loss(outputs.of[stream], batch)
 
-    return_named = named(stream, on_stream)
-    return_named.__name__ = f"{stream}/{name_of(loss)}"
-    return return_named
+    of_stream.__name__ = name_of(loss)
+    return on_batch(stream, of_stream)
 
 
 def fused(outputs: Any) -> jax.Array:

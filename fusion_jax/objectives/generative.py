@@ -10,7 +10,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from fusion_jax.language.mixture import load_balancing_loss
 from fusion_jax.objectives.combine import Batch, Loss, Metrics, Objective, Params
-from fusion_jax.objectives.rows import row_mean
+from fusion_jax.objectives.distillation import soft_targets
 from fusion_jax.rows import by_rows
 from fusion_jax.tokens import fill
 
@@ -89,13 +89,11 @@ def stay_close(model: Any, old: Callable[[Params], Params]) -> Objective:
     """
 
     def stay_close(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Metrics]:
-        def log_probs(params: Params) -> jax.Array:
+        def logits(params: Params) -> jax.Array:
             hidden = model.apply({"params": params}, batch).hidden
-            logits = model.apply({"params": params}, hidden, method="logits")
-            return jax.nn.log_softmax(logits.astype(jnp.float32))
+            return model.apply({"params": params}, hidden, method="logits")
 
-        was, now = jax.lax.stop_gradient(log_probs(old(params))), log_probs(params)
-        return row_mean((jnp.exp(was) * (was - now)).sum(axis=-1), fill(batch["weight"])), {}
+        return soft_targets(logits(params), logits(old(params)), fill(batch["weight"])), {}
 
     return stay_close
 
