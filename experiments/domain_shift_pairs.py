@@ -40,7 +40,7 @@ from fusion_jax.evaluation.table import print_table
 from fusion_jax.evaluation.transfer import CRITERIA
 from fusion_jax.training import runtime
 from fusion_jax.training.state import evaluation_params
-from fusion_jax.training.step import State, make_step
+from fusion_jax.training.step import State, make_step, many_steps
 
 History = list[dict[str, float]]
 
@@ -99,7 +99,6 @@ class Trainer:
 
     def __init__(self, s: Settings, method: str) -> None:
         experiment = domain_shift.build(dataclasses.replace(s, method=(method,)))
-        step = make_step(experiment.objective, experiment.optimizer)
         seen = ("source",) if s.unseen else ("source", "target")
         self.streams = {FLOOR: ("source",), CEILING: ("source", "supervised")}.get(method, seen)
         self.streams += ("strong",) if method in domain_shift.CONSISTENT else ()
@@ -108,13 +107,8 @@ class Trainer:
             params = experiment.init(jax.random.key(seed))
             return State(jnp.zeros((), jnp.int32), seed, params, experiment.optimizer.init(params))
 
-        def advance(state: State, batches: dict) -> State:
-            def once(state: State, batch: dict) -> tuple[State, None]:
-                return step(state, {}, batch)[0], None
-
-            return jax.lax.scan(once, state, batches)[0]
-
-        self.start, self.advance = jax.jit(start), jax.jit(advance, donate_argnums=0)
+        step = make_step(experiment.objective, experiment.optimizer)
+        self.start, self.advance = jax.jit(start), many_steps(step)
 
     def run(self, s: Settings, prepared: Prepared) -> History:
         """What `validate` said of the method at each evaluation."""
@@ -122,7 +116,7 @@ class Trainer:
         for first in range(0, s.steps, s.evaluate_every):
             batches = [prepared.data[first + step] for step in range(s.evaluate_every)]
             batches = [{name: batch[name] for name in self.streams} for batch in batches]
-            state = self.advance(state, jax.tree.map(lambda *rows: np.stack(rows), *batches))
+            state = self.advance(state, batches)
             found = domain_shift.validate(prepared.judge, evaluation_params(state, {}))
             history.append({name.partition("/")[2]: value for name, value in found.items()})
         return history

@@ -12,7 +12,6 @@ import dataclasses
 import json
 import time
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from fusion_jax.evaluation.table import print_table
 from fusion_jax.knowledge.read import BENCHMARKS
 from fusion_jax.training import runtime
 from fusion_jax.training.partition import Params
-from fusion_jax.training.step import State, make_step
+from fusion_jax.training.step import State, make_step, many_steps
 
 SPACE: dict[str, Sequence[Any]] = {
     "loss": ("one", "softmax", "binary"),
@@ -68,23 +67,14 @@ def train(s: Settings, seeds: Sequence[int]) -> Iterator[Params]:
     """Params after the last step, for each seed: the steps of the training loop, many in one
     program that all seeds share."""
     experiment = build(s)
-    step = make_step(experiment.objective, experiment.optimizer)
-
-    @partial(jax.jit, donate_argnums=0)
-    def advance(state: State, batches: dict) -> State:
-        def once(state: State, batch: dict) -> tuple[State, None]:
-            return step(state, {}, batch)[0], None
-
-        return jax.lax.scan(once, state, batches)[0]
-
+    advance = many_steps(make_step(experiment.objective, experiment.optimizer))
     size = next(size for size in range(100, 0, -1) if s.steps % size == 0)
     for seed in seeds:
         data = dataclasses.replace(experiment.data, seed=seed)
         params = experiment.init(jax.random.key(seed))
         state = State(np.int32(0), np.int32(seed), params, experiment.optimizer.init(params))
         for start in range(0, s.steps, size):
-            batches = [data[number] for number in range(start, start + size)]
-            state = advance(state, jax.tree.map(lambda *rows: np.stack(rows), *batches))
+            state = advance(state, [data[number] for number in range(start, start + size)])
         yield state.params
 
 

@@ -22,7 +22,6 @@ import resource
 import time
 import warnings
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import jax
@@ -38,7 +37,7 @@ from fusion_jax.knowledge.graph import Graph, make
 from fusion_jax.knowledge.read import BENCHMARKS
 from fusion_jax.knowledge.scorers import ComplEx, Scorer
 from fusion_jax.objectives.knowledge import k_vs_all, self_adversarial
-from fusion_jax.training.step import State, make_step
+from fusion_jax.training.step import State, make_step, many_steps
 
 NAMES = {
     "transe": "TransE",
@@ -76,19 +75,13 @@ def our_epochs(case: Case, count: int) -> list[float]:
     objective = k_vs_all(scorer) if queries else self_adversarial(scorer, NEGATIVES, MARGIN)
     data = Facts(case.graph, case.batch_size, queries=queries)
     optimizer = optax.adam(RATE)
-    step = make_step(objective, optimizer)
-
-    @partial(jax.jit, donate_argnums=0)
-    def advance(state: State, batches: dict) -> State:
-        return jax.lax.scan(lambda s, batch: (step(s, {}, batch)[0], None), state, batches)[0]
-
+    advance = many_steps(make_step(objective, optimizer))
     params = scorer.init(jax.random.key(0))
     state = State(np.int32(0), np.int32(0), params, optimizer.init(params))
     seconds, number = [], 0
     for _ in range(count):
         began = time.perf_counter()
-        batches = [data[i] for i in range(number, number + data.steps_per_epoch)]
-        state = advance(state, jax.tree.map(lambda *rows: np.stack(rows), *batches))
+        state = advance(state, [data[i] for i in range(number, number + data.steps_per_epoch)])
         number += data.steps_per_epoch
         jax.block_until_ready(state)
         seconds.append(time.perf_counter() - began)

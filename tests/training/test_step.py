@@ -13,7 +13,7 @@ from fusion_jax.errors import UserError
 from fusion_jax.training.experiment import Experiment
 from fusion_jax.training.sharding import make_mesh, put_batch, tree_shardings
 from fusion_jax.training.state import init_frozen, init_state, plan_state
-from fusion_jax.training.step import State, compile_step, parameter_ema
+from fusion_jax.training.step import State, compile_step, make_step, many_steps, parameter_ema
 
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2), parameter_ema(0.9))
 RULES = ((r"up/kernel$", P("fsdp", "tensor")), (r"down/kernel$", P("tensor", "fsdp")))
@@ -95,6 +95,22 @@ def test_a_step_is_traced_once():
 
     run(objective=counted, steps=5)
     assert traces == 1
+
+
+def test_many_steps_in_one_program_are_the_same_steps():
+    step = make_step(objective, OPTIMIZER)
+
+    def start():
+        params = init(jax.random.key(0))
+        return State(jnp.int32(0), jnp.int32(0), params, OPTIMIZER.init(params))
+
+    expected = start()
+    for index in range(3):
+        expected, _ = jax.jit(step)(expected, {}, batch_of(index))
+    found = many_steps(step)(start(), [batch_of(index) for index in range(3)])
+    assert found.step == 3
+    for mine, theirs in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-6)
 
 
 def test_only_trainable_params_move(one_device):
