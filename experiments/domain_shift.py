@@ -65,7 +65,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -105,6 +105,7 @@ from fusion_jax.pretrained.tower import open_tower
 from fusion_jax.tokens import Tokens
 from fusion_jax.training.experiment import Experiment
 from fusion_jax.training.metrics import read_metrics
+from fusion_jax.training.optimizer import by_path
 from fusion_jax.training.partition import Params
 from fusion_jax.training.settings import Settings as Base
 from fusion_jax.training.settings import runtime
@@ -374,21 +375,13 @@ def objective_of(s: Settings, method: str, model: Multimodal, classes: Sequence[
 
 def optimizer_of(s: Settings) -> optax.GradientTransformation:
     """AdamW; plain SGD for the players that make exact updates of their own."""
-
-    def player(params: Params) -> Params:
-        def of(path: tuple, _: Any) -> str:
-            names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
-            return next((name for name in ("teacher", "group_dro") if name in names), "model")
-
-        return jax.tree_util.tree_map_with_path(of, params)
-
     schedule = optax.warmup_cosine_decay_schedule(0.0, s.learning_rate, s.steps // 10, s.steps)
     players = {
-        "model": optax.adamw(schedule, weight_decay=s.weight_decay),
-        "teacher": optax.sgd(1 - 0.99),
-        "group_dro": optax.sgd(0.01),
+        "/teacher/": optax.sgd(1 - 0.99),
+        "/group_dro$": optax.sgd(0.01),
+        "": optax.adamw(schedule, weight_decay=s.weight_decay),
     }
-    return optax.chain(optax.partition(players, player), parameter_ema(0.98))
+    return optax.chain(by_path(players), parameter_ema(0.98))
 
 
 # --------------------------------------------------------------------- build, export and report

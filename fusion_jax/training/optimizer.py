@@ -41,15 +41,17 @@ def by_path(optimizers: Mapping[str, optax.GradientTransformation]) -> optax.Gra
 
     def label(path: tuple, _: jax.Array) -> str:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        found = next((pattern for pattern in optimizers if re.search(pattern, name)), None)
-        if found is None:
-            raise UserError(f"no optimizer for {name}: add a pattern to {sorted(optimizers)}")
-        return found
+        for number, pattern in enumerate(optimizers):
+            if re.search(pattern, name):
+                return str(number)
+        raise UserError(f"no optimizer for {name}: add a pattern to {sorted(optimizers)}")
 
     def labels(params: Params) -> Params:
         return jax.tree_util.tree_map_with_path(label, params)
 
-    return optax.multi_transform(dict(optimizers), labels)
+    # Numbers and not patterns, which checkpoints could not take for names.
+    numbered = {str(number): each for number, each in enumerate(optimizers.values())}
+    return optax.partition(numbered, labels)
 
 
 def _matrices(params: Params) -> Params:
