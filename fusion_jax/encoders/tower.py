@@ -27,11 +27,6 @@ def antialiased_bicubic(table: jax.Array, grid: tuple[int, int]) -> jax.Array:
     return jax.image.resize(table, (*grid, table.shape[2]), "bicubic", antialias=True)
 
 
-def antialiased_bilinear(table: jax.Array, grid: tuple[int, int]) -> jax.Array:
-    """[rows, columns, d] -> [*grid, d], antialiased."""
-    return jax.image.resize(table, (*grid, table.shape[2]), "bilinear", antialias=True)
-
-
 def _cubic(size: int, out: int) -> np.ndarray:
     """Weights [out, size] of cubic convolution with slope -0.75; edges repeat."""
     where = (np.arange(out) + 0.5) * size / out - 0.5

@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from fusion_jax.encoders import pooling, tower
+from fusion_jax.encoders.vit import resize_positions
 from fusion_jax.norm import LayerNorm
 from fusion_jax.pretrained.checkpoint import CONV2D, LINEAR, Family, Slot
 from fusion_jax.pretrained.families import settings
@@ -68,7 +69,7 @@ def build_vision(config: Mapping) -> tower.VisionTower:
     elif vision.get("vision_use_head", True):
         own["head"] = partial(tower.ProbeHead, **parts)
     if config["model_type"] == "siglip2":
-        own["resize"] = tower.antialiased_bilinear
+        own["resize"] = resize_positions
     return tower.VisionTower(
         width=vision["hidden_size"],
         blocks=(partial(Block, **parts),) * vision["num_hidden_layers"],
