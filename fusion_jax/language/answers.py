@@ -13,7 +13,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from fusion_jax.data.pipeline import Number, Padded, Transform
 from fusion_jax.data.questions import Question
@@ -22,6 +21,7 @@ from fusion_jax.language.ask import Assistant, Encoder
 from fusion_jax.language.chat import Chat
 from fusion_jax.language.fused import Batch, FusedLM, Layout, Params
 from fusion_jax.language.generate import choose, generate
+from fusion_jax.language.items import answer_all, as_items
 from fusion_jax.language.prompt import bucket, pad
 from fusion_jax.language.sight import CLASS_NAMES, Sight
 from fusion_jax.language.tuned import Tuned
@@ -59,7 +59,7 @@ class Writing:
     def of(cls, checkpoint: Pretrained, model: FusedLM, sight: Sight) -> "Writing":
         """For a model fused around that checkpoint, in the PLAIN template."""
         chat = dataclasses.replace(Chat.of(checkpoint), template=PLAIN)
-        layout = model.layout(jax.random.key(0), {"image": sight.blank(1)})
+        layout = model.layout(jax.random.key(0), {"image": sight.items([None])})
         return cls(sight, chat, layout, checkpoint.config)
 
     def content(self, text: str, row: int | None, view: int = 0) -> str:
@@ -147,17 +147,12 @@ class Asked:
         return (*writing.chat.training(messages, writing.layout), row, view)
 
 
-def as_items(batch: Batch) -> Batch:
-    """The batch with one picture a row as a fused model reads it, an axis of items before it."""
-    return {**batch, "image": jax.tree.map(lambda leaf: leaf[:, None], batch["image"])}
-
-
 def on_items(objective: Callable[..., Any]) -> Callable[..., Any]:
     """An objective of a fused model on batches of `Asked`."""
 
     @wraps(objective)
     def with_items(params: Params, batch: Batch, rng: jax.Array) -> Any:
-        return objective(params, as_items(batch), rng)
+        return objective(params, as_items(batch, "image"), rng)
 
     return with_items
 
@@ -261,27 +256,13 @@ class Answerer:
         """`answer` of batches of one size, put together again; what is asked twice runs once."""
         asked = list(zip(questions, rows, strict=True))
         prompts = {each: self.writing.prompt(*each) for each in asked}
-        order = sorted(prompts, key=lambda each: len(prompts[each]))  # little padding
-        found = {}
-        starts = range(0, len(order), self.batch_size)
-        for start in tqdm(starts, desc="asking", unit="batch", leave=False):
-            batch = order[start : start + self.batch_size]
-            filled = batch + batch[:1] * (self.batch_size - len(batch))
-            ids = [prompts[each] for each in filled]
-            text = pad(ids, bucket(max(map(len, ids))), left=True)
-            image = self._pictures([row for _, row in filled])
-            found |= zip(batch, answer({"text": text, "image": image}), strict=False)
-        return np.array([found[each] for each in asked])
 
-    def _pictures(self, rows: Sequence[int | None]) -> Tokens:
-        """[b, 1, t, d], absent where there is no row."""
-        pictures = self.writing.sight.blank(len(rows))
-        for place, row in enumerate(rows):
-            tokens = None if row is None else self.writing.sight.tokens(row)
-            if tokens is not None:
-                pictures.values[place, 0, : len(tokens)] = tokens
-                pictures.mask[place, 0, : len(tokens)] = True
-        return pictures
+        def shown(asked: Sequence[tuple[str, int | None]], text: Tokens) -> np.ndarray:
+            image = self.writing.sight.items([row for _, row in asked])
+            return answer({"text": text, "image": image})
+
+        found = answer_all(prompts, self.batch_size, shown, "asking")
+        return np.array([found[each] for each in asked])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -324,7 +305,7 @@ class PictureLM:
 
     def init(self, key: jax.Array) -> Params:
         """`Experiment.init`."""
-        return self.tuned.init(key, {"image": self.writing.sight.blank(1)})
+        return self.tuned.init(key, {"image": self.writing.sight.items([None])})
 
     def answerer(self, params: Params) -> Answerer:
         """The model as trained."""

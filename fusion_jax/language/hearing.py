@@ -20,7 +20,8 @@ from fusion_jax.data.pipeline import Padded, Transform
 from fusion_jax.data.views import SoundViews
 from fusion_jax.errors import UserError
 from fusion_jax.language.chat import Chat
-from fusion_jax.language.fused import Batch, Layout
+from fusion_jax.language.fused import Layout
+from fusion_jax.language.items import one_each
 from fusion_jax.paths import read_medium
 from fusion_jax.pretrained.tower import Tower, open_tower
 from fusion_jax.tokens import Tokens
@@ -46,11 +47,6 @@ class Hearing:
     shape: tuple[int, int]
     views: int = 1
 
-    def blank(self, rows: int) -> Tokens:
-        """So many absent recordings, one an item: values [rows, 1, t, d], mask [rows, 1, t]."""
-        values = np.zeros((rows, 1, *self.shape), np.float32)
-        return Tokens(values, np.zeros(values.shape[:3], bool))
-
     def tokens(self, row: int, view: int = 0) -> np.ndarray:
         """Of an utterance, [t, d], float16."""
         found = self.frozen[row]["audio"]
@@ -58,13 +54,7 @@ class Hearing:
 
     def items(self, rows: Sequence[int | None]) -> Tokens:
         """One recording a row of a batch, [b, 1, t, d]; absent where the row is None."""
-        found = self.blank(len(rows))
-        for place, row in enumerate(rows):
-            if row is not None:
-                tokens = self.tokens(row)
-                found.values[place, 0, : len(tokens)] = tokens
-                found.mask[place, 0, : len(tokens)] = True
-        return found
+        return one_each([None if row is None else self.tokens(row) for row in rows], self.shape)
 
     def read(self, file: Path) -> Tokens:
         """A recording as one item of a prompt: values [1, 1, t, d], mask [1, 1, t].
@@ -222,9 +212,3 @@ class Dictation:
         number, view = divmod(index, self.hearing.views)
         tokens = self.hearing.tokens(self.rows[number], view)
         return {"id": index, "audio": tokens, "spoken": self.spelled[number]}
-
-
-def as_items(batch: Batch) -> Batch:
-    """The batch with one recording a row as a fused model reads it, an axis of items before it."""
-    audio = batch["audio"]
-    return {**batch, "audio": Tokens(audio.values[:, None], audio.mask[:, None])}

@@ -24,6 +24,7 @@ from fusion_jax.data import features
 from fusion_jax.data.pipeline import Padded
 from fusion_jax.data.views import Standardized, Views, standardized
 from fusion_jax.errors import UserError
+from fusion_jax.language.items import one_each
 from fusion_jax.paths import read_medium
 from fusion_jax.pretrained.load import load
 from fusion_jax.pretrained.tower import Tower, open_tower
@@ -95,15 +96,14 @@ class Sight:
         """Tokens of a picture, and their width."""
         return self.scale.shape
 
-    def blank(self, rows: int) -> Tokens:
-        """So many absent pictures, one an item: values [rows, 1, t, d], mask [rows, 1, t]."""
-        values = np.zeros((rows, 1, *self.shape), np.float32)
-        return Tokens(values, np.zeros(values.shape[:3], bool))
-
     def tokens(self, row: int, view: int = 0) -> np.ndarray | None:
         """Standardized tokens [t, d], float32; None without a picture."""
         found = self._stored(row, view)
         return None if found is None else self.scale({"image": found}, None)
+
+    def items(self, rows: Sequence[int | None]) -> Tokens:
+        """One picture a row of a batch, [b, 1, t, d]; absent where the row is None."""
+        return one_each([None if row is None else self.tokens(row) for row in rows], self.shape)
 
     def pooled(self, rows: Sequence[int]) -> np.ndarray:
         """The mean token of each whole picture, [rows, d]; zeros, as in the mean, without one."""

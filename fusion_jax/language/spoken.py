@@ -23,8 +23,8 @@ from fusion_jax.language.chat import Chat
 from fusion_jax.language.fused import FusedLM, Layout, Params
 from fusion_jax.language.generate import generate
 from fusion_jax.language.hearing import LONGEST, Hearing, Turn, Turns
+from fusion_jax.language.items import answer_all
 from fusion_jax.language.listener import Listener, Spelling, best_path
-from fusion_jax.language.prompt import bucket, pad
 from fusion_jax.language.tuned import Tuned
 from fusion_jax.pretrained.load import Pretrained
 from fusion_jax.tokens import Tokens
@@ -78,7 +78,7 @@ class SpokenLM:
         if template is not None:
             chat = dataclasses.replace(chat, template=template)
         base = {"decoder": checkpoint.params, "connectors_audio": spelling.start}
-        layout = model.layout(jax.random.key(0), {"audio": hearing.blank(1)})
+        layout = model.layout(jax.random.key(0), {"audio": hearing.items([None])})
         return cls(
             Tuned(model, ranks, dropout=0.05),
             connector,
@@ -93,7 +93,7 @@ class SpokenLM:
 
     def init(self, key: jax.Array) -> Params:
         """`Experiment.init`."""
-        return self.tuned.init(key, {"audio": self.hearing.blank(1)})
+        return self.tuned.init(key, {"audio": self.hearing.items([None])})
 
     def turns(self, turns: Sequence[Turn], length: int) -> Turns:
         """A source to train on."""
@@ -136,23 +136,19 @@ class SpokenLM:
             each: self.chat.prompt([{"role": "user", "content": each[0]}], self.layout)
             for each in asked
         }
-        order = sorted(prompts, key=lambda each: len(prompts[each]))
-        found: dict[tuple[str, int | None], list[int]] = {}
         decoder, stops = self.tuned.model.decoder, self.chat.stop_ids
-        starts = range(0, len(order), self.batch_size)
-        for start in tqdm(starts, desc="answering", unit="batch", leave=False):
-            batch = order[start : start + self.batch_size]
-            filled = batch + batch[:1] * (self.batch_size - len(batch))
-            ids = [prompts[each] for each in filled]
-            given: dict[str, Tokens] = {"text": pad(ids, bucket(max(map(len, ids))), left=True)}
-            if any(row is not None for _, row in filled):
-                given["audio"] = self.hearing.items([row for _, row in filled])
-            prompt = self._prompt(params, given)
+
+        def answer(asked: Sequence[tuple[str, int | None]], text: Tokens) -> list[list[int]]:
+            rows = [row for _, row in asked]
+            heard = any(row is not None for row in rows)
+            audio = {"audio": self.hearing.items(rows)} if heard else {}
+            prompt = self._prompt(params, {"text": text, **audio})
             written = generate(
                 decoder, params["decoder"], prompt, max_tokens=max_tokens, stop_ids=stops
             ).sequences()
-            for each, answer in zip(batch, written, strict=False):
-                found[each] = [token for token in answer if token not in stops]
+            return [[token for token in ids if token not in stops] for ids in written]
+
+        found = answer_all(prompts, self.batch_size, answer, "answering")
         return [found[each] for each in asked]
 
     @cached_property
@@ -185,7 +181,7 @@ class SpokenLM:
         """
         listener = self.listener.clone(most=most)
         model = self.tuned.model.clone(connectors={"audio": listener})
-        layout = model.layout(jax.random.key(0), {"audio": self.hearing.blank(1)})
+        layout = model.layout(jax.random.key(0), {"audio": self.hearing.items([None])})
         encode = self.hearing.published.module.apply
         encoder = Encoder(
             lambda params, sound: (encode({"params": params}, sound), None),

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from fusion_jax.encoders.mel import spec_augment
-from fusion_jax.language.hearing import as_items
+from fusion_jax.language.items import as_items
 from fusion_jax.language.spoken import SpokenLM
 from fusion_jax.objectives.combine import (
     Batch,
@@ -103,7 +103,7 @@ def answer_and_spell(model: SpokenLM, ctc_weight: float, label_smoothing: float 
     answer = causal_lm(model.tuned, chunk=8, label_smoothing=label_smoothing)
 
     def reply(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Metrics]:
-        return answer(params, as_items(batch), rng)
+        return answer(params, as_items(batch, "audio"), rng)
 
     alone = on_batch("listen", spell)
     both = weighted_sum({on_batch("turn", reply): 1.0, alone: ctc_weight})

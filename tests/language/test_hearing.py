@@ -16,7 +16,8 @@ from fusion_jax.data.pipeline import Batches
 from fusion_jax.errors import UserError
 from fusion_jax.language.chat import Chat
 from fusion_jax.language.fused import FusedLM
-from fusion_jax.language.hearing import Dictation, Hearing, Turn, Turns, as_items, load_speech
+from fusion_jax.language.hearing import Dictation, Hearing, Turn, Turns, load_speech
+from fusion_jax.language.items import as_items
 from fusion_jax.language.listener import Listener, Spelling
 from fusion_jax.language.sight import Sight
 from fusion_jax.language.spoken import SpokenLM
@@ -100,7 +101,7 @@ def spoken():
     template = "{% for m in messages %}{{ m.content }} w3 {% endfor %}"
     chat = Chat(tokenizer, template, {}, (2,))
     hearing = Heard(None, None, (12, 3))
-    layout = model.layout(jax.random.key(0), {"audio": hearing.blank(1)})
+    layout = model.layout(jax.random.key(0), {"audio": hearing.items([None])})
     base = {"decoder": params, "connectors_audio": spelling.start}
     tuned = Tuned(model, {"query": 2})
     return SpokenLM(
@@ -193,4 +194,5 @@ def _padded(tokens):
 def test_items_of_rows(spoken):
     items = spoken.hearing.items([1, None])
     assert items.mask.sum(axis=2).tolist() == [[10], [0]]
-    assert as_items({"audio": Tokens(items.values[:, 0], items.mask[:, 0])})["audio"].mask.ndim == 3
+    batch = {"audio": Tokens(items.values[:, 0], items.mask[:, 0])}
+    jax.tree.map(np.testing.assert_array_equal, as_items(batch, "audio")["audio"], items)
