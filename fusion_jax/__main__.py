@@ -31,6 +31,7 @@ def train(arguments: list[str]) -> None:
     """Trains an experiment file, one seed or several."""
     if not arguments or arguments[0].startswith("-"):
         raise UserError("which experiment? python -m fusion_jax train experiments/NAME.py ...")
+    from fusion_jax.compression.running import running
     from fusion_jax.training import experiment as experiments
     from fusion_jax.training import hosts, loop, runtime, seeds, together
 
@@ -51,7 +52,7 @@ def train(arguments: list[str]) -> None:
         with experiments.open_workdir(workdir, source, settings):
             return loop.train(experiment, settings, workdir)
 
-    with hosts.joined(settings):
+    with hosts.joined(settings), running():  # --base keeps what is frozen in few bits
         if settings.seeds == 1:
             run(settings, workdir)
             return
@@ -96,9 +97,11 @@ def evaluate(arguments: list[str]) -> None:
 
 def plan(arguments: list[str]) -> None:
     """What a train step takes of each chip of a slice that need not be here."""
+    from fusion_jax.compression.running import running
     from fusion_jax.training import plan_command
 
-    plan_command.main(arguments)
+    with running():
+        plan_command.main(arguments)
 
 
 def show_sharding(arguments: list[str]) -> None:

@@ -41,8 +41,7 @@ from fusion_jax.compression.recipes import Calibration, parse, rounding
 from fusion_jax.compression.running import Compressed
 from fusion_jax.language.fused import FusedLM
 from fusion_jax.objectives.generative import causal_lm
-from fusion_jax.pretrained.gguf_stored import load_stored
-from fusion_jax.pretrained.load import Pretrained, load
+from fusion_jax.pretrained.load import Computing, Pretrained, load
 from fusion_jax.tokens import Tokens
 
 NAME = "smollm2-135m-instruct"
@@ -117,7 +116,10 @@ def rows(settings: Settings | None = None) -> Iterator[Row]:
         kind, _, activations = name.partition("-")
         small = on_kernels(ours.params, rounding(kind, activations=bool(activations)))
         models[name] = (Compressed(ours.module), small)
-    models["as it came"] = (Compressed(ours.module), load_stored(NAME).params)
+    models["as it came"] = (
+        Compressed(ours.module),
+        load(NAME, how=Computing(base="stored")).params,
+    )
 
     def beside(unit: str, found: dict[str, float], *, more: bool, job: str = "") -> Iterator[Row]:
         for name, value in found.items():

@@ -79,6 +79,11 @@ def compress(
         raise UserError(f"{output} exists already: give another --output, or remove it")
     module, settings = experiments.reopen(workdir)
     trained = Run(module, settings, None)
+    if settings.base != "full" and any(models):
+        raise UserError(
+            f"{workdir} was trained with --base {settings.base}, and structured and distil take "
+            "apart models in full numbers: train without --base for them"
+        )
     experiment = trained.experiment
     params = loop.restore_params(experiment, settings, workdir)
     trained = small = dataclasses.replace(trained, params=params)

@@ -1,6 +1,7 @@
 """A GGUF file's params in the few bits that they are stored in: no float32 copy, nothing lost.
 
-    checkpoint = load_stored("smollm2-135m-instruct")
+    use(Computing(base="stored"))                        # --base stored
+    checkpoint = load("smollm2-135m-instruct")
     with running():
         checkpoint.module.apply({"params": checkpoint.params}, ids, mask)
 
@@ -8,56 +9,43 @@ The base of QLoRA as it came. Kernels and tables in Q4_0, Q4_1 and Q8_0 stay as 
 other kinds, and a mixture's experts, are read to float32.
 """
 
-import jax
+from collections.abc import Callable, Mapping
+
 import jax.numpy as jnp
 import numpy as np
 from gguf.constants import GGMLQuantizationType as Kind
 
 from fusion_jax.compression.quantization import Quantized, compressible, is_table
-from fusion_jax.errors import UserError
-from fusion_jax.pretrained.checkpoint import LINEAR, put, to_params
-from fusion_jax.pretrained.fetch import checksum, fetch
-from fusion_jax.pretrained.load import Computing, Pretrained, gguf_file, open_gguf
+from fusion_jax.pretrained.checkpoint import LINEAR, Shapes, Slot
+from fusion_jax.pretrained.gguf_model import Published
 
 SCALES = {Kind.Q4_0: 1, Kind.Q4_1: 2, Kind.Q8_0: 1}
 """The kinds that stay, and the float16 numbers before the codes of a block: scale and offset."""
 
 
-def load_stored(name: str) -> Pretrained:
-    """As `load`, with `Quantized` params.
-
-    Args:
-        name: a known name, a hub id, a folder with a GGUF file, or such a file.
-
-    Raises:
-        UserError: it holds no GGUF file, or `load` could not open it.
-    """
-    folder = fetch(name)
-    file = gguf_file(folder)
-    if file is None:
-        raise UserError(f"{name} holds no GGUF file: open it by load, and quantize its params")
-    found = open_gguf(file, None, Computing())
-    published, lying = found.tensors, {}
-    for tensor, slot in found.slots.items():
+def keeper(
+    published: Published, slots: Mapping[str, Slot], shapes: Shapes
+) -> Callable[[str, np.ndarray], np.ndarray | Quantized]:
+    """(path, array) -> the array, or what the file holds in its place."""
+    lying = {}
+    for tensor, slot in slots.items():
         rowwise = slot.pattern in (None, LINEAR) and slot.order is None and not slot.row
         first = 0
         for path in slot.all_paths if rowwise else ():  # GPT-2's queries, keys and values are one
-            rows = found.shapes[path].shape[0 if is_table(path) else -1]
+            rows = shapes[path].shape[0 if is_table(path) else -1]
             lying[path] = tensor, slice(first, first + rows)
             first += rows
 
-    def keep(path: str, array: np.ndarray) -> jax.Array | Quantized:
+    def keep(path: str, array: np.ndarray) -> np.ndarray | Quantized:
         if path not in lying or not compressible(path, array):
-            return put(path, array)
+            return array
         tensor, rows = lying[path]
         kind = published.kind(tensor)
         if kind not in SCALES:
-            return put(path, array)
+            return array
         return from_blocks(published.blocks(tensor)[rows], kind, transposed=not is_table(path))
 
-    ignore = found.family.ignore
-    params = to_params(published, found.slots, found.shapes, ignore=ignore, place=keep)
-    return found.with_params(params, checksum(folder))
+    return keep
 
 
 def from_blocks(blocks: np.ndarray, kind: Kind, *, transposed: bool) -> Quantized:

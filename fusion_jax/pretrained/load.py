@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
+from fusion_jax.compression.quantization import compressible, is_table, quantize
 from fusion_jax.errors import UserError
 from fusion_jax.language.decoder import Decoder
-from fusion_jax.pretrained import gguf, gguf_model, gguf_tokenizer
+from fusion_jax.pretrained import gguf, gguf_model, gguf_stored, gguf_tokenizer
 from fusion_jax.pretrained.checkpoint import (
     Family,
     Place,
@@ -98,12 +99,15 @@ class Computing:
         dtype: of their matrices and activations; vectors, such as norms' scales, stay float32.
         remat, scan: see `Transformer`.
         place: puts each of their params where it is to stay, e.g. on its shards of a mesh.
+        base: what their kernels and tables, which are then frozen, are kept in: "full" (dtype), a
+            kind of few bits (see `quantize`), or "stored", as their GGUF file holds them.
     """
 
     dtype: jnp.dtype = jnp.float32
     remat: bool = False
     scan: bool = False
     place: Place = put
+    base: str = "full"
 
     def module(self, module: nn.Module) -> nn.Module:
         """The module that computes so; those that are no language models are left as they are."""
@@ -122,6 +126,40 @@ class Computing:
 
         return {path: small(path, leaf) for path, leaf in shapes.items()}
 
+    def few_bits(self, path: str, array: Any) -> Any:
+        """A kernel or table of a language model in the numbers that it is kept in."""
+        if self.base == "full" or not compressible(path, array):
+            return array
+        return quantize(array, self.base, transposed=not is_table(path))
+
+    def placed(self, found: "Described") -> Place:
+        """(path, array) -> that param of a language model, as it is kept, in its place.
+
+        Raises:
+            UserError: "stored" of what is no GGUF file.
+        """
+        few = self.few_bits
+        if self.base == "stored":
+            if not isinstance(found.tensors, gguf_model.Published) or self.scan:
+                raise UserError(
+                    "numbers as they are stored: only a GGUF file has them, and only without "
+                    "--scan; give --base nf4 or int8"
+                )
+            few = gguf_stored.keeper(found.tensors, found.slots, found.shapes)
+
+        def place(path: str, array: np.ndarray) -> Any:
+            kept = few(path, array)
+            if kept is array:
+                return self.place(path, array)
+
+            def part(name: Any, leaf: jax.Array) -> jax.Array:
+                whole = f"{path}/{jax.tree_util.keystr(name, simple=True, separator='/')}"
+                return self.place(whole, np.asarray(leaf))
+
+            return jax.tree_util.tree_map_with_path(part, kept)
+
+        return place
+
 
 _computing = Computing()
 opened: dict[str, Pretrained] = {}
@@ -139,14 +177,21 @@ def in_use() -> Computing:
     return _computing
 
 
-def load(name: str | Path, part: str | None = None, *, place: Place | None = None) -> Pretrained:
+def load(
+    name: str | Path,
+    part: str | None = None,
+    *,
+    place: Place | None = None,
+    how: Computing | None = None,
+) -> Pretrained:
     """Opens a checkpoint, fetching it first if need be.
 
     Args:
         name: a known name, a hub id or a folder, see `fetch`.
         part: which part of the model, e.g. "audio" (its encoder) or "recogniser" of Moonshine.
         place: where each param goes: (path, array) -> jax.Array, e.g. its shard of a mesh. None:
-            a language model's to where `use` said, all others to the default device.
+            a language model's to where `how` says, all others to the default device.
+        how: a language model is computed, as `use` said unless given.
 
     Raises:
         UserError: cannot be fetched; of an unknown family; damaged, or not as its config says.
@@ -155,9 +200,10 @@ def load(name: str | Path, part: str | None = None, *, place: Place | None = Non
         return opened[str(name)]
     folder = fetch(str(name))
     file = gguf_file(folder)
-    found = open_folder(folder, part) if file is None else open_gguf(file, part)
+    how = how or _computing
+    found = open_folder(folder, part, how) if file is None else open_gguf(file, part, how)
     if place is None:
-        place = _computing.place if isinstance(found.module, Decoder) else put
+        place = how.placed(found) if isinstance(found.module, Decoder) else put
     params = to_params(
         found.tensors, found.slots, found.shapes, ignore=found.family.ignore, place=place
     )
@@ -182,24 +228,24 @@ class Described(NamedTuple):
         return Pretrained(self.module, params, *about, checksum)
 
 
-def open_folder(folder: Path, part: str | None) -> Described:
-    """A folder with config.json and *.safetensors."""
+def open_folder(folder: Path, part: str | None, how: Computing) -> Described:
+    """A folder with config.json and *.safetensors; `how` its model is computed."""
     config = read_config(folder)
     about = config, read_tokenizer(folder), read_chat_template(folder)
-    family, *shaped = describe(config, part, folder / "config.json", _computing)
+    family, *shaped = describe(config, part, folder / "config.json", how)
     tensors = Shards(folder, family.prefix, family.older)
     return Described(tensors, *shaped, family, *about)
 
 
-def open_gguf(file: Path, part: str | None, how: Computing | None = None) -> Described:
-    """A GGUF file; `how` its model is computed, as `use` said unless given."""
+def open_gguf(file: Path, part: str | None, how: Computing) -> Described:
+    """A GGUF file; `how` its model is computed."""
     stored = gguf.GGUF(file)
     config = gguf_model.read_config(stored)
     tokenizer = gguf_tokenizer.read_tokenizer(stored.metadata, file)
     template = stored.metadata.get("tokenizer.chat_template")
     if not isinstance(template, str | None):
         raise UserError(f"{file}: tokenizer.chat_template is {template!r}, expected a text")
-    family, *shaped = describe(config, part, file, how or _computing)
+    family, *shaped = describe(config, part, file, how)
     return Described(gguf_model.Published(stored), *shaped, family, config, tokenizer, template)
 
 

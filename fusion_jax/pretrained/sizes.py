@@ -4,8 +4,10 @@ checkpoint = hollow("gemma2-27b", load("smollm2-135m-instruct"))     # takes no 
 """
 
 import math
+from functools import partial
 from typing import Any
 
+import jax
 import numpy as np
 from flax import traverse_util
 
@@ -82,10 +84,17 @@ def hollow(name: str, spoken: Pretrained | None = None) -> Pretrained:
     config, how = config_of(name), load.in_use()
     family = load.family_of(config)
     module = how.module(family.build(config))
+    if how.base == "stored":
+        raise UserError("a size by name has no file that stores it: give --base nf4 or int8")
+
+    def empty(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        """One number, seen through strides of zero."""
+        return np.broadcast_to(np.ones((), leaf.dtype), leaf.shape)
+
     params = {
-        path: np.broadcast_to(np.ones((), leaf.dtype), leaf.shape)
+        path: jax.tree.map(empty, jax.eval_shape(partial(how.few_bits, path), leaf))
         for path, leaf in how.kept(module, shapes_of(module, *family.inputs(config))).items()
-    }  # one number each, seen through strides of zero
+    }
     params = traverse_util.unflatten_dict(params, sep="/")
     tokenizer, template = (
         (None, None) if spoken is None else (spoken.tokenizer, spoken.chat_template)

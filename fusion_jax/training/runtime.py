@@ -30,7 +30,8 @@ def compute_as(settings: Settings, place: Place = put) -> None:
     """
     attention.use(KERNELS[settings.attention])
     dtype = jnp.dtype(settings.dtype)
-    load.use(load.Computing(dtype, remat=settings.remat, scan=settings.scan, place=place))
+    how = {"remat": settings.remat, "scan": settings.scan, "base": settings.base}
+    load.use(load.Computing(dtype, place=place, **how))
 
 
 def start(settings: Settings | None = None) -> None:

@@ -25,6 +25,9 @@ class Settings:
     """Micro-batches a step, to save memory."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What the matrices and activations of an opened language model are kept and computed in."""
+    base: Literal["full", "nf4", "int8", "stored"] = "full"
+    """Numbers of a language model's matrices where all are frozen, as under LoRA (QLoRA: nf4), to
+    save memory; stored: as its GGUF file holds them."""
     matmuls: Literal["full", "int8", "fp8"] = "full"
     """Training products of attention and MLPs in 8 bits, on hardware that is faster so."""
     scan: bool = False

@@ -9,6 +9,7 @@ import optax
 from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding
 
+from fusion_jax.compression.quantization import is_compressed
 from fusion_jax.errors import UserError
 from fusion_jax.training.experiment import Experiment
 from fusion_jax.training.partition import Params, merge, partition, paths
@@ -46,6 +47,9 @@ def plan_state(experiment: Experiment, mesh: Mesh) -> Plan:
                 f"{expected[path].shape}"
             )
     trainable, frozen = partition(params, experiment.trainable)
+    for path in paths(trainable).keys() & paths(experiment.pretrained).keys():
+        if is_compressed(paths(experiment.pretrained)[path]):
+            raise UserError(f"{path} is trained, and kept in few bits: leave --base out")
     frozen = _as_given(frozen, paths(experiment.pretrained))
     state = State(
         step=jax.ShapeDtypeStruct((), jnp.int32),
@@ -64,12 +68,12 @@ def plan_state(experiment: Experiment, mesh: Mesh) -> Plan:
 
 
 def _as_given(frozen: Params, given: dict[str, Any]) -> Params:
-    """Frozen params keep the dtype in which they are given; trained ones have that of `init`."""
+    """Frozen params keep the numbers in which they are given; trained ones have those of `init`."""
 
     def like(path: str, leaf: Any) -> Any:
-        if path not in given or not isinstance(leaf, jax.ShapeDtypeStruct):
+        if path not in given:
             return leaf
-        return jax.ShapeDtypeStruct(leaf.shape, given[path].dtype)
+        return jax.tree.map(lambda part: jax.ShapeDtypeStruct(part.shape, part.dtype), given[path])
 
     kept = {path: like(path, leaf) for path, leaf in paths(frozen).items()}
     return traverse_util.unflatten_dict(kept, sep="/")

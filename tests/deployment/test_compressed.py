@@ -1,5 +1,6 @@
 """What a recipe made small is exported small, and says what it says here."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,19 +11,22 @@ from flax.traverse_util import flatten_dict
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from fusion_jax.__main__ import main
-from fusion_jax.compression.quantization import is_compressed, is_table, rounded_rest
+from fusion_jax.compression import storage
+from fusion_jax.compression.quantization import is_compressed, is_table, kernels, rounded_rest
 from fusion_jax.compression.recipes import Calibration, parse
 from fusion_jax.compression.running import running
 from fusion_jax.deployment import decoders as folders
 from fusion_jax.deployment import export
 from fusion_jax.deployment.runtime.artifact import Artifact
 from fusion_jax.deployment.runtime.generation import Generator
+from fusion_jax.errors import UserError
 from fusion_jax.language.prompt import text_mask
 from fusion_jax.pretrained.load import family_of, load
 from fusion_jax.pretrained.save import save
 from fusion_jax.tokens import Tokens
 from fusion_jax.training import experiment as experiments
-from fusion_jax.training import loop
+from fusion_jax.training import loop, state
+from fusion_jax.training.sharding import make_mesh
 
 FUSED = Path(__file__).parents[1] / "compression" / "fused.py"
 CONFIG = {
@@ -110,6 +114,28 @@ def test_every_kind_of_kernel_is_served_and_written_for_others(run, recipe, tmp_
         other = load(place)
         tolerance = 0.1 if recipe == "int8-activations" else 1e-4  # others round no activations
         np.testing.assert_allclose(logits(other.module, other.params), expected, atol=tolerance)
+
+
+def test_adapters_are_trained_on_a_base_of_few_bits_by_one_setting(run, tmp_path, capsys):
+    _, module, settings, _ = run
+    flags = ["--language-model", settings.language_model, "--steps", "2", "--no-tensorboard"]
+    train = ["train", str(FUSED), *flags, "--workdir"]
+    assert main([*train, str(tmp_path / "run"), "--base", "nf4"]) == 0
+    _, own = experiments.reopen(tmp_path / "run")
+    params = loop.restore_params(module.build(own), own, tmp_path / "run")
+    base = params["base"]["decoder"]
+    assert {leaf.kind for leaf in kernels(base).values()} == {"nf4"}
+    assert len(kernels(base)) == 8 and storage.size(base) < 0.2 * 4 * sum(
+        np.prod(leaf.shape) for leaf in flatten_dict(base).values()
+    )
+    assert main(["export", "--workdir", str(tmp_path / "run"), str(tmp_path / "artifact")]) == 0
+    with pytest.raises(UserError, match="attention/query/kernel is trained, and kept in few bits"):
+        state.plan_state(dataclasses.replace(module.build(own), trainable="query"), make_mesh())
+    capsys.readouterr()
+    assert main([*train, str(tmp_path / "other"), "--base", "stored"]) == 2
+    assert "only a GGUF file has them" in capsys.readouterr().err
+    how = ["--workdir", str(tmp_path / "run"), "--recipe", "structured-0.5"]
+    assert main(["compress", *how]) == 2 and "full numbers" in capsys.readouterr().err
 
 
 def test_towers_that_the_export_brings_along_are_rounded_as_the_rest(classifier, tmp_path):

@@ -185,6 +185,19 @@ def test_flops_count_loops_and_recomputation():
     assert flops.count(plan.trace(build(unrolled), unrolled, mesh).jaxpr) == once
 
 
+def test_a_base_of_few_bits_is_planned_as_small_as_it_is():
+    mesh, held = make_mesh("data=1", jax.devices()[:1]), {}
+    for base in ("full", "nf4"):
+        settings = of(rank=2, base=base)
+        experiment = build(settings)
+        planned, _ = plan.shapes_of(experiment, mesh)
+        held[base] = plan.bytes_per_device(planned.frozen)
+        plan.trace(experiment, settings, mesh)
+    assert 0.13 < held["nf4"] / held["full"] < 0.16  # 4 bits and a scale for 64, of 32
+    with pytest.raises(UserError, match="no file that stores it"):
+        build(of(base="stored"))
+
+
 def test_collectives_in_each_way_of_writing():
     hlo = """
 %body (p: f32[8]) -> f32[8] {
