@@ -284,18 +284,15 @@ def fake_quantize(array: jax.Array, kind: str, **settings: Any) -> jax.Array:
     return array + jax.lax.stop_gradient(rounded.astype(array.dtype) - array)
 
 
-def quantization_aware(objective: Callable[..., Any], kind: str, pattern: str = "") -> Callable:
+def quantization_aware(objective: Callable[..., Any], kind: str) -> Callable:
     """An objective that sees rounded kernels: quantization-aware training of any objective.
 
     Args:
         objective: (params, batch, rng) -> (loss, metrics).
         kind: one of GROUPS.
-        pattern: regular expression of the kernels' paths that are rounded.
     """
 
     def rounded(path: str, kernel: jax.Array) -> jax.Array:
-        if not re.search(pattern, path):
-            return kernel
         return fake_quantize(kernel, kind, transposed=not is_table(path))
 
     def aware(params: Params, batch: Any, rng: jax.Array) -> Any:

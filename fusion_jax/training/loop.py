@@ -21,7 +21,7 @@ from fusion_jax.paths import write_file
 from fusion_jax.training.checkpoint import Checkpoints, check_model
 from fusion_jax.training.clock import Clock, speed
 from fusion_jax.training.experiment import Experiment
-from fusion_jax.training.matmuls import rounded_matmuls
+from fusion_jax.training.matmuls import as_trained
 from fusion_jax.training.metrics import MetricsFile
 from fusion_jax.training.partition import Params
 from fusion_jax.training.settings import Settings
@@ -76,7 +76,7 @@ def _train(
 
     # ------------------------------------------------------------------------------ the step
     step_fn = compile_step(
-        rounded_matmuls(experiment.objective, settings.matmuls),
+        as_trained(experiment.objective, settings),
         experiment.optimizer,
         mesh,
         plan.state_shardings,

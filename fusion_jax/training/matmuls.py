@@ -23,12 +23,20 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fusion_jax.compression.quantization import is_compressed
+from fusion_jax.compression.quantization import is_compressed, quantization_aware
+from fusion_jax.training.settings import Settings
 from fusion_jax.training.step import Objective
 
 Kind = Literal["full", "int8", "fp8"]
 LAYERS = re.compile(r"(^|/)(attention|cross_attention|mlp)/")
 FORWARD, BACKWARD = (jnp.float8_e4m3fn, 448.0), (jnp.float8_e5m2, 57344.0)
+
+
+def as_trained(objective: Objective, settings: Settings) -> Objective:
+    """The objective as the steps of a run compute it, with what the settings round."""
+    if settings.aware != "off":
+        objective = quantization_aware(objective, settings.aware)
+    return rounded_matmuls(objective, settings.matmuls)
 
 
 def rounded_matmuls(

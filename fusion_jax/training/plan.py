@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from fusion_jax.errors import UserError
 from fusion_jax.training import collectives, flops
 from fusion_jax.training.experiment import Experiment
-from fusion_jax.training.matmuls import rounded_matmuls
+from fusion_jax.training.matmuls import as_trained
 from fusion_jax.training.settings import Settings
 from fusion_jax.training.sharding import BATCH, check_rows, mesh_shape
 from fusion_jax.training.state import Plan, plan_state
@@ -89,7 +89,7 @@ def trace(experiment: Experiment, settings: Settings, mesh: Mesh) -> Any:
     """The step that `train` compiles, traced."""
     plan, batch = shapes_of(experiment, mesh)
     step = compile_step(
-        rounded_matmuls(experiment.objective, settings.matmuls),
+        as_trained(experiment.objective, settings),
         experiment.optimizer,
         mesh,
         plan.state_shardings,

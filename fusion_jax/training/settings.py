@@ -28,6 +28,9 @@ class Settings:
     base: Literal["full", "nf4", "int8", "stored"] = "full"
     """Numbers of a language model's matrices where all are frozen, as under LoRA (QLoRA: nf4), to
     save memory; stored: as its GGUF file holds them."""
+    aware: Literal["off", "int8", "int4", "nf4", "fp8"] = "off"
+    """Train with kernels and tables as that recipe of `compress` will round them, so that less is
+    lost (quantization-aware training)."""
     matmuls: Literal["full", "int8", "fp8"] = "full"
     """Training products of attention and MLPs in 8 bits, on hardware that is faster so."""
     scan: bool = False

@@ -27,7 +27,7 @@ from fusion_jax.training import loop
 from fusion_jax.training.checkpoint import Checkpoints, check_model
 from fusion_jax.training.clock import Clock
 from fusion_jax.training.experiment import Experiment
-from fusion_jax.training.matmuls import rounded_matmuls
+from fusion_jax.training.matmuls import as_trained
 from fusion_jax.training.metrics import MetricsFile
 from fusion_jax.training.overlap import compiler_options
 from fusion_jax.training.partition import Params
@@ -117,7 +117,7 @@ def _train(runs: Sequence[Run], checkpoints: Sequence[Checkpoints]) -> list[Para
 
     # ------------------------------------------------------------------------------ the step
     first = experiments[0]
-    objective = rounded_matmuls(first.objective, settings.matmuls)
+    objective = as_trained(first.objective, settings)
     one = make_step(objective, first.optimizer, accumulation=settings.accumulation)
     axes = jax.tree.map(lambda several: 0 if several else None, stacked)
     every = jax.vmap(one, in_axes=(0, axes, 0))

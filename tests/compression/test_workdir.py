@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from fusion_jax.__main__ import main
+from fusion_jax.compression.quantization import dense_params
 from fusion_jax.compression.recipes import Calibration, parse
 from fusion_jax.compression.storage import FILE, read
 from fusion_jax.training import experiment as experiments
@@ -56,6 +57,19 @@ def test_a_smaller_workdir_is_written_and_opens_again(trained, capsys):
     points = json.loads((smaller / "compression.json").read_text())["rows"]
     assert list(points) == ["as trained", "prune-0.5+int4"]
     assert main(["train", str(SOURCE), "--workdir", str(smaller)]) == 2
+
+
+def test_training_sees_the_numbers_that_a_recipe_leaves(trained):
+    workdir, experiment, _ = trained
+    aware = workdir.with_name("aware")
+    how = ["--steps", "2", "--no-tensorboard", "--log-every", "1", "--aware", "int4"]
+    assert main(["train", str(SOURCE), "--workdir", str(aware), *how]) == 0
+    first = json.loads((aware / "metrics.jsonl").read_text().splitlines()[0])["train/loss"]
+    params = experiment.init(jax.random.key(0))
+    small = dense_params(parse("int4")(params, None))
+    key = jax.random.fold_in(jax.random.key(0), 0)
+    losses = [experiment.objective(each, experiment.data[0], key)[0] for each in (params, small)]
+    assert abs(first - losses[1]) < 1e-5 < abs(first - losses[0])
 
 
 def test_bad_input_is_one_line_and_nothing_is_written(trained, tmp_path, capsys):
