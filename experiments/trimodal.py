@@ -54,6 +54,7 @@ from fusion_jax.fusion.cross_attention import CrossAttention
 from fusion_jax.fusion.gated import Gated
 from fusion_jax.fusion.low_rank_bilinear import LowRankBilinear
 from fusion_jax.fusion.merged_attention import MergedAttention
+from fusion_jax.fusion.merging import Merged
 from fusion_jax.fusion.modality_experts import ModalityExperts
 from fusion_jax.fusion.multimodal import Multimodal, Outputs
 from fusion_jax.fusion.perceiver import Perceiver
@@ -106,6 +107,9 @@ class Settings(Base):
     towers: Literal["frozen", "finetune", "scratch"] = "frozen"
     layers: int = 4
     """Of each tower from scratch."""
+    merge_to: int | None = None
+    """Tokens of each modality that fusion reads, the most alike merged (ToMe): cheaper attention
+    among them. None: all of them."""
     image_tower: str = "efficientnet-lite2"
     """A name, hub id or folder; so are the next two."""
     audio_tower: str = "moonshine-tiny"
@@ -173,13 +177,10 @@ def open_towers(s: Settings, augment: Augment | None = None) -> dict[str, Tower]
     }
 
 
-def build_towers(
+def all_tokens(
     s: Settings, source: Source, rows: list[int]
 ) -> tuple[Source, dict[str, nn.Module], dict[str, Transform], Params]:
-    """The source to draw from, an encoder and a transform for each modality, pretrained params.
-
-    Frozen towers' tokens are standardized over `rows`, those that are trained on.
-    """
+    """As `build_towers`, before tokens are merged."""
     crop = Augment()
     project = partial(Project, s.width, dropout=s.dropout)
     if s.towers == "scratch":
@@ -209,6 +210,20 @@ def build_towers(
         for name, (_, tokens) in frozen.fields.items()
     }
     return frozen, {name: project() for name in towers}, transforms, {}
+
+
+def build_towers(
+    s: Settings, source: Source, rows: list[int]
+) -> tuple[Source, dict[str, nn.Module], dict[str, Transform], Params]:
+    """The source to draw from, an encoder and a transform for each modality, pretrained params.
+
+    Frozen towers' tokens are standardized over `rows`, those that are trained on.
+    """
+    source, encoders, transforms, params = all_tokens(s, source, rows)
+    if s.merge_to is not None:
+        encoders = {name: Merged(each, s.merge_to) for name, each in encoders.items()}
+        params = {name: {"encoder": each} for name, each in params.items()}
+    return source, encoders, transforms, params
 
 
 # ------------------------------------------------------------------------------------- objective

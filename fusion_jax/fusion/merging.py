@@ -29,7 +29,7 @@ def merge_to(tokens: Tokens, length: int) -> Tokens:
     """[b, t, d] -> [b, min(t, length), d]: at most half of the tokens go in each round."""
     if length < 1:
         raise UserError(f"length {length} leaves no token")
-    sizes = tokens.mask.astype(jnp.float32)
+    sizes = jnp.asarray(tokens.mask, jnp.float32)
     while (surplus := tokens.mask.shape[1] - length) > 0:
         tokens, sizes = merge(tokens, sizes, min(surplus, tokens.mask.shape[1] // 2))
     return tokens

@@ -2,6 +2,8 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import soundfile
@@ -9,7 +11,10 @@ from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
+from experiments import trimodal
 from fusion_jax.__main__ import main
+from fusion_jax.tokens import Tokens
+from fusion_jax.training.partition import paths
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +65,18 @@ def test_trains_on_a_table_with_absent_modalities(table, tmp_path, monkeypatch, 
     assert "nowhere.png" in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_alike_tokens_are_merged_before_fusion_reads_them(table):
+    s = trimodal.Settings(towers="scratch", width=16, layers=1, table=table, merge_to=3)
+    source, _, _ = trimodal.read_data(s)
+    _, encoders, transforms, _ = trimodal.build_towers(s, source, [0])
+    for name, encoder in encoders.items():
+        shape = transforms[name].shape
+        mask = (1,) if name == "image" else (1, *shape)
+        raw = Tokens(jnp.zeros((1, *shape), transforms[name].dtype), jnp.ones(mask, bool))
+        tokens, _ = jax.eval_shape(encoder.init_with_output, jax.random.key(0), raw)
+        assert tokens.mask.shape == (1, 3)
+
+
 @pytest.mark.filterwarnings("ignore")  # torch's own
 def test_other_published_towers_by_one_setting_each(table, tmp_path, monkeypatch, capsys):
     """CLIP for pictures and text, Whisper for sound, as folders that transformers wrote."""
@@ -79,6 +96,19 @@ def test_other_published_towers_by_one_setting_each(table, tmp_path, monkeypatch
     assert main(["train", "experiments/trimodal.py", *flags]) == 0
     said = capsys.readouterr().out
     assert "linear probe" in said and "image->text" in said
+    fine = trimodal.Settings(
+        towers="finetune",
+        image_tower=str(tmp_path / "clip"),
+        text_tower=str(tmp_path / "clip"),
+        audio_tower=str(tmp_path / "whisper"),
+        table=table,
+        merge_to=4,
+    )
+    source, _, _ = trimodal.read_data(fine)
+    _, encoders, transforms, published = trimodal.build_towers(fine, source, [0])
+    raw = Tokens(jnp.zeros((1, *transforms["image"].shape)), jnp.ones(1, bool))
+    params = jax.eval_shape(encoders["image"].init, jax.random.key(0), raw)["params"]
+    assert paths(published["encoders_image"]).keys() < paths(params).keys()
     wrong = [*flags[:4], "--audio-tower", str(tmp_path / "clip"), *flags[6:]]
     assert main(["train", "experiments/trimodal.py", *wrong, "--overwrite"]) == 2
     assert "audio" in capsys.readouterr().err.splitlines()[-1]
