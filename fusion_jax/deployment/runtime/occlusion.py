@@ -1,6 +1,7 @@
 """Which input an answer rests on: how much less likely it is with one of them taken away."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from pydantic import BaseModel, Field
@@ -25,8 +26,9 @@ class OcclusionRequest(BaseModel):
 def writings(request: OcclusionRequest, generator: Generator) -> dict[str, Writing]:
     """The answer as it is written after all inputs, and after all but each one of them.
 
-    "text" is the words of the last question; every other input is a kind of media in the whole
-    conversation, or of its latest turns if it is too long. An input alone is not taken away.
+    "text" is the words of the last question, but for what asks for a translation; every other input
+    is a kind of media in the whole conversation, or of its latest turns if it is too long. An input
+    alone is not taken away.
 
     Raises:
         BadInput: no answer; media that cannot be read; a model that does not tell.
@@ -40,8 +42,10 @@ def writings(request: OcclusionRequest, generator: Generator) -> dict[str, Writi
     read = fitted(turns(request.messages, generator), generator, len(given))
     kinds = {name for message in read for name, _ in message.get("media", ())}
     shown = {ALL: read} | {name: [_without(name, message) for message in read] for name in kinds}
-    if kinds and read[-1]["content"].strip():
-        shown[TEXT] = [*read[:-1], {**read[-1], "content": ""}]
+    last = read[-1]["content"]
+    bare = instruction(last, generator.artifact.manifest.get("translation")) + _marks(last, kinds)
+    if kinds and last.strip() != bare.strip():
+        shown[TEXT] = [*read[:-1], {**read[-1], "content": bare}]
     return {
         name: generator.writing(messages, len(given), given=given)
         for name, messages in shown.items()
@@ -62,6 +66,25 @@ def report(scored: Mapping[str, Writing]) -> dict[str, Any]:
     }
 
 
+def instruction(content: str, translation: Mapping[str, Any] | None) -> str:
+    """How a translation was asked for, "From French to English: "; "" where it was not."""
+    if translation is None:
+        return ""
+    names = f"(?:{'|'.join(map(re.escape, translation['languages'].values()))})"
+    for form in ("begin_from", "begin"):
+        pattern = re.escape(translation[form])
+        for place in ("{from}", "{to}"):
+            pattern = pattern.replace(re.escape(place), names)
+        if found := re.match(pattern, content):
+            return found[0]
+    return ""
+
+
+def _marks(content: str, kinds: Collection[str]) -> str:
+    """Where it says that media stand."""
+    return "".join(re.findall("|".join(f"<{kind}>" for kind in sorted(kinds)), content))
+
+
 def _without(name: str, message: Mapping[str, Any]) -> dict[str, Any]:
     kept = [item for item in message.get("media", ()) if item[0] != name]
-    return {**message, "media": kept}
+    return {**message, "content": re.sub(f"<{name}> ?", "", message["content"]), "media": kept}
