@@ -187,7 +187,10 @@ def measure(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Answerer:
-    """Answers about a picture file, and shows the facts and rule steps that it used."""
+    """Answers about a picture file, and shows the facts and rule steps that it used.
+
+    It also says what it would have answered without the facts, and without the picture.
+    """
 
     seen: Seen
     assistant: Assistant
@@ -210,7 +213,8 @@ class Answerer:
             raise UserError(f"{question!r} names no kind that the graph knows")
         guessed = self.assistant.words["image"](files[0]) if self.assistant.words else ""
         entities = seen.named(guessed)[:2] if self.knowledge else []
-        text = f"{seen.said(entities)}Is this a kind of {world.graph.label(kinds_named[-1])}?"
+        asked = f"Is this a kind of {world.graph.label(kinds_named[-1])}?"
+        text = seen.said(entities) + asked
         yield from self.assistant.answer(text, {"image": files}, **settings)
         relation = world.graph.relation(world.relations[0])
         for entity in entities:
@@ -218,6 +222,10 @@ class Answerer:
             steps = dict.fromkeys(step for chain in chains for step in pairwise(chain))
             facts = tuple((head, relation, tail) for head, tail in steps)
             yield "\n" + "".join(explain(world, facts, entity, kinds_named[-1])).rstrip()
+        for what, less, shown in (("these facts", asked, files), ("the picture", text, ())):
+            if less != text or not shown:
+                without = "".join(self.assistant.answer(less, {"image": shown}, **settings))
+                yield f"\nWithout {what}: {without.strip()}"
 
 
 def assistant(s: Settings, params: Params) -> Answerer:

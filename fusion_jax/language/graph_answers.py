@@ -145,7 +145,10 @@ def remember(world: World, facts: Facts) -> list[Task]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Answerer:
-    """Answers "Is X a kind of Y?" and shows the facts and the rule steps that it used."""
+    """Answers "Is X a kind of Y?" and shows the facts and the rule steps that it used.
+
+    It also says what it would have answered without these facts, to show how much they mattered.
+    """
 
     judge: Judge | Recalling
     writer: Writer
@@ -175,12 +178,17 @@ class Answerer:
             tuple(fact) for fact in world.graph.triples[rows].tolist() if (fact[0], fact[2]) in used
         )
         task = Task(thing, kind, True, ((thing, kind), (thing, kind)))
-        odds = float(self.judge([(task, facts)])[0])
-        sure = 1 / (1 + np.exp(-abs(odds)))
-        yield f"{'Yes' if odds > 0 else 'No'} ({sure:.2f}).\n"
+        odds, without = map(float, self.judge([(task, facts), (task, ())]))
+        yield f"{verdict(odds)}.\n"
         if self.writer.injection == "none":
             return
         yield from explain(world, facts, thing, kind)
+        yield f"Without these facts: {verdict(without)}.\n"
+
+
+def verdict(odds: float) -> str:
+    """Log odds of yes as an answer, and how sure it is: "Yes (0.93)"."""
+    return f"{'Yes' if odds > 0 else 'No'} ({1 / (1 + np.exp(-abs(odds))):.2f})"
 
 
 def explain(world: World, facts: Facts, thing: int, kind: int) -> Iterator[str]:

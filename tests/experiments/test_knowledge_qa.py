@@ -1,6 +1,7 @@
 """Knowledge into a language model from its command, on a graph and questions of one's own."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -86,6 +87,7 @@ def test_trains_reports_and_answers_with_facts_and_steps(world, tmp_path, capsys
     assert main(["ask", "--workdir", str(run), "Is a carp a fish?"]) == 0
     said = capsys.readouterr().out
     assert said.startswith(("Yes (", "No ("))
+    assert re.search(r"\nWithout these facts: (Yes|No) \(0\.\d\d\)\.\n", said)
     assert "is_a(carp, cyprinid)" in said and "is_a(carp, fish), because" in said
     assert main(["export", "--workdir", str(run), str(tmp_path / "artifact")]) == 2
     assert "serve --workdir" in capsys.readouterr().err.splitlines()[-1]

@@ -1,6 +1,8 @@
 """Pictures with knowledge from its command, on tiny checkpoints, a small table and graph."""
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from experiments import knowledge_vqa
 from fusion_jax.__main__ import main
 from fusion_jax.data.questions import Thing
 from fusion_jax.knowledge import graph, rules
@@ -68,7 +71,9 @@ def test_trains_reports_and_answers(flags, tmp_path, monkeypatch, capsys):
     assert 0 <= numbers["linked facts/picture"] <= 1
     question = ["ask", "--workdir", str(run), "--max-tokens", "2"]
     picture = flags[1].replace("mine.jsonl", "3.png")
+    capsys.readouterr()
     assert main([*question, "Is this a night?", "--image", picture]) == 0
+    assert "\nWithout the picture: " in capsys.readouterr().out
     for bad, message in (
         (["Is this a night?"], "one picture"),
         (["Is this a unicorn?", "--image", picture], "names no kind"),
@@ -122,4 +127,21 @@ def test_questions_are_balanced_and_facts_are_those_of_what_was_guessed():
     above = ", ".join(names[k] for k in seen.chains(number[thing.noun]))
     expected = f"{thing.noun} is a kind of {above}. Is this a kind of {names[kind]}?"
     assert written(seen, test[:1], facts["true facts"][:1])[0].text == expected
-    assert written(seen, test[:1], [[]])[0].text == f"Is this a kind of {names[kind]}?"
+    bare = f"Is this a kind of {names[kind]}?"
+    assert written(seen, test[:1], [[]])[0].text == bare
+
+    # It repeats what it is asked, and of how many pictures; the tower guesses the test's thing.
+    repeats = SimpleNamespace(
+        words={"image": lambda file: f"{thing.noun}, unheard of.\n"},
+        answer=lambda text, media: iter([f"{text} {len(media['image'])}"]),
+    )
+    answerer = knowledge_vqa.Answerer(seen, repeats, knowledge=True)
+    first, *shown = "".join(answerer.answer(bare, {"image": [Path("a.png")]})).splitlines()
+    assert first == f"{expected} 1" and shown[0] == "Facts:"
+    assert shown[-2:] == [
+        f"Without these facts: {bare} 1",
+        f"Without the picture: {expected} 0",
+    ]
+    answerer = knowledge_vqa.Answerer(seen, repeats, knowledge=False)
+    unaided = "".join(answerer.answer(bare, {"image": [Path("a.png")]}))
+    assert unaided == f"{bare} 1\nWithout the picture: {bare} 0"

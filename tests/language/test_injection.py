@@ -10,10 +10,11 @@ from tokenizers.models import WordLevel
 from fusion_jax.adaptation import lora
 from fusion_jax.adaptation.lora import LoRA
 from fusion_jax.errors import UserError
+from fusion_jax.knowledge.linking import Linker
 from fusion_jax.knowledge.questions import World
 from fusion_jax.language.chat import Chat
 from fusion_jax.language.fused import FusedLM, init_around
-from fusion_jax.language.graph_answers import Judge, Recalling, remember
+from fusion_jax.language.graph_answers import Answerer, Judge, Recalling, remember
 from fusion_jax.language.injection import INJECTIONS, Writer, fuse, states, untrained
 from fusion_jax.language.prompt import pad
 from fusion_jax.objectives.generative import stay_close
@@ -137,3 +138,15 @@ def test_what_is_remembered_answers_and_nothing_remembered_is_the_model():
     np.testing.assert_array_equal(recalling(silent), judge(silent))
     many = Judge.of(PLAIN, writer, params, batch_size=1)
     np.testing.assert_allclose(many(silent), judge(silent), atol=1e-5)
+
+
+def test_an_answer_says_what_it_would_be_without_its_facts():
+    def judge(asked):
+        return np.array([3.0 if facts else -1.0 for _, facts in asked])
+
+    named = WORLD.graph.with_names("en", {i: [name] for i, name in enumerate(NAMES)})
+    for injection in ("chained", "none"):
+        answerer = Answerer(judge, writer_for(injection), Linker.of(named))
+        first, *shown = "".join(answerer.answer("Is robin a kind of bird?")).splitlines()
+        assert first == "Yes (0.95)."
+        assert shown[-1:] == ([] if injection == "none" else ["Without these facts: No (0.73)."])
