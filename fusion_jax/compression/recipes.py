@@ -9,7 +9,8 @@ wanda-S sparsegpt-S   the same, by what the layers read of training data
 low-rank-F            two thin factors that hold a share F of the numbers
 
 Recipes follow one another: `prune-0.5` then `int8`. Pruning and low rank leave tables of words
-alone.
+alone. Frozen towers are no params of a run: those that an artifact brings along are rounded by
+`export`, each kernel by itself, and what that costs is not in the table of `compress`.
 """
 
 import dataclasses
