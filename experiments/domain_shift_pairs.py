@@ -129,8 +129,8 @@ def key_of(s: Settings, method: str) -> str:
 
 def kept(settings: Mapping[str, Any]) -> str:
     """What makes a run what it is, with when it is validated: histories have a row for each."""
-    found = Settings.without_runtime(settings) | {"evaluate_every": settings["evaluate_every"]}
-    return json.dumps(found, sort_keys=True, default=str)
+    found = Settings.recorded(settings) | {"evaluate_every": settings["evaluate_every"]}
+    return json.dumps(found, sort_keys=True)
 
 
 def read_log(workdir: Path) -> dict[str, History]:

@@ -64,7 +64,7 @@ def run(s: Settings) -> None:
     log = s.workdir / "table.jsonl"
     done = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     for row in done:
-        row["settings"] = knowledge_qa.Settings.without_runtime(row["settings"])
+        row["settings"] = knowledge_qa.Settings.recorded(row["settings"])
     for seed in range(s.seeds):
         for name in s.variants:
             workdir = s.workdir / f"{name.replace(' ', '_')}_{seed}"

@@ -155,7 +155,7 @@ def table(
         for model in models:
             s = Settings(dataset=dataset, scorer=model)
             key = s.identity() | {"seed": None}
-            found = {d["seed"]: d["found"] for d in done if s.without_runtime(d["settings"]) == key}
+            found = {d["seed"]: d["found"] for d in done if s.recorded(d["settings"]) == key}
             left = [seed for seed in range(seeds) if seed not in found]
             for seed, params in zip(left, train(s, left), strict=True):
                 found[seed] = measure(s, params, "test")

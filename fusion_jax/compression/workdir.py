@@ -168,7 +168,7 @@ def _own_model(run: Run, record: dict[str, Any], scratch: Path, draft: Path) -> 
     if folder is not None and (own or scratch in folder.parents):
         shutil.copytree(folder, draft / MODEL)
         own = {field: MODEL}
-    settings = json.loads(json.dumps(run.settings.identity()))
+    settings = run.settings.identity()
     return {"settings": settings} | ({"own": own} if own else {})
 
 

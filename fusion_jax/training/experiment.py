@@ -87,12 +87,10 @@ def check_workdir(workdir: Path, source: Path, settings: Settings) -> None:
     if jax.process_index() != 0 or settings.overwrite:
         return
     record, copy = workdir / "run.json", workdir / "experiment.py"
-    identity = json.loads(json.dumps(settings.identity()))
+    identity = settings.identity()
     advice = "give another --workdir, or --overwrite to start anew"
     if record.exists():
-        defaults = {f.name: f.default for f in dataclasses.fields(settings) if f.name in identity}
-        before = json.loads(json.dumps(defaults, default=str))
-        before |= settings.without_runtime(json.loads(record.read_text())["settings"])
+        before = settings.recorded(json.loads(record.read_text())["settings"])
         other = [
             f"{name} was {before.get(name)!r}, now {identity.get(name)!r}"
             for name in sorted(before.keys() | identity.keys())

@@ -1,6 +1,7 @@
 """The settings that every experiment has; an experiment's own settings subclass these."""
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -76,20 +77,18 @@ class Settings:
     """Index of this process, with --coordinator."""
 
     def identity(self) -> dict[str, Any]:
-        """The settings that make this run what it is, ready for JSON."""
-        return self.without_runtime(
-            {
-                name: str(value) if isinstance(value, Path) else value
-                for name, value in dataclasses.asdict(self).items()
-            }
-        )
+        """The settings that make this run what it is, as JSON reads them back."""
+        return self.recorded(dataclasses.asdict(self))
 
     @classmethod
-    def without_runtime(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Settings, or a record of them, less those that may change on resuming.
+    def recorded(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """The identity that a record of settings tells, be it of older code.
 
-        By name: a class that only gives one of them another default leaves it one of them.
+        What it lacks has its default. Settings that may change on resuming are left out, by name: a
+        class that only gives one of them another default leaves it one of them.
         """
         fields = (*dataclasses.fields(Settings), *dataclasses.fields(cls))
         dropped = {field.name for field in fields if "runtime" in field.metadata}
-        return {name: value for name, value in settings.items() if name not in dropped}
+        known = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
+        kept = {name: value for name, value in (known | settings).items() if name not in dropped}
+        return json.loads(json.dumps(kept, default=str))
