@@ -182,7 +182,8 @@ def read_published(s: Settings) -> Corpus:
                     )
             if len(corpus.captions) == before:
                 raise UserError(
-                    f"{given}: nothing of {split} is in --languages {' '.join(s.languages)}"
+                    f"{given}: nothing of {split} is in --languages {' '.join(s.languages)}, or "
+                    "all of it is in a test set"
                 )
     return corpus
 

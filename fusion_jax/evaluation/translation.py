@@ -54,7 +54,7 @@ def bleu(written: Sequence[str], true: Sequence[str], language: str = "en") -> S
 
 def chrf(written: Sequence[str], true: Sequence[str]) -> Score:
     """Corpus chrF2: the F-score of character n-grams up to 6 (Popović 2015)."""
-    return _sacrebleu(sacrebleu.CHRF(), written, true)
+    return _sacrebleu(_Chrf(), written, true)
 
 
 def word_error_rate(written: Sequence[str], true: Sequence[str]) -> Score:
@@ -146,6 +146,14 @@ def _check(written: Sequence[str], true: Sequence[str]) -> None:
         raise UserError(
             f"{len(written)} written and {len(true)} true sentences; expected as many, and some"
         )
+
+
+class _Chrf(sacrebleu.CHRF):
+    """Of a resampling in which nothing is written the score is a float, of others a NumPy float32:
+    sacrebleu fails at the mean of both."""
+
+    def _compute_f_score(self, statistics: list[int]) -> float:
+        return float(super()._compute_f_score(statistics))
 
 
 def _sacrebleu(metric: sacrebleu.BLEU | sacrebleu.CHRF, written: Sequence, true: Sequence) -> Score:

@@ -47,6 +47,16 @@ def test_scores_are_the_libraries_own_and_lie_in_their_intervals():
         assert few.high - few.low > score.high - score.low
 
 
+def test_a_model_that_hardly_writes_is_scored():
+    """In some resamplings nothing is written at all."""
+    true = ["owl", "tree", "house", "mule"]
+    for measure in (bleu, chrf, exact_match, word_error_rate, character_error_rate):
+        score = measure(["owl", "", "", ""], true)
+        assert score.low <= score.value <= score.high
+    expected = sacrebleu.corpus_chrf(["owl", "", "", ""], [true]).score
+    assert chrf(["owl", "", "", ""], true).value == pytest.approx(expected) != 0
+
+
 def test_systems_are_compared_on_the_same_sentences():
     alike, worse = sentences(2, wrong=0.3), sentences(3, wrong=0.6)
     assert paired_p_value(WRITTEN, worse, TRUE) < 0.01 < paired_p_value(WRITTEN, alike, TRUE)
