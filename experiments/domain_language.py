@@ -4,12 +4,17 @@
     python -m fusion_jax train experiments/domain_language.py --hold ewc --workdir runs/ewc
     python -m experiments.domain_language_table        # all ways and seeds, side by side
 
+    python -m fusion_jax train experiments/domain_language.py --domain my_texts/ \
+        --task my_questions.csv --old devil
+
 Three phases of one run, on batches of one shape: DAPT goes on pretraining on the domain's texts,
 TAPT on the task's own texts without labels (arXiv 2004.10964), then the task is fine-tuned: name
 the subject of a definition. The domain is computing: the Jargon File, and the Free On-line
 Dictionary of Computing, whose articles have a subject. What the model knew before is measured on
 The Devil's Dictionary, plain English prose; `--hold` holds on to it. All three are Debian packages
-(dict-*). No article that is measured on was trained on, in any phase.
+(dict-*); a folder of .txt files, each an article, or a .jsonl or .csv with columns text and, for
+the task, label stands in for any of them. No article that is measured on was trained on, in any
+phase.
 """
 
 import dataclasses
@@ -24,7 +29,7 @@ import numpy as np
 import optax
 
 from fusion_jax.adaptation import anchoring
-from fusion_jax.data import concepts, dictionary, packing
+from fusion_jax.data import articles, concepts, packing
 from fusion_jax.data.dictionary import Entry
 from fusion_jax.data.domain_batches import own_share
 from fusion_jax.data.pipeline import Batches, Padded
@@ -61,7 +66,8 @@ class Settings(Base):
     trainable: str = "layer_2[4-9]/"
     """Which params of the decoder are trained: by default the last six layers of SmolLM2."""
     domain: str = "jargon"
-    """Dictionaries: of the domain, of the task, and of what was known before."""
+    """Texts of the domain, of the task, and of what was known before, each a dictionary's name, a
+    folder of .txt files, or a .jsonl or .csv with `text` and, for the task, `label`."""
     task: str = "foldoc"
     old: str = "devil"
     texts: Path | None = None
@@ -102,12 +108,17 @@ class Texts:
 
 
 def read_texts(s: Settings, encode: Callable[[str], list[int]]) -> Texts:
-    """An article is on one side only, by its headword."""
+    """An article is on one side only, by its headword; by its text if it has none.
+
+    Raises UserError if the task has no two subjects, or there are too few texts of a kind.
+    """
 
     def sides(name: str) -> dict[str, list[Entry]]:
-        entries = dictionary.load(name, s.texts)
-        heads = [concepts.normalize(entry.heads[0] if entry.heads else "") for entry in entries]
-        split = concepts.split(heads, s.seed)
+        entries = articles.read(name, s.texts)
+        keys = [
+            concepts.normalize(entry.heads[0] if entry.heads else entry.text) for entry in entries
+        ]
+        split = concepts.split(keys, s.seed)
         return {side: [entries[row] for row in rows] for side, rows in split.items()}
 
     domain, task, old = sides(s.domain), sides(s.task), sides(s.old)
@@ -117,10 +128,14 @@ def read_texts(s: Settings, encode: Callable[[str], list[int]]) -> Texts:
         subjects.setdefault(encode(" " + name)[0], name)
     names = tuple(subjects.values())[: s.subjects]
     if len(names) < 2:
-        raise UserError(f"the dictionary {s.task} has fewer than two subjects; try foldoc")
+        raise UserError(
+            f"{s.task} has no two subjects whose first tokens differ: a task is a dictionary with "
+            "subjects (foldoc), or a .jsonl or .csv with columns text and label"
+        )
 
     def plain(entries: list[Entry]) -> list[dict[str, Any]]:
-        return packed([encode(f"{' / '.join(e.heads)}\n{e.text}") for e in entries], s.length)
+        texts = ("\n".join(filter(None, (" / ".join(e.heads), e.text))) for e in entries)
+        return packed([encode(text) for text in texts], s.length)
 
     graph = references(task["train"])
 
@@ -147,6 +162,10 @@ def read_texts(s: Settings, encode: Callable[[str], list[int]]) -> Texts:
         ]
     side = "validation" if s.development else "test"
     held = {"old": plain(old[side]), "new": plain(task[side]), "task": asked(task[side])}
+    lacking = [f"{kind} ({side})" for kind, rows in held.items() if not rows]
+    lacking += [f"{kind} (train)" for kind, rows in train.items() if not rows]
+    if lacking:
+        raise UserError(f"too few texts, none is left for {', '.join(lacking)}: give more of them")
     held = {name: spread(rows, s.most) for name, rows in held.items()}
     return Texts(train, held, names, tuple(subjects)[: s.subjects])
 

@@ -1,5 +1,6 @@
 """Three phases on a tiny model and on dictionaries made here, from the command to the numbers."""
 
+import dataclasses
 import gzip
 import json
 from functools import partial
@@ -122,7 +123,8 @@ def test_a_rule_asks_that_articles_which_refer_to_each_other_have_one_subject(te
     model = FusedLM(opened.module, {})
     rows = domain_language.batches_of(s, read.train["linked"], True)
     batch = {"new": domain_language.batches_of(s, read.train["tapt"], True)[0], "linked": rows[0]}
-    params = {"model": {"decoder": opened.params}}
+    decided = jax.tree.map(lambda leaf: 3 * leaf, opened.params)  # a new model says all alike
+    params = {"model": {"decoder": decided}}
     subjects = (*read.first_tokens, 7)  # of two alone the rule would be its own converse
     objective = domain_language.objective_of(s, model, subjects)
     loss, metrics = jax.jit(objective)(params, batch, jax.random.key(0))
@@ -138,6 +140,36 @@ def test_a_rule_asks_that_articles_which_refer_to_each_other_have_one_subject(te
     assert loss == pytest.approx(float(metrics["new/learn"]) + 2 * wanted, rel=1e-4)
     with pytest.raises(UserError, match="no article of the task refers to another"):
         domain_language.linked([dictionary.Entry(("a",), "A a.", ("x",), ("a", "b"))])
+
+
+def test_texts_of_ones_own(tmp_path):
+    (tmp_path / "own").mkdir()
+    for number in range(20):
+        (tmp_path / "own" / f"{number}.txt").write_text(f"Own text {number}.")
+    rows = [f"Task {number}.,{('alpha', 'beta')[number % 2]}\n" for number in range(40)]
+    (tmp_path / "task.csv").write_text("text,label\n" + "".join(rows))
+    own, task = str(tmp_path / "own"), str(tmp_path / "task.csv")
+    tokenizer = load.load("bytes").tokenizer
+
+    def read(**changes):
+        s = domain_language.Settings(domain=own, task=task, old=own, length=32, most=99)
+        s = dataclasses.replace(s, **changes)
+        return domain_language.read_texts(s, lambda text: tokenizer.encode(text).ids)
+
+    def written(rows):
+        return {"".join(map(tokenizer.id_to_token, row["text"].tolist())) for row in rows}
+
+    texts = read()
+    assert sorted(texts.subjects) == ["alpha", "beta"]
+    trained, held = written(texts.train["tune"]), written(texts.held["task"])
+    assert trained and held and not trained & held
+    assert trained | held <= {f"TaskĠ{n}.ĊSubject:Ġ{'ab'[n % 2]}" for n in range(40)}
+    assert "OwnĠtextĠ" in min(written(texts.train["dapt"]))
+    with pytest.raises(UserError, match="no two subjects whose first tokens differ"):
+        read(task=own)
+    (tmp_path / "one.jsonl").write_text('{"text": "One."}\n')
+    with pytest.raises(UserError, match=r"none is left for old \(test\)"):
+        read(old=str(tmp_path / "one.jsonl"))
 
 
 def test_forgetting_is_compared_at_equal_gain():
