@@ -31,6 +31,7 @@ from experiments.domain_shift import (
     FLOOR,
     GENERALISING,
     KNOWING,
+    SOURCE_FREE,
     Prepared,
     Settings,
 )
@@ -48,7 +49,7 @@ History = list[dict[str, float]]
 @dataclasses.dataclass(frozen=True)
 class Arguments:
     what: tyro.conf.Positional[Literal["methods", "pairs", "leave-one-out"]]
-    method: tuple[Literal[ADAPTING + KNOWING + GENERALISING], ...] = ()
+    method: tuple[Literal[ADAPTING + SOURCE_FREE + KNOWING + GENERALISING], ...] = ()
     """Beside the floor and the ceiling; by default all that fit, or what `methods` found best."""
     best: int = 4
     """How many of what `methods` found."""

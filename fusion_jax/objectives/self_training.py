@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from fusion_jax.errors import UserError
 from fusion_jax.objectives.combine import Batch, Loss, Metrics, Objective, Params
-from fusion_jax.objectives.domains import DomainOutputs, at_step, zero_valued
+from fusion_jax.objectives.domains import DomainOutputs, at_step, fused, zero_valued
 from fusion_jax.objectives.supervised import label_nll
 
 
@@ -36,7 +36,7 @@ def entropy_minimisation(stream: str = "target") -> Loss:
 
 
 def information_maximisation(stream: str = "target") -> Loss:
-    """SHOT's loss (Liang et al. 2020, arXiv 2002.08546): each row certain, all rows diverse.
+    """The first half of `shot` (arXiv 2002.08546): each row certain, all rows diverse.
 
     The mean entropy less the entropy of the mean: minus the mutual information of row and class.
     """
@@ -47,6 +47,51 @@ def information_maximisation(stream: str = "target") -> Loss:
         return certain - diverse, {"entropy": certain, "diversity": diverse}
 
     return information_maximisation
+
+
+def centroid_labels(features: jax.Array, logits: jax.Array, rounds: int = 1) -> jax.Array:
+    """SHOT's pseudo-labels: the class whose centroid is nearest by cosine, int32 [b].
+
+    Centroids are means of features [b, d], weighted at first by softmax(logits [b, classes]), then,
+    in each round, over the rows that the last ones named; a class that no row was named is out.
+    """
+    features = features.astype(jnp.float32)
+    unit = features / jnp.linalg.norm(features, axis=1, keepdims=True).clip(1e-12)
+
+    def nearest(weights: jax.Array) -> jax.Array:
+        centroids = weights.T @ features  # means up to a factor, which a cosine does not see
+        length = jnp.linalg.norm(centroids, axis=1).clip(1e-12)
+        likeness = unit @ centroids.T / length[None]
+        named = weights.sum(axis=0)[None] > 0
+        return jnp.where(named, likeness, -jnp.inf).argmax(axis=1).astype(jnp.int32)
+
+    labels = nearest(jax.nn.softmax(logits.astype(jnp.float32)))
+    for _ in range(rounds):
+        labels = nearest(jax.nn.one_hot(labels, logits.shape[1]))
+    return labels
+
+
+def shot(
+    stream: str = "target", weight: float = 0.3, features: Callable[[Any], jax.Array] = fused
+) -> Loss:
+    """SHOT (Liang et al. 2020, arXiv 2002.08546): `information_maximisation` and pseudo-labels.
+
+    Plus `weight` times the cross-entropy of `centroid_labels`, here of the rows of one batch (the
+    paper's are of all rows, once an epoch). It is meant for a model that has learned the source,
+    without the source and with its classifier held still. Reports `relabelled`: the share of rows
+    whose pseudo-label is not what the model says.
+    """
+    maximise = information_maximisation(stream)
+
+    def shot(outputs: DomainOutputs, batch: Batch) -> tuple[jax.Array, Metrics]:
+        said = outputs.of[stream]
+        labels = jax.lax.stop_gradient(centroid_labels(features(said), said.logits))
+        loss, metrics = maximise(outputs, batch)
+        changed = labels != said.logits.argmax(axis=1).astype(jnp.int32)
+        metrics |= {"relabelled": changed.mean(dtype=jnp.float32)}
+        return loss + weight * label_nll(said.logits, labels).mean(), metrics
+
+    return shot
 
 
 def class_confusion(stream: str = "target", temperature: float = 2.5) -> Loss:

@@ -17,11 +17,13 @@ from experiments.domain_shift import (
     FLOOR,
     GENERALISING,
     KNOWING,
+    SOURCE_FREE,
     Settings,
     build,
     extra_params,
     model_of,
     objective_of,
+    optimizer_of,
 )
 from fusion_jax.__main__ import main
 from fusion_jax.data import domain_batches
@@ -29,10 +31,12 @@ from fusion_jax.data.domains import open_domain
 from fusion_jax.data.image import Pictures
 from fusion_jax.deployment.runtime.artifact import Artifact
 from fusion_jax.errors import UserError
+from fusion_jax.objectives.combine import side_by_side
 from fusion_jax.pretrained.tower import Tower
 from fusion_jax.tokens import Tokens, fill
 from fusion_jax.training import experiment as experiments
 from fusion_jax.training import loop
+from fusion_jax.training.step import State, make_step
 
 
 @pytest.fixture(scope="module")
@@ -128,26 +132,54 @@ def test_a_network_from_scratch_on_a_domain_never_seen(drawn, tmp_path, capsys):
     assert "--unseen hides" in capsys.readouterr().err.splitlines()[-1]
 
 
+def stream(domain, seed=0):
+    values = np.random.default_rng(seed).normal(size=(4, 1, 3)).astype(np.float32)
+    tokens = Tokens(jnp.asarray(values), jnp.ones((4, 1), bool))
+    domain = jnp.asarray(domain, jnp.int32)
+    return {"image": tokens, "label": jnp.zeros(4, jnp.int32), "domain": domain}
+
+
 def test_every_method_has_a_gradient_and_the_params_it_reads():
     """Their numbers are tested with the objectives; tracing them all takes a second."""
-
-    def stream(domain):
-        tokens = Tokens(jnp.zeros((4, 1, 3)), jnp.ones((4, 1), bool))
-        domain = jnp.asarray(domain, jnp.int32)
-        return {"image": tokens, "label": jnp.zeros(4, jnp.int32), "domain": domain}
 
     batch = {"source": stream([0, 1, 0, 1]), "target": stream([2] * 4), "strong": stream([2] * 4)}
     batch |= {"supervised": batch["target"], "step": jnp.int32(2)}
     model, _ = model_of(Settings(width=4), 2)
     base = model.init(jax.random.key(0), batch["source"])["params"]
     classes = ("light: day", "dark: night")
-    for method in (FLOOR, CEILING, *ADAPTING, *KNOWING, *GENERALISING):
+    for method in (FLOOR, CEILING, *ADAPTING, *SOURCE_FREE, *KNOWING, *GENERALISING):
         s = Settings(source=("a", "b"), method=(), width=4, steps=3)
         params = base | extra_params(s, method, base, classes, jax.random.key(1))
         objective = jax.grad(objective_of(s, method, model, classes), has_aux=True)
         grads, metrics = jax.eval_shape(objective, params, batch, jax.random.key(2))
         assert jax.tree.map(jnp.shape, grads) == jax.tree.map(jnp.shape, params), method
         assert all(leaf.shape == () for leaf in jax.tree.leaves(metrics)), method
+
+
+def test_shot_adapts_without_the_source_and_with_its_classifier_held_still():
+    s = Settings(width=4, steps=4, method=("shot",))
+    model, _ = model_of(s, 2)
+    objective = side_by_side({"shot": objective_of(s, "shot", model, ("a", "b"))})
+    step = jax.jit(make_step(objective, optimizer_of(s)))
+    params = {"shot": model.init(jax.random.key(0), stream([0] * 4))["params"]}
+    start = State(jnp.int32(0), jnp.int32(0), params, optimizer_of(s).init(params))
+
+    def after(state, source, target):
+        batch = {"source": stream([0] * 4, source), "target": stream([1] * 4, target)}
+        return step(state, {}, batch)[0]
+
+    def differ(one, other):
+        """What differs: the classifier, the rest."""
+        same = jax.tree.map(lambda a, b: bool((a == b).all()), one.params, other.params)["shot"]
+        parts = [same.pop("head"), same.pop("norm")], same
+        return tuple(not all(jax.tree.leaves(part)) for part in parts)
+
+    learned = after(after(start, 0, 1), 0, 1)
+    assert differ(start, learned) == (True, True)
+    assert differ(learned, after(after(start, 0, 2), 0, 3)) == (False, False)
+    assert differ(learned, after(learned, 0, 1)) == (False, True)
+    assert differ(after(learned, 4, 1), after(learned, 5, 1)) == (False, False)
+    assert differ(after(learned, 4, 1), after(learned, 4, 2)) == (False, True)
 
 
 def test_tables_of_pairs_are_continued(drawn, tmp_path, capsys, monkeypatch):

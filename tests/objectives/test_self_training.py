@@ -102,6 +102,57 @@ def test_gradient_of_mcc_with_weights_held_still():
     np.testing.assert_allclose(grad, numeric, atol=1e-5)
 
 
+def centroid64(features, logits, rounds):
+    """As written in the paper, a row and a class at a time."""
+    weights = softmax(logits)
+    for _ in range(rounds + 1):
+        labels = []
+        for row in features:
+            distances = []
+            for k in range(logits.shape[1]):
+                if weights[:, k].sum() == 0:
+                    distances.append(np.inf)
+                    continue
+                center = sum(w * f for w, f in zip(weights[:, k], features, strict=True))
+                center = center / weights[:, k].sum()
+                cosine = row @ center / np.linalg.norm(row) / np.linalg.norm(center)
+                distances.append((1 - cosine) / 2)
+            labels.append(int(np.argmin(distances)))
+        weights = np.eye(logits.shape[1])[labels]
+    return np.array(labels)
+
+
+def test_pseudo_labels_are_of_the_nearest_centroid():
+    rng = np.random.default_rng(3)
+    truth = np.arange(30) % 3
+    features = rng.normal(size=(3, 5))[truth] + 0.7 * rng.normal(size=(30, 5))
+    logits = 1.5 * np.eye(4)[truth] + rng.normal(size=(30, 4))  # the last class has no row
+    found = {
+        r: np.asarray(self_training.centroid_labels(*narrow(features, logits), r)) for r in (0, 1)
+    }
+    for rounds, labels in found.items():
+        np.testing.assert_array_equal(labels, centroid64(features, logits, rounds))
+    assert (found[0] != found[1]).any() and found[1].dtype == np.int32
+    assert (found[1] == truth).mean() > (logits.argmax(1) == truth).mean()
+
+    said = types.SimpleNamespace(logits=narrow(logits)[0], fused=narrow(features)[0])
+    loss = self_training.shot(weight=0.5)
+    value, metrics = loss(DomainOutputs({"target": said}, {}, None), {})
+    taught = -np.log(softmax(logits)[np.arange(30), found[1]]).mean()
+    np.testing.assert_allclose(value, infomax64(logits) + 0.5 * taught, rtol=1e-5)
+    np.testing.assert_allclose(metrics["relabelled"], (found[1] != logits.argmax(1)).mean())
+
+    def of_logits(logits):
+        said = types.SimpleNamespace(logits=logits, fused=narrow(features)[0])
+        return loss(DomainOutputs({"target": said}, {}, None), {})[0]
+
+    check_grads(jax.jit(of_logits), narrow(logits), 1, ("rev",), atol=1e-2, rtol=1e-2)
+
+
+def narrow(*arrays):
+    return tuple(jnp.asarray(array, jnp.float32) for array in arrays)
+
+
 def test_fixmatch_learns_from_confident_rows_alone():
     strong = RNG.normal(size=(7, 4))
     p = softmax(LOGITS)
