@@ -438,7 +438,7 @@ def build(s: Settings) -> Experiment:
     )
 
 
-EXTRA = ("discriminator", "teacher", "group_dro")
+EXTRA = ("discriminator", "kinds", "teacher", "group_dro")
 
 
 def exported(s: Settings, params: Params) -> Predictor:
