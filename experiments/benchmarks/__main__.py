@@ -42,6 +42,7 @@ NAMES = (
     "compression",
     "link_prediction",
     "domain",
+    "loop",
     "load_memory",
     "serving",
     "page",

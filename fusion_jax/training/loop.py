@@ -111,7 +111,8 @@ def _train(
             if due(step, settings.log_every):
                 metrics_file.write(step, metrics)
                 rate = settings.batch_size * clock.rate(step)
-                bar.set_postfix_str(f"loss {metrics['train/loss']:.4f}, {rate:,.0f} examples/s")
+                shown = f"loss {metrics['train/loss']:.4f}, {rate:,.0f} examples/s"
+                bar.set_postfix_str(shown, refresh=False)  # drawn when the bar is due
 
     def save(step: int) -> None:
         """Validates if it is due, and saves."""
@@ -160,7 +161,11 @@ def _train(
         checkpoints.wait()
     say(clock.summary())
     if settings.engine == "jit" and settings.steps > start + LAG:
-        say(speed(step_fn.trace(state, frozen, placed).jaxpr, mesh, clock, settings.steps - start))
+        say(
+            speed(
+                step_fn.trace(state, frozen, placed).jaxpr, mesh, clock, settings.steps - start - 1
+            )
+        )
 
     chosen = checkpoints.chosen()
     if chosen != settings.steps:

@@ -148,7 +148,7 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
         )
     for leaf in jax.tree.leaves(batch):
         check_rows(leaf.shape[0] * jax.process_count(), mesh)
-    return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, leaf), batch)
+    return jax.make_array_from_process_local_data(sharding, batch)
 
 
 def check_rows(rows: int, mesh: Mesh) -> None:
