@@ -49,9 +49,9 @@ class Clock:
 
 
 def speed(jaxpr: Any, mesh: Mesh, clock: Clock, steps: int) -> str:
-    """FLOPs and their rate between the first step and the last; of a known chip also MFU."""
+    """FLOPs and their rate in `steps` steps that the clock saw; of a known chip also MFU."""
     done = flops.count(jaxpr) / mesh.size
-    rate = done * (steps - 1) / max(clock.spent["step"] + clock.spent["data"], 1e-9)
+    rate = done * steps / max(clock.spent["step"] + clock.spent["data"], 1e-9)
     chip = chip_of(mesh.devices.flat[0])
     mfu = "" if chip is None else f", {rate / chip.flops:.1%} of its peak (MFU)"
     return f"each device: {done / 1e9:,.3g} GFLOPs a step at {rate / 1e9:,.3g} GFLOP/s{mfu}"

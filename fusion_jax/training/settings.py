@@ -44,7 +44,9 @@ class Settings:
     seeds: int = runtime(1)
     """Train so many seeds, from --seed on, and print mean and spread."""
     together: bool = runtime(False)
-    """Step all of those seeds at once, in one program, if memory allows."""
+    """Step all of those seeds at once, in one program, if memory allows. It is not the default: all
+    seeds' data and params are held at once, and numbers are those of a seed alone only up to
+    rounding, so that a seed that began alone would not go on bit for bit."""
     mesh: str = runtime("data=-1")
     """Devices along each axis: data=-1,fsdp=1,tensor=1."""
     engine: Literal["jit", "pmap"] = runtime("jit")

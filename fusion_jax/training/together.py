@@ -25,7 +25,7 @@ from fusion_jax.data.pipeline import iterate
 from fusion_jax.errors import UserError
 from fusion_jax.training import loop
 from fusion_jax.training.checkpoint import Checkpoints, check_model
-from fusion_jax.training.clock import Clock
+from fusion_jax.training.clock import Clock, speed
 from fusion_jax.training.experiment import Experiment
 from fusion_jax.training.matmuls import as_trained
 from fusion_jax.training.metrics import MetricsFile
@@ -141,7 +141,8 @@ def _train(runs: Sequence[Run], checkpoints: Sequence[Checkpoints]) -> list[Para
 
     with clock("compile"):
         example = put([experiment.data[start] for experiment in experiments])
-        step_fn = jitted.lower(state, frozen, example).compile()
+        traced = jitted.trace(state, frozen, example)
+        step_fn = traced.lower().compile()
     if not _fits(step_fn, mesh):
         return None
     loop.say(f"{len(runs)} seeds together, from step {start}, on {mesh.size} {loop.device_name()}")
@@ -186,9 +187,11 @@ def _train(runs: Sequence[Run], checkpoints: Sequence[Checkpoints]) -> list[Para
             for index, run in enumerate(runs):
                 metrics = None
                 if validate and run.experiment.validate and due(step, settings.evaluate_every):
-                    metrics = dict(run.experiment.validate(params_of(index, alone(index))))
+                    with clock("evaluate"):
+                        metrics = dict(run.experiment.validate(params_of(index, alone(index))))
                     files[index].write(step, metrics)
-                checkpoints[index].save(step, alone(index), metrics)
+                with clock("checkpoint"):
+                    checkpoints[index].save(step, alone(index), metrics)
 
         for step_number in range(start + 1, settings.steps + 1):
             with clock("data"):
@@ -210,9 +213,12 @@ def _train(runs: Sequence[Run], checkpoints: Sequence[Checkpoints]) -> list[Para
                     each.wait()
                 loop.say(f"interrupted: saved step {step_number}; the same command goes on")
                 raise SystemExit(0)
-    for each in checkpoints:
-        each.wait()
+    with clock("checkpoint"):
+        for each in checkpoints:
+            each.wait()
     loop.say(clock.summary())
+    if settings.steps > start:
+        loop.say(speed(traced.jaxpr, mesh, clock, settings.steps - start))
 
     found = []
     for index, (saved, plan) in enumerate(zip(checkpoints, plans, strict=True)):
