@@ -57,7 +57,7 @@ class Settings:
     """Which; all of them unless said otherwise."""
     output: Path = Path("runs/benchmarks")
     artifact: Path | None = None
-    """What `export` wrote, for serving and page; without it they are left out."""
+    """What `export` wrote, for serving and page; without it they export SmolLM2."""
     dialogue: Path | None = None
     """A workdir of experiments/dialogue.py, for dialogue; without it dialogue is left out."""
 
@@ -179,16 +179,14 @@ def main(s: Settings) -> int:
     unknown = sorted(set(s.only) - set(NAMES))
     if unknown:
         raise UserError(f"no benchmark is called {unknown}: there are {', '.join(NAMES)}")
-    needed = dict.fromkeys(("serving", "page"), ("artifact", s.artifact))
-    needed["dialogue"] = "workdir", s.dialogue
     modules = {}
     for name in s.only:
-        argument, value = needed.get(name, ("", None))
-        if argument and value is None:
-            flag = "--dialogue" if name == "dialogue" else "--artifact"
-            print(f"{name} is left out: it needs {flag}", flush=True)
-            continue
-        given = {argument: value} if argument else {}
+        given = {"artifact": s.artifact} if name in ("serving", "page") else {}
+        if name == "dialogue":
+            if s.dialogue is None:
+                print("dialogue is left out: it needs --dialogue", flush=True)
+                continue
+            given = {"workdir": s.dialogue}
         modules[name] = (f"experiments.benchmarks.{name}", given)
     found = run(modules, s.output)
     print("\n" + table(found) + f"\nThe table and plots are in {s.output}")

@@ -1,5 +1,6 @@
 """How soon after a question the page of a served model shows the first words of its answer.
 
+    python -m experiments.benchmarks.page                          (SmolLM2 as it comes)
     python -m fusion_jax export --workdir runs/dialogue artifact/
     python -m experiments.benchmarks.page artifact/ --recording question.ogg --picture cat.png
 
@@ -18,7 +19,7 @@ from typing import Annotated
 import tyro
 
 from experiments.benchmarks.rows import Row
-from experiments.benchmarks.serving import serving
+from experiments.benchmarks.serving import exported, serving
 from tests.deployment.browser import Browser
 
 ANSWER = "document.querySelector('[data-done]')"
@@ -26,7 +27,8 @@ ANSWER = "document.querySelector('[data-done]')"
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    artifact: Annotated[Path, tyro.conf.Positional]
+    artifact: Annotated[Path | None, tyro.conf.Positional] = None
+    """What `export` wrote; without it SmolLM2 is exported."""
     question: str = "What is a badger?"
     """What is typed, alone and with the picture; a recording is sent without words."""
     picture: Path | None = None
@@ -55,15 +57,19 @@ def first_words(page: Browser, address: str, text: str, file: tuple[str, Path] |
     return page.see(f"Number({ANSWER}.querySelector('[data-first]').dataset.first)") / 1000
 
 
-def rows(artifact: Path, s: Settings | None = None) -> Iterator[Row]:
+def rows(artifact: Path | None = None, s: Settings | None = None) -> Iterator[Row]:
     """Seconds to the first words, by what is asked."""
-    s = s or Settings(artifact)
+    s = s or Settings()
     asked: dict[str, tuple[str, tuple[str, Path] | None]] = {"typed": (s.question, None)}
     if s.picture is not None:
         asked["picture"] = s.question, ("#pictures", s.picture.resolve())
     if s.recording is not None:
         asked["recording"] = "", ("#sounds", s.recording.resolve())
-    with serving(s.artifact, "--page") as (address, _), Browser() as page:
+    with (
+        exported(artifact) as folder,
+        serving(folder, "--page") as (address, _),
+        Browser() as page,
+    ):
         for kind, (text, file) in asked.items():
             first, *rest = [first_words(page, address, text, file) for _ in range(s.loads)]
             yield Row(f"first words, {kind}", "s, first load", first, more=False)

@@ -1,5 +1,6 @@
 """How an exported model serves under load, on loopback: with and without batching, and overloaded.
 
+    python -m experiments.benchmarks.serving                       (SmolLM2 as it comes)
     python -m fusion_jax export --workdir runs/trimodal artifact/
     python -m experiments.benchmarks.serving artifact/ --minutes 5
 
@@ -18,6 +19,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
@@ -32,12 +34,14 @@ from PIL import Image
 
 from experiments.benchmarks.rows import Row
 
+NAME = "smollm2-135m-instruct"
 Ask = Callable[[httpx.AsyncClient], Awaitable[httpx.Response]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    artifact: Annotated[Path, tyro.conf.Positional]
+    artifact: Annotated[Path | None, tyro.conf.Positional] = None
+    """What `export` wrote; without it SmolLM2 is exported."""
     clients: tuple[int, ...] = (1, 8, 64)
     seconds: float = 10.0
     """Of each measurement."""
@@ -49,6 +53,19 @@ class Settings:
     """Seconds, of requests in overload."""
     minutes: float = 0.0
     """Of load while memory is watched."""
+
+
+@contextmanager
+def exported(artifact: Path | None) -> Iterator[Path]:
+    """The artifact; where there is none, SmolLM2 as it comes, exported for the time being."""
+    if artifact is not None:
+        yield artifact
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / "smollm2"
+        command = [sys.executable, "-m", "fusion_jax", "export", "--model", NAME, str(made)]
+        subprocess.run(command, check=True)
+        yield made
 
 
 @contextmanager
@@ -164,13 +181,18 @@ def spread(took: list[float]) -> str:
     return f"median {median:,.0f} ms, p99 {worst:,.0f} ms"
 
 
-def rows(artifact: Path, s: Settings | None = None) -> Iterator[Row]:
+def rows(artifact: Path | None = None, s: Settings | None = None) -> Iterator[Row]:
     """Throughput and latency beside those without batching; then overload, then memory."""
-    s = s or Settings(artifact)
+    with exported(artifact) as folder:
+        yield from measured(folder, s or Settings())
+
+
+def measured(artifact: Path, s: Settings) -> Iterator[Row]:
+    """The rows of one artifact."""
     capacity, alone = 0.0, {}
     for together in (1, s.rows):
-        with serving(s.artifact, "--rows", str(together), "--queue", "128") as (address, _):
-            ask = question(s.artifact, address, s.tokens)
+        with serving(artifact, "--rows", str(together), "--queue", "128") as (address, _):
+            ask = question(artifact, address, s.tokens)
             asyncio.run(closed_loop(ask, max(s.clients), 2.0))  # compiles what is not yet
             for clients in s.clients:
                 took = asyncio.run(closed_loop(ask, clients, s.seconds))
@@ -184,8 +206,8 @@ def rows(artifact: Path, s: Settings | None = None) -> Iterator[Row]:
                 for unit, value in found.items():
                     peer, more = alone[clients][unit], unit == "requests/s"
                     yield Row(f"{clients} clients", unit, value, peer, "without batching", more)
-    with serving(s.artifact, "--rows", str(s.rows), "--queue", "128") as (address, process):
-        ask = question(s.artifact, address, s.tokens)
+    with serving(artifact, "--rows", str(s.rows), "--queue", "128") as (address, process):
+        ask = question(artifact, address, s.tokens)
         asyncio.run(closed_loop(ask, 8, 2.0))
         run = open_loop(ask, 10 * capacity, s.seconds, s.deadline)
         statuses, answered, refused = asyncio.run(run)
@@ -207,6 +229,6 @@ def rows(artifact: Path, s: Settings | None = None) -> Iterator[Row]:
 
 if __name__ == "__main__":
     given = tyro.cli(Settings, description=__doc__)
-    print(f"{given.artifact.name}, {os.cpu_count()} cores shared with the clients")
+    print(f"{given.artifact or NAME}, {os.cpu_count()} cores shared with the clients")
     for row in rows(given.artifact, given):
         print(row, flush=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from experiments.benchmarks import __main__ as benchmarks
+from experiments.benchmarks import serving
 from experiments.benchmarks.rows import Row
 
 SOURCE = """
@@ -54,10 +55,28 @@ def test_every_benchmark_has_rows():
 
 
 def test_what_cannot_run_is_told(capsys):
-    settings = benchmarks.Settings(only=("serving",), output=None)
     assert benchmarks.Settings().only == benchmarks.NAMES
     with pytest.raises(AttributeError):  # nothing is left to run, and nowhere to write
-        benchmarks.main(settings)
-    assert "serving is left out: it needs --artifact" in capsys.readouterr().out
+        benchmarks.main(benchmarks.Settings(only=("dialogue",), output=None))
+    assert "dialogue is left out: it needs --dialogue" in capsys.readouterr().out
     with pytest.raises(benchmarks.UserError, match="no benchmark is called"):
         benchmarks.main(benchmarks.Settings(only=("speed",)))
+
+
+def test_without_an_artifact_smollm2_is_exported_and_served(monkeypatch):
+    ran = []
+    monkeypatch.setattr(benchmarks, "run", lambda modules, output: ran.append(modules) or {})
+    monkeypatch.setattr(benchmarks, "table", lambda found: "")
+    with pytest.raises(KeyError):  # nothing was found
+        benchmarks.main(benchmarks.Settings(only=("serving", "page")))
+    assert [given for _, given in ran[0].values()] == [{"artifact": None}] * 2
+
+    def export(command, check):
+        assert command[2:6] == ["fusion_jax", "export", "--model", serving.NAME] and check
+        Path(command[-1]).mkdir()
+
+    monkeypatch.setattr(serving.subprocess, "run", export)
+    monkeypatch.setattr(serving, "measured", lambda folder, s: iter([folder, folder.is_dir()]))
+    folder, there = serving.rows()
+    assert there and not folder.exists()
+    assert next(serving.rows(Path("mine"))) == Path("mine")
