@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import PartitionSpec as P
 
 from fusion_jax.training.experiment import Experiment
 from fusion_jax.training.settings import Settings as Base
@@ -77,5 +78,6 @@ def build(s: Settings) -> Experiment:
         ),
         validate=lambda params: held_out(params, "validation"),
         best="validation/fit",
+        rules=((r"hidden/kernel$", P(None, "fsdp")),),  # too small to be split otherwise
         report=lambda params, folder: held_out(params, "test"),
     )
