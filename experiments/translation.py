@@ -452,7 +452,7 @@ def report(
         scores = {
             name: {way: score(*pair) for way, pair in ways.items()} for name, ways in noisy.items()
         }
-        if scores:
+        if len(scores) > 1:
             about = f"recordings of things never trained on; views of each in training: {s.views}"
             show(f"{NOISY} to en in white noise", measure, scores, about)
     out: dict[str, dict[str, Score]] = {}

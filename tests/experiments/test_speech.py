@@ -187,7 +187,7 @@ class Knowing:
         return [self.corpus.utterances[row].text for row in rows]
 
 
-def test_the_report_leaves_out_what_there_is_none_of(corpus, tmp_path, capsys):
+def test_the_report_leaves_out_what_there_is_none_of(corpus, tmp_path, monkeypatch, capsys):
     s = translation.Settings(languages=("en", "fr", "da", "ru"), most=12)
     few = {**corpus.rows, "train": corpus.rows["train"][:60]}  # the nearest of them is sought
     corpus = dataclasses.replace(corpus, rows=few)
@@ -198,9 +198,18 @@ def test_the_report_leaves_out_what_there_is_none_of(corpus, tmp_path, capsys):
     written = "Written down, character errors/fr"
     assert found[f"{written}/listener"] == found[f"{written}/language model"] == 0
     assert "Both against speech alone: chrF" in capsys.readouterr().out
+    assert len(list(tmp_path.glob("*.png"))) == len({name.split("/")[0] for name in found})
     row = "Between other languages, chrF/da to fr"
     assert found[f"{row}/speech"] == found[f"{row}/copy the source"] > found[f"{row}/text"] == 0
     assert not any("es" in name.split("/")[1].split() for name in found)
+    noisy = "fr to en in white noise, chrF"
+    assert {f"{noisy}/{name}/speech" for name in ("clean", "0 dB")} <= set(found)
+    clean = {item: number for item, number in corpus.spoken.items() if item[2] is None}
+    clean = dataclasses.replace(corpus, spoken=clean)
+    monkeypatch.setattr(translation, "plot_scores", lambda *_: None)  # seen above
+    few = dataclasses.replace(s, languages=("en", "fr"), pairs=())
+    found = translation.report(few, clean, Knowing(clean), {}, tmp_path)
+    assert not any("noise" in name or "other" in name for name in found)
     silent = dataclasses.replace(corpus, spoken={}, utterances=[])
     found = translation.report(s, silent, Knowing(silent), {}, tmp_path)
     assert {name.split(",")[0] for name in found} == {"From English", "Between other languages"}
