@@ -138,7 +138,7 @@ def trimodal(row: str, column: str) -> str:
 TRAIN = ("-m", "fusion_jax", "train")
 INTO = ("--workdir", "{workdir}", "--no-tensorboard")
 SUBSETS = ("audio", "image", "text", "audio+image+text")
-INJECTIONS = ("none", "chained", "knn")
+INJECTIONS = ("none", "chained", "cross", "knn")
 SCORERS = ("complex", "simple", "distmult", "rotate", "transe")
 
 
