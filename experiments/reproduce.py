@@ -10,6 +10,7 @@ mean that comes out must lie within the stated deviation. Exits 1 if one does no
 """
 
 import dataclasses
+import itertools
 import json
 import re
 import shutil
@@ -138,7 +139,7 @@ def trimodal(row: str, column: str) -> str:
 TRAIN = ("-m", "fusion_jax", "train")
 INTO = ("--workdir", "{workdir}", "--no-tensorboard")
 SUBSETS = ("audio", "image", "text", "audio+image+text")
-INJECTIONS = ("none", "chained", "cross", "knn")
+INJECTIONS = (("none", "prompt", "chained", "knn"), ("cross", "kbert", "ernie"))
 SCORERS = ("complex", "simple", "distmult", "rotate", "transe")
 
 
@@ -172,10 +173,10 @@ CLAIMS = {
         found=of_seeds(trimodal),
     ),
     "knowledge_qa": Claim(
-        places=[("experiments/knowledge_qa.py", INJECTIONS)],
+        places=[("experiments/knowledge_qa.py", columns) for columns in INJECTIONS],
         command=[
             *("-m", "experiments.knowledge_qa_table", "--seeds", "3", "--workdir", "{workdir}"),
-            *("--variants", *INJECTIONS),
+            *("--variants", *itertools.chain(*INJECTIONS)),
         ],
         found=of_injections,
     ),

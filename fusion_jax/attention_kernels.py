@@ -29,26 +29,42 @@ def cudnn(
 ) -> jax.Array:
     """cuDNN's flash attention on an NVIDIA GPU (arXiv 2205.14135), float16 or bfloat16.
 
-    Soft-capped logits (Gemma 2) are not in cuDNN and fall back on `dense_attend`.
+    Soft-capped logits (Gemma 2) are not in cuDNN and fall back on `dense_attend`, as do single
+    queries, whose logits are few. Of a sequence that looks at itself in order, as in training, it
+    skips what comes later.
 
     Raises:
         UserError: float32 heads.
     """
-    if softcap is not None:
+    length = query.shape[1]
+    if softcap is not None or length == 1:
         return dense_attend(query, key, value, mask, bias=bias, scale=scale, softcap=softcap)
     if implementation == "cudnn" and query.dtype == jnp.float32:
         raise UserError("cuDNN's attention wants bfloat16 or float16: choose --attention xla")
-    visible = None if mask is None else mask.dense()
-    out = jax.nn.dot_product_attention(
-        query,
-        key,
-        value,
-        None if bias is None else bias.astype(query.dtype),
-        visible,
-        scale=scale,
-        implementation=implementation,
+    attend = partial(jax.nn.dot_product_attention, scale=scale, implementation=implementation)
+    if bias is not None:
+        bias = bias.astype(query.dtype)
+    if mask is None:
+        return attend(query, key, value, bias)
+    visible = mask.dense()
+    ordered = type(mask) is Mask and mask.causal and mask.prefix is None and key.shape[1] == length
+    masked = partial(attend, bias=bias, mask=visible, is_causal=ordered)
+    if not ordered or mask.window is not None or mask.query_segments is not None:
+        return _blank(masked(query, key, value), visible)
+    real = jnp.ones(query.shape[:2], bool) if mask.key_mask is None else mask.key_mask
+    real &= mask.key_positions >= 0
+    lengths = real.sum(axis=1, dtype=jnp.int32)
+    at_the_end = (real == (jnp.arange(length)[None] < lengths[:, None])).all()
+    lengths = jnp.maximum(lengths, 1)
+    bare = partial(
+        attend,
+        bias=bias,
+        is_causal=True,
+        query_seq_lengths=jnp.full_like(lengths, length),
+        key_value_seq_lengths=lengths,
     )
-    return out if visible is None else _blank(out, visible)
+    out = jax.lax.cond(at_the_end, bare, masked, query, key, value)
+    return _blank(out, visible)
 
 
 def splash(

@@ -77,3 +77,27 @@ def test_one_argument_picks_the_kernel(monkeypatch):
     attention.use(cudnn)
     with pytest.raises(UserError, match="bfloat16"):
         attention.attend(query, key, key)
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("name", masks())
+def test_cudnn_on_a_gpu(name):
+    """Values and gradients in bfloat16, whose rounding either form has, of rows that see."""
+    mask = masks()[name]
+    inputs = heads(0, HEADS), heads(1, KV_HEADS), heads(2, KV_HEADS)
+
+    def loss(attend, dtype, *inputs):
+        out = attend(*(each.astype(dtype) for each in inputs), mask, scale=0.3)
+        return (out.astype(jnp.float32) ** 2).sum(), out
+
+    with jax.default_matmul_precision("highest"):
+        (_, found), gradients = jax.value_and_grad(
+            partial(loss, cudnn, jnp.bfloat16), (0, 1, 2), has_aux=True
+        )(*inputs)
+        (_, expected), exact = jax.value_and_grad(
+            partial(loss, dense_attend, jnp.float32), (0, 1, 2), has_aux=True
+        )(*inputs)
+    np.testing.assert_allclose(found.astype(jnp.float32), expected, atol=0.03)
+    for mine, theirs in zip(gradients, exact, strict=True):
+        apart = jnp.linalg.norm(mine - theirs) / jnp.linalg.norm(theirs)
+        assert apart < 0.02

@@ -20,6 +20,7 @@ import math
 import multiprocessing
 import os
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -38,6 +39,7 @@ from fusion_jax.paths import write_file
 
 NAMES = (
     "language_model",
+    "accelerator",
     "generation",
     "compression",
     "link_prediction",
@@ -181,6 +183,9 @@ def main(s: Settings) -> int:
         raise UserError(f"no benchmark is called {unknown}: there are {', '.join(NAMES)}")
     modules = {}
     for name in s.only:
+        if name == "accelerator" and shutil.which("nvidia-smi") is None:
+            print("accelerator is left out: it needs a GPU", flush=True)
+            continue
         given = {"artifact": s.artifact} if name in ("serving", "page") else {}
         if name == "dialogue":
             if s.dialogue is None:
