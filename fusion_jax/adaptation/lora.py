@@ -99,16 +99,16 @@ class LoRA:
         """
         kernels, adapters = flatten_dict(params["base"]), _by_module(params["lora"])
         for path, adapter in adapters.items():
-            kernel, delta, ratio = kernels[(*path, "kernel")], self._delta(adapter), None
+            kernel, ratio = kernels[(*path, "kernel")], None
             if "lora_magnitude" in adapter:
-                norm = jnp.linalg.norm(dense_array(kernel) + delta, axis=-2)
+                norm = jnp.linalg.norm(dense_array(kernel) + self._delta(adapter), axis=-2)
                 ratio = adapter["lora_magnitude"] / norm
             if is_compressed(kernel):
                 scale = self.alpha / adapter["lora_a"].shape[-1]
                 change = LowRank(adapter["lora_a"], adapter["lora_b"] * scale)
                 merged = Adapted(kernel, change, ratio)
             else:
-                merged = kernel + delta
+                merged = kernel + self._delta(adapter)
                 merged = merged if ratio is None else merged * ratio[..., None, :]
                 merged = merged.astype(kernel.dtype)
             kernels[(*path, "kernel")] = merged

@@ -81,9 +81,10 @@ def _open(
     """The source, its things, and what it is called."""
     if table is not None:
         table = table.expanduser()
-        if any("question" in fields for _, fields in records.read_lines(table)):
-            return *read_questions(table), table.name
-        source, name = records.read_table(table), table.name
+        lines = records.read_lines(table)
+        if any("question" in fields for _, fields in lines):
+            return *read_questions(table, lines), table.name
+        source, name = records.read_table(table, lines=lines), table.name
     elif tfds is not None:
         name, _, rest = tfds.partition(" ")
         split, _, mapping = rest.partition(" ")

@@ -126,6 +126,7 @@ def read_table(
     columns: Mapping[str, str] | None = None,
     classes: Sequence[str] | None = None,
     damaged: Literal["error", "skip"] = "error",
+    lines: list[tuple[int, dict[str, Any]]] | None = None,
 ) -> Table:
     """Opens a .jsonl or .csv file of examples.
 
@@ -136,12 +137,13 @@ def read_table(
       damaged: "error" refuses missing files and bad labels now, and a file that turns out to be
         corrupt when its row is read; "skip" decodes everything once, now, and leaves out the rows
         that fail: `table.skipped` tells which and why.
+      lines: what `read_lines` gave of the file, if it was read before.
 
     Raises:
       UserError: with the row's line number and what is wrong there.
     """
     path = Path(path).expanduser()
-    lines = read_lines(path)
+    lines = read_lines(path) if lines is None else lines
     names = {field: (columns or {}).get(field, field) for field in FIELDS}
     present = {key for _, fields in lines for key in fields}
     if not present & set(names.values()):

@@ -21,13 +21,19 @@ from fusion_jax.errors import UserError
 SIDES = ("train", "val")
 
 
-def read_questions(path: Path) -> tuple[records.Table, list[Thing]]:
+def read_questions(
+    path: Path, lines: list[tuple[int, dict[str, Any]]] | None = None
+) -> tuple[records.Table, list[Thing]]:
     """A JSONL or CSV file with a question in each row: image, question and answer.
+
+    Args:
+        lines: what `records.read_lines` gave of it, if it was read before.
 
     Raises:
         UserError: a row without one of them; what `records.read_table` raises.
     """
-    table, given = records.read_table(path), dict(records.read_lines(path))
+    lines = records.read_lines(path) if lines is None else lines
+    table, given = records.read_table(path, lines=lines), dict(lines)
     first: dict[str, tuple[int, dict[str, Any]]] = {}
     asked: dict[str, list[tuple[str, list[str]]]] = {}
     for line, fields in table.rows:
