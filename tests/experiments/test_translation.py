@@ -1,0 +1,102 @@
+"""Translation from its commands: trained, reported, asked, on tiny checkpoints and recordings."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import soundfile
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from fusion_jax.__main__ import main
+from fusion_jax.pretrained.families.moonshine import CONFIG
+from fusion_jax.pretrained.load import family_of
+from fusion_jax.pretrained.save import save
+
+LANGUAGE_MODEL = {
+    "model_type": "llama",
+    "vocab_size": 96,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 96,
+    "eos_token_id": 1,
+}
+TOWER = CONFIG | {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "encoder_num_hidden_layers": 1,
+    "decoder_num_hidden_layers": 1,
+    "encoder_num_attention_heads": 2,
+    "encoder_num_key_value_heads": 2,
+    "decoder_num_attention_heads": 2,
+    "decoder_num_key_value_heads": 2,
+}
+SPLITS = ("train",) * 8 + ("dev",) * 2 + ("test",) * 10
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory):
+    """Twenty recordings as CoVoST 2 has them, a tiny language model and a tiny tower."""
+    folder, rng = tmp_path_factory.mktemp("translation"), np.random.default_rng(0)
+    (folder / "clips").mkdir()
+    said, translated = "path\tsentence\n", "path\ttranslation\tsplit\n"
+    for number, split in enumerate(SPLITS):
+        sound = 0.1 * rng.normal(size=4800)
+        soundfile.write(folder / f"clips/{number}.flac", sound, 16_000)
+        said += f"{number}.flac\tUn hibou {number}\n"
+        translated += f"{number}.flac\tAn owl {number}\t{split}\n"
+    (folder / "validated.tsv").write_text(said)
+    (folder / "covost_v2.fr_en.tsv").write_text(translated)
+    known = pre_tokenizers.Whitespace().pre_tokenize_str("From French to English: Un hibou An owl")
+    numbers = map(str, range(len(SPLITS)))
+    words = ["[UNK]", "</s>", *dict.fromkeys(word for word, _ in known), *numbers]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["</s>"])
+    for name, config in (("lm", LANGUAGE_MODEL), ("tower", TOWER)):
+        family = family_of(config)
+        module = family.build(config)
+        params = jax.jit(module.init)(jax.random.key(0), *family.inputs(config))["params"]
+        save(folder / name, params, config, tokenizer=tokenizer if name == "lm" else None)
+    published = f"covost2 {folder} {folder / 'covost_v2.fr_en.tsv'}"
+    return [
+        *("--published", published, "--languages", "en", "fr", "--pairs", "fr-en"),
+        *("--language-model", str(folder / "lm"), "--tower", str(folder / "tower")),
+        *("--steps", "4", "--listen-steps", "2", "--batch-size", "8", "--turns", "8"),
+        *("--seconds", "1", "--written", "4", "--lora", "attention/query", "--no-tensorboard"),
+    ]
+
+
+def test_trains_reports_and_translates(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FUSION_JAX_HOME", str(tmp_path / "home"))
+    run = tmp_path / "run"
+    train = ["train", "experiments/translation.py", *flags, "--workdir", str(run)]
+    assert main(train) == 0
+    told = capsys.readouterr().out
+    assert "Into English, chrF" in told and "covost2" in told and "seed 0" in told
+    numbers = json.loads((run / "report" / "metrics.json").read_text())
+    rows = [f"Into English, chrF/fr/{way}" for way in ("text", "speech", "both", "copy the source")]
+    rows += ["Between other languages, chrF/fr to en/both", "From English, chrF/fr/nearest caption"]
+    assert {*rows, "Written down, character errors/fr/listener"} <= set(numbers)
+    shapes = json.loads((run / "params.json").read_text())
+    assert {"/".join(path.split("/")[:2]) for path in shapes} == {
+        "base/connectors_audio",
+        "lora/decoder",
+    }
+    assert main(train) == 0  # nothing is left to train: only the report is made again
+    assert json.loads((run / "report" / "metrics.json").read_text()) == numbers
+
+    capsys.readouterr()
+    translate = ["translate", "--workdir", str(run), "--max-tokens", "4", "--to", "en"]
+    recording = str(Path(flags[1].split()[1]) / "clips" / "3.flac")
+    assert main([*translate, "--from", "fr", "Un hibou 3"]) == 0
+    assert main([*translate, recording]) == 0
+    assert main([*translate, "Un hibou 3", recording]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    assert main([*translate, "--from", "ru", "Un hibou 3"]) == 2
+    assert "fr (French)" in capsys.readouterr().err
