@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fusion_jax import attention
+from fusion_jax import attention, attention_kernels
 from fusion_jax.attention import Mask, dense_attend, self_mask
 from fusion_jax.attention_kernels import cudnn, splash
 from fusion_jax.errors import UserError
@@ -101,3 +101,28 @@ def test_cudnn_on_a_gpu(name):
     for mine, theirs in zip(gradients, exact, strict=True):
         apart = jnp.linalg.norm(mine - theirs) / jnp.linalg.norm(theirs)
         assert apart < 0.02
+
+
+@pytest.mark.parametrize(
+    ("dtype", "length", "dim", "expected"),
+    [
+        (jnp.bfloat16, 6, 16, "cudnn"),
+        (jnp.float32, 6, 16, "dense"),
+        (jnp.bfloat16, 5, 16, "dense"),
+        (jnp.bfloat16, 6, 12, "dense"),
+        (jnp.bfloat16, 6, 160, "dense"),
+    ],
+)
+@pytest.mark.parametrize("gpu", [True, False])
+def test_the_backend_picks_what_it_has(dtype, length, dim, expected, gpu, monkeypatch):
+    monkeypatch.setattr(attention_kernels, "_has_cudnn", lambda: gpu)
+    for name in ("cudnn", "dense"):
+        kernel = "dense_attend" if name == "dense" else name
+        monkeypatch.setattr(attention_kernels, kernel, lambda *_, name=name: name)
+    query = jnp.zeros((1, length, 2, dim), dtype)
+    found = attention_kernels.by_backend(query, query, query)
+    assert found == (expected if gpu else "dense")
+
+
+def test_the_kernel_of_gpus_is_not_looked_for_elsewhere():
+    assert attention_kernels._has_cudnn() == (jax.default_backend() == "gpu")

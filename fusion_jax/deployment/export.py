@@ -33,6 +33,7 @@ import tyro
 from jax import export as jax_export
 from safetensors.numpy import save_file
 
+from fusion_jax import attention
 from fusion_jax.attention import Mask
 from fusion_jax.compression.quantization import GROUPS, dense, is_compressed, rounded_rest
 from fusion_jax.data.audio import SAMPLE_RATE, Waveforms
@@ -335,6 +336,7 @@ def write(
     """
     if folder.exists():
         raise UserError(f"{folder} exists already: give another folder, or remove it")
+    attention.use(attention.dense_attend)  # which every platform has
     with write_folder(folder) as place:
         draft = Draft(place, {"format": 1, "name": name, "functions": {}})
         (predictor if isinstance(model, Predictor) else language_model)(draft, model)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fusion_jax import attention
 from fusion_jax.data.image import Pictures
 from fusion_jax.deployment.export import Predictor
 from fusion_jax.errors import UserError
@@ -46,6 +47,8 @@ def write(target: Path, model: Any) -> float:
         names += [name, f"{name}_mask"]
         mask = shape[:1] if isinstance(transform, Pictures) else shape
         specs += [jax.ShapeDtypeStruct(shape, transform.dtype), jax.ShapeDtypeStruct(mask, bool)]
+
+    attention.use(attention.dense_attend)  # made of operators that ONNX has
 
     def run(*arrays: jax.Array) -> tuple[jax.Array, ...]:
         found = model.apply(model.params, _batch(names, arrays, model))

@@ -15,6 +15,7 @@ from fusion_jax.training.settings import Settings
 from fusion_jax.training.sharding import spread
 
 KERNELS = {
+    "auto": attention_kernels.by_backend,
     "xla": attention.dense_attend,
     "cudnn": attention_kernels.cudnn,
     "splash": attention_kernels.splash,

@@ -53,8 +53,9 @@ class Settings:
     """What compiles the step."""
     remat: bool = runtime(False)
     """Recompute such a model's activations in the backward pass, to save memory."""
-    attention: Literal["xla", "cudnn", "splash", "ring"] = runtime("xla")
-    """What computes attention: any device, a GPU in bfloat16, a TPU, or sequences over `tensor`."""
+    attention: Literal["auto", "xla", "cudnn", "splash", "ring"] = runtime("auto")
+    """What computes attention. auto: cuDNN where it can (NVIDIA's GPUs, bfloat16) and else XLA;
+    splash: a kernel for TPUs; ring: each device a part of the sequence, over `tensor`."""
     log_every: int = runtime(10)
     """Steps between two lines of metrics."""
     evaluate_every: int = runtime(0)
