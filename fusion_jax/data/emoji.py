@@ -136,7 +136,7 @@ class Emoji(tfds.core.GeneratorBasedBuilder):
             sublabels=[sublabel for _, _, sublabel in kept],
             subcategories=subcategories,
             things=everything,
-            checksum=fingerprint(self._package),
+            checksum=fingerprint(self._package, vendor),
         )
 
 
@@ -171,9 +171,9 @@ def _read(path: Path) -> bytes:
     return data
 
 
-def fingerprint(package: Path) -> str:
-    """SHA-256 over the list and the names and sizes of all pictures."""
-    files = sorted(path for path in package.rglob("*.png"))
+def fingerprint(package: Path, vendor: str) -> str:
+    """SHA-256 over the list and the names and sizes of all pictures by the vendor."""
+    files = sorted((package / "img" / vendor).rglob("*.png"))
     lines = (f"{path.relative_to(package).as_posix()} {path.stat().st_size}\n" for path in files)
     digest = hashlib.sha256((package / "emoji.json").read_bytes())
     digest.update("".join(lines).encode())
@@ -251,7 +251,7 @@ def load(vendor: str, folder: str | Path | None = None, *, skin_tones: bool = Fa
     package = None
     if folder is not None:
         package = _package_in(Path(folder).expanduser(), vendor)
-        home = home / fingerprint(package)[:12]
+        home = home / fingerprint(package, vendor)[:12]
     builder = Emoji(config=vendor, data_dir=home)
     if not builder.data_path.exists():
         with one_at_a_time(home):

@@ -72,6 +72,17 @@ def test_builds_from_a_folder(packages):
     assert apple.checksum != google.checksum
 
 
+def test_two_vendors_in_one_folder_differ(packages):
+    """Where both were unpacked to package/, as npm's archives are; nothing else changes."""
+    alone = emoji.load("google", packages).checksum
+    both = packages / "package"
+    for vendor in ("apple", "google"):
+        (packages / f"emoji-datasource-{vendor}").rename(packages / vendor)
+        shutil.copytree(packages / vendor, both, dirs_exist_ok=True)
+    apple, google = (emoji.load(vendor, both) for vendor in ("apple", "google"))
+    assert apple.checksum != google.checksum == alone
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_a_thing_is_on_one_side_for_all_vendors(packages, seed):
     sources = [emoji.load(vendor, packages) for vendor in ("apple", "google")]
