@@ -324,7 +324,7 @@ def build(s: Settings) -> Experiment:
         objective=objective_of(s, model, texts.first_tokens),
         optimizer=optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule)),
         pretrained=pretrained,
-        trainable=f"^model/.*{s.trainable}",
+        trainable=f"^model/.*(?:{s.trainable})",
         validate=lambda params: changes(before, measure(params)),
         report=lambda params, _: report(s, texts, before, measure(params)),
     )

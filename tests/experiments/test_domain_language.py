@@ -24,6 +24,7 @@ from fusion_jax.pretrained import load
 from fusion_jax.pretrained.load import Pretrained
 from fusion_jax.training import experiment as experiments
 from fusion_jax.training import loop
+from fusion_jax.training.partition import partition
 from fusion_jax.transformer import MLP, Attention, Block, Rope
 
 
@@ -89,6 +90,16 @@ def test_three_phases(texts, tmp_path, hold, rule, capsys):
         params = loop.restore_params(module.build(settings), settings, run)
         asked = module.assistant(settings, params)
         assert asked.params is params["model"]["decoder"]
+
+
+def test_what_holds_on_to_the_old_is_not_trained(texts, monkeypatch):
+    monkeypatch.setattr(domain_language, "measuring", lambda *_: lambda params: {})
+    s = domain_language.Settings(
+        texts=texts, domain="slang", task="terms", old="prose", length=32, steps=3, hold="l2-sp"
+    )
+    built = domain_language.build(dataclasses.replace(s, trainable="layer_0/|layer_1/"))
+    assert built.pretrained.keys() == {"model", "anchor"}
+    assert partition(built.pretrained, built.trainable)[0].keys() == {"model"}
 
 
 def test_facts_of_the_graph_stand_before_an_article_and_are_of_others(texts):
