@@ -175,6 +175,8 @@ def test_any_tfds_data_set_by_name(tmp_path, monkeypatch):
     assert batch["audio"].mask.sum(1).tolist() == [16000] * 3
     expected = audio.resample(TONE, 8000)
     assert np.abs(batch["audio"].values[0, :16000] - expected).max() < 1e-3
+    fewer = records.tfds_source("tiny_sounds", "train", {"text": "captions/text"}, tmp_path)
+    assert fewer.checksum != source.checksum
     with pytest.raises(UserError, match="no feature \\['photo'\\]"):
         records.tfds_source("tiny_sounds", "train", {"image": "photo"}, data_dir=tmp_path)
     with pytest.raises(UserError, match="no split"):
@@ -202,6 +204,8 @@ def test_a_data_set_on_object_storage_is_read_as_on_disk(tmp_path, monkeypatch):
         again = pickle.loads(pickle.dumps(source))
         assert again[2] == here[2]
     assert len(list(cached.rglob("*.array_record*"))) == 2
+    again = records.tfds_source("tiny_sounds", "train", mapping, data_dir="memory://bucket")
+    assert again.checksum == there[1].checksum == here.checksum  # that rows were read is no matter
     storage.rm("/bucket", recursive=True)
     assert there[0][1] == here[1]  # the copy
     part = records.tfds_source("tiny_sounds", "train[1:2]", mapping, data_dir=tmp_path)
