@@ -62,7 +62,18 @@ class Recordings:
                 f"{listed}: its first recording {utterances[0].path} is not there; expected the"
                 " recordings where the set's own archive puts them"
             )
-        self.checksum = hashlib.sha256(repr(utterances).encode()).hexdigest()
+
+    @property
+    def checksum(self) -> str:
+        """Changes with what is listed and with the size or the time of any recording."""
+        digest = hashlib.sha256(repr(self.utterances).encode())
+        for path in dict.fromkeys(each.path for each in self.utterances):
+            try:
+                stat = path.stat()
+            except OSError as error:
+                raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+            digest.update(f"{stat.st_size} {stat.st_mtime_ns}\n".encode())
+        return digest.hexdigest()
 
     @property
     def concepts(self) -> list[str]:
