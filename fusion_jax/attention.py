@@ -3,8 +3,9 @@
 Letters in shapes: b batch, t queries, s keys, h query heads, k key heads, d head dim.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -130,6 +131,17 @@ def use(kernel: Attend) -> None:
     """Programs traced from now on compute attention by `kernel`, see attention_kernels.py."""
     global _chosen
     _chosen = kernel
+
+
+@contextlib.contextmanager
+def using(kernel: Attend) -> Iterator[None]:
+    """As `use`, within a `with`."""
+    before = _chosen
+    use(kernel)
+    try:
+        yield
+    finally:
+        use(before)
 
 
 def attend(*args: Any, **kwargs: Any) -> jax.Array:

@@ -26,6 +26,7 @@ def by_backend(
     On an H200 it is 7 to 9 times as fast, forward and backward, at 2,048 and 8,192 tokens
     (`python -m experiments.benchmarks.accelerator`). GPUs that are not NVIDIA's or older than
     Ampere have no such kernel, nor has it float32 or odd lengths. Nothing was measured on a TPU.
+    JAX can neither vmap it with a mask nor split its heads over devices unevenly: see runtime.py.
     """
     half = query.dtype in (jnp.bfloat16, jnp.float16)
     even = not (query.shape[1] % 2 or key.shape[1] % 2)
@@ -70,11 +71,13 @@ def cudnn(
         bias = bias.astype(query.dtype)
     if mask is None:
         return attend(query, key, value, bias)
-    visible = mask.dense()
     ordered = type(mask) is Mask and mask.causal and mask.prefix is None and key.shape[1] == length
-    masked = partial(attend, bias=bias, mask=visible, is_causal=ordered)
+
+    def masked(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        return attend(query, key, value, bias, mask.dense(), is_causal=ordered)
+
     if not ordered or mask.window is not None or mask.query_segments is not None:
-        return _blank(masked(query, key, value), visible)
+        return _blank(masked(query, key, value), mask)
     real = jnp.ones(query.shape[:2], bool) if mask.key_mask is None else mask.key_mask
     real &= mask.key_positions >= 0
     lengths = real.sum(axis=1, dtype=jnp.int32)
@@ -87,8 +90,14 @@ def cudnn(
         query_seq_lengths=jnp.full_like(lengths, length),
         key_value_seq_lengths=lengths,
     )
+    # Branches keep what either needs: the mask of all pairs is made again in the backward pass.
+    masked = jax.checkpoint(masked, policy=_of_the_kernel)
     out = jax.lax.cond(at_the_end, bare, masked, query, key, value)
-    return _blank(out, visible)
+    return _blank(out, mask)
+
+
+def _of_the_kernel(primitive: Any, *_: Any, **__: Any) -> bool:
+    return primitive.name.startswith("dot_product_attention")
 
 
 def splash(
@@ -144,10 +153,10 @@ def splash(
     )
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         out = jax.vmap(kernel)(query, key, value, kernels.SegmentIds(fill(queries), fill(keys)))
-    return _blank(rearrange(out, "b h t d -> b t h d")[:, :length, :, :dim], mask.dense())
+    return _blank(rearrange(out, "b h t d -> b t h d")[:, :length, :, :dim], mask)
 
 
-def _blank(out: jax.Array, visible: jax.Array) -> jax.Array:
-    """Zeros for queries that see nothing. out: [b, t, h, d], visible: [b, 1, t, s]."""
-    seeing = visible.any(axis=-1)[:, 0, :, None, None]
+def _blank(out: jax.Array, mask: Mask) -> jax.Array:
+    """Zeros for queries that see nothing. out: [b, t, h, d]."""
+    seeing = mask.dense().any(axis=-1)[:, 0, :, None, None]
     return jnp.where(seeing, out, jnp.zeros((), out.dtype))

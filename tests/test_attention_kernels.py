@@ -11,6 +11,9 @@ from fusion_jax import attention, attention_kernels
 from fusion_jax.attention import Mask, dense_attend, self_mask
 from fusion_jax.attention_kernels import cudnn, splash
 from fusion_jax.errors import UserError
+from fusion_jax.training import flops
+from fusion_jax.training.runtime import kernel_of
+from fusion_jax.training.settings import Settings
 
 BATCH, LENGTH, HEADS, KV_HEADS, DIM = 2, 150, 4, 2, 16
 ON_CPU = {
@@ -79,6 +82,35 @@ def test_one_argument_picks_the_kernel(monkeypatch):
         attention.attend(query, key, key)
 
 
+@pytest.fixture
+def traced_for_a_gpu(monkeypatch):
+    """JAX traces cuDNN's kernel without asking for a GPU; nothing can run it."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn_rules
+
+    monkeypatch.setattr(cudnn_rules, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(cudnn_rules, "check_compute_capability", lambda capability: True)
+    monkeypatch.setattr(
+        cudnn_rules, "is_cuda_compute_capability_equal", lambda capability: False, raising=False
+    )
+
+
+def test_no_mask_of_all_pairs_is_kept_and_flops_are_counted(traced_for_a_gpu):
+    mask = masks()["causal"]
+    query, key = heads(0, HEADS).astype(jnp.bfloat16), heads(1, KV_HEADS).astype(jnp.bfloat16)
+
+    def loss(attend, query, key):
+        return attend(query, key, key, mask).astype(jnp.float32).sum()
+
+    kept = jax.eval_shape(lambda *heads: jax.vjp(partial(loss, cudnn), *heads)[1], query, key)
+    sizes = [leaf.shape for leaf in jax.tree.leaves(kept)]
+    assert sizes and all(shape.count(LENGTH) < 2 for shape in sizes)
+    both = jax.grad(partial(loss, cudnn), (0, 1))
+    plain = flops.count(jax.make_jaxpr(partial(loss, dense_attend))(query, key))
+    assert flops.count(jax.make_jaxpr(partial(loss, cudnn))(query, key)) == plain
+    # two products forward, five backward, and none again
+    assert flops.count(jax.make_jaxpr(both)(query, key)) == (1 + 2.5) * plain
+
+
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("name", masks())
 def test_cudnn_on_a_gpu(name):
@@ -126,3 +158,26 @@ def test_the_backend_picks_what_it_has(dtype, length, dim, expected, gpu, monkey
 
 def test_the_kernel_of_gpus_is_not_looked_for_elsewhere():
     assert attention_kernels._has_cudnn() == (jax.default_backend() == "gpu")
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, attention_kernels.by_backend),
+        ({"mesh": "data=-1,tensor=1"}, attention_kernels.by_backend),
+        ({"mesh": "data=-1,tensor=4"}, dense_attend),
+        ({"mesh": "tensor=-1"}, dense_attend),
+        ({"together": True}, dense_attend),
+        ({"together": True, "attention": "cudnn"}, cudnn),
+    ],
+)
+def test_auto_leaves_out_what_jax_cannot_batch_or_split(settings, expected):
+    assert kernel_of(Settings(**settings)) is expected
+
+
+def test_a_kernel_within_a_with(monkeypatch):
+    monkeypatch.setattr(attention, "_chosen", cudnn)
+    with pytest.raises(ValueError), attention.using(dense_attend):
+        assert attention._chosen is dense_attend
+        raise ValueError
+    assert attention._chosen is cudnn

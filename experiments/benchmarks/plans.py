@@ -58,6 +58,7 @@ def run(case: str) -> dict[str, object]:
         batch_size=len(devices),
         mesh="fsdp=-1",
         dtype="bfloat16",
+        attention="xla",
         remat=True,
         scan=True,
     )

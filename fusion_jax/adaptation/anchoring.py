@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from fusion_jax import attention
 from fusion_jax.errors import UserError
 from fusion_jax.objectives.combine import Batch, Metrics, Objective, Params
 from fusion_jax.objectives.distillation import soft_targets
@@ -120,7 +121,9 @@ def fisher_diagonal(
     found, rows = None, 0
     for number, batch in enumerate(batches):
         size = jax.tree.leaves(batch)[0].shape[0]
-        part = total(params, rest, batch, jax.random.split(jax.random.fold_in(rng, number), size))
+        keys = jax.random.split(jax.random.fold_in(rng, number), size)
+        with attention.using(attention.dense_attend):  # others may have no vmap
+            part = total(params, rest, batch, keys)
         found = part if found is None else jax.tree.map(jnp.add, found, part)
         rows += size
     if found is None:

@@ -1,6 +1,7 @@
 """FLOPs of a traced program, its loops counted as often as they run (XLA counts them once)."""
 
 import math
+from functools import partial
 from typing import Any
 
 from jax.extend import core
@@ -82,7 +83,15 @@ def _convolution(equation: Any) -> float:
     return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) / features
 
 
+def _fused_attention(products: int, equation: Any) -> float:
+    """cuDNN's, which multiplies pairs so often; of a causal mask all pairs count, as elsewhere."""
+    query, key = (each.aval.shape for each in equation.invars[:2])
+    return 2.0 * products * math.prod(query) * key[1]
+
+
 OWN = {
     "dot_general": _dot,
     "conv_general_dilated": _convolution,
+    "dot_product_attention_fwd_wrapper": partial(_fused_attention, 2),
+    "dot_product_attention_bwd_wrapper": partial(_fused_attention, 5),
 }

@@ -31,6 +31,8 @@ def opener(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple:
         raise UserError("what is to be planned? Give an experiment, --llm NAME, or both")
     module = plain_language if flags.experiment is None else experiments.load_file(flags.experiment)
     settings = tyro.cli(module.Settings, args=rest, prog=parser.prog, description=module.__doc__)
+    if getattr(flags, "topology", "local") != "local" and settings.attention == "auto":
+        settings = dataclasses.replace(settings, attention="xla")  # not by what is here
     runtime.start()
     runtime.compute_as(settings)  # without its mesh, whose chips need not be here
     field = experiments.language_model_setting(settings)

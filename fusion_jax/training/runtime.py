@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 
 import jax
 import jax.numpy as jnp
@@ -29,10 +30,20 @@ def compute_as(settings: Settings, place: Place = put) -> None:
     Args:
         place: where the params of language models go as they are read.
     """
-    attention.use(KERNELS[settings.attention])
+    attention.use(kernel_of(settings))
     dtype = jnp.dtype(settings.dtype)
     how = {"remat": settings.remat, "scan": settings.scan, "base": settings.base}
     load.use(load.Computing(dtype, place=place, **how))
+
+
+def kernel_of(settings: Settings) -> attention.Attend:
+    """What computes attention. Under auto, cuDNN's is left out where JAX has no rule for it: under
+    `--together`'s vmap, and with heads split over `tensor`, which it may not divide."""
+    if settings.attention == "auto" and (
+        settings.together or re.search(r"\btensor=(?!1\b)", settings.mesh)
+    ):
+        return attention.dense_attend
+    return KERNELS[settings.attention]
 
 
 def start(settings: Settings | None = None) -> None:
