@@ -28,7 +28,8 @@ class Decoder(nn.Module):
         final_norm: the norm after the last block, or None.
         embedding_scale: multiplies the token embeddings (Gemma: sqrt of width), or None.
         context_length: how many positions the model was made for; None where nobody says.
-        learned_positions: adds a learned vector per position (GPT-2), `context_length` of them.
+        learned_positions: adds a learned vector per position (GPT-2), `context_length` of them;
+            guesses beyond (`speculate`), which are never kept, get the last.
         tied: whether the head is the transposed embedding.
         logit_softcap: squashes the logits to +-cap by tanh (Gemma 2), or None.
         remat, scan: see `Transformer`.
@@ -101,7 +102,7 @@ class Decoder(nn.Module):
             hidden = jnp.where(real[:, :, None], hidden, jnp.zeros((), hidden.dtype))
         hidden = hidden.astype(self.dtype)
         if self.learned_positions:
-            hidden += self.positions(mask.query_positions.clip(0))
+            hidden += self.positions(mask.query_positions.clip(0, self.context_length - 1))
         hidden, caches = self.transformer(
             hidden, mask, caches=caches, context=context, context_mask=context_mask, train=train
         )

@@ -42,6 +42,15 @@ def test_greedy_output_is_the_models_own(draft):
     assert [list(chain(*parts)) for parts in rows] == ended.sequences()
 
 
+def test_guesses_beyond_the_learned_positions_change_nothing():
+    model = DECODER.clone(context_length=12, learned_positions=True)
+    params = tiny.random_params(model)
+    plain = generate(model, params, PROMPT, max_tokens=8)
+    itself = Pair(params, PROMPT, model)
+    found, _ = speculate(itself, itself, max_tokens=8)
+    np.testing.assert_array_equal(found.ids, plain.ids)
+
+
 def test_models_that_cannot_take_back_are_refused():
     windowed = tiny.decoder(window=4)
     with pytest.raises(UserError, match="window"):
