@@ -46,7 +46,7 @@ def builder(url: str) -> tfds.core.DatasetBuilder:
     try:
         root = _newest(system, root, url)
         described = [file for file in system.ls(root, detail=False) if SHARD not in file]
-        folder = _cache(url)
+        folder = _cache(system, root)
         with needs_room(folder), one_at_a_time(folder):
             for file in described:
                 _copy(system, file, folder / Path(file).name)
@@ -66,9 +66,9 @@ class Shards:
         Raises:
             UserError: the disk of the cache has no room for what will be copied.
         """
-        self._url, self._folder = url, _cache(url)
         system, root = _open(url)
         root = _newest(system, root, url)
+        self._url, self._folder = url, _cache(system, root)
         parts = builder.info.splits[split].file_instructions
         names = [Path(part.filename).name for part in parts]
         self._files = [f"{root}/{name}" for name in names]
@@ -133,7 +133,9 @@ class Shards:
         self._start()
 
 
-def _cache(url: str) -> Path:
+def _cache(system: Any, root: str) -> Path:
+    """Of the version's own folder: a newer one, found by the same address, is another set."""
+    url = system.unstrip_protocol(root)
     folder = cache_dir() / "remote" / hashlib.sha256(url.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     return folder

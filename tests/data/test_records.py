@@ -127,6 +127,7 @@ def test_tables_that_are_no_tables(folder):
 
 class TinySounds(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
+    word = "caption"
     # TFDS can write its Audio feature only with TensorFlow, and stores it like this tensor.
     speech = tfds.features.Tensor(shape=(None,), dtype=np.int64)
 
@@ -151,7 +152,7 @@ class TinySounds(tfds.core.GeneratorBasedBuilder):
                 {
                     "picture": io.BytesIO(image.encode(RED)),
                     "speech": (TONE * 32767).astype(np.int64),
-                    "captions": [{"text": f"caption {i}"}, {"text": "other"}],
+                    "captions": [{"text": f"{self.word} {i}"}, {"text": "other"}],
                     "kind": i % 2,
                 },
             )
@@ -203,7 +204,7 @@ def test_a_data_set_on_object_storage_is_read_as_on_disk(tmp_path, monkeypatch):
         assert [source[row] for row in range(3)] == [here[row] for row in range(3)]
         again = pickle.loads(pickle.dumps(source))
         assert again[2] == here[2]
-    assert len(list(cached.rglob("*.array_record*"))) == 2
+    assert len(list(cached.rglob("*.array_record*"))) == 1  # both addresses are of one version
     again = records.tfds_source("tiny_sounds", "train", mapping, data_dir="memory://bucket")
     assert again.checksum == there[1].checksum == here.checksum  # that rows were read is no matter
     storage.rm("/bucket", recursive=True)
@@ -218,6 +219,20 @@ def test_a_data_set_on_object_storage_is_read_as_on_disk(tmp_path, monkeypatch):
     shutil.rmtree(cached)
     with pytest.raises(UserError, match="has room for 0"):
         records.tfds_source("tiny_sounds", "train", mapping, data_dir="memory://bucket")
+    storage.rm("/bucket", recursive=True)
+
+
+def test_a_newer_version_on_object_storage_is_read_anew(tmp_path, monkeypatch):
+    monkeypatch.setenv("FUSION_JAX_HOME", str(tmp_path / "home"))
+    storage, mapping = fsspec.filesystem("memory"), {"text": "captions/text"}
+    for version, word in (("1.0.0", "caption"), ("1.0.1", "drawing")):
+        monkeypatch.setattr(TinySounds, "VERSION", tfds.core.Version(version))
+        monkeypatch.setattr(TinySounds, "word", word)
+        TinySounds(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+        put = str(tmp_path / "tiny_sounds" / version), f"/bucket/tiny_sounds/{version}"
+        storage.put(*put, recursive=True)
+        source = records.tfds_source("memory://bucket/tiny_sounds", "train", mapping)
+        assert source[1]["text"][0] == f"{word} 1"
     storage.rm("/bucket", recursive=True)
 
 
