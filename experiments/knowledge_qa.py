@@ -143,7 +143,7 @@ class Settings(Base):
     """Your own facts (TSV: head, relation, tail) in place of WordNet; with it, --asked."""
     asked: Path | None = None
     """Your own questions, JSONL: {"thing": "whale", "kind": "mammal", "answer": true, "split":
-    "train"}, by key or name; split is train, validation or test."""
+    "train"}, by key or name; split is train, validation or test, each with things of two kinds."""
     rules: Path | None = None
     """A rule file that concludes is_a, for your own relations."""
     questions: int = runtime(240)

@@ -139,12 +139,14 @@ def read_tasks(
     """The user's own questions, a JSON object a line, by split.
 
     {"thing": "whale", "kind": "mammal", "answer": true, "split": "train"}; things and kinds by
-    name or key. The other thing of a question is that of the next line.
+    name or key. The other thing of a question is that of the next one of its split whose chain
+    leads to what the question's own thing is not.
 
     Raises:
-        UserError: a malformed line (file, line, what was expected), a split without questions.
+        UserError: a malformed line (file, line, what was expected), a split without questions or
+            with things of one kind only.
     """
-    rows: list[tuple[int, int, bool, str]] = []
+    rows: dict[str, list[tuple[int, int, bool]]] = {split: [] for split in splits}
 
     def entity(name: Any) -> int:
         found = graph.find(str(name))
@@ -155,23 +157,30 @@ def read_tasks(
             answer, split = row["answer"], row.get("split", "train")
             if split not in splits or not isinstance(answer, bool):
                 raise ValueError("answer is true or false, split one of " + ", ".join(splits))
-            rows.append((entity(row["thing"]), entity(row["kind"]), answer, split))
+            rows[split].append((entity(row["thing"]), entity(row["kind"]), answer))
         except (ValueError, KeyError, TypeError) as error:
             form = '{"thing": "whale", "kind": "mammal", "answer": true, "split": "train"}'
             raise UserError(f"{path} line {number}: expected {form}: {error}") from None
     tasks: dict[str, list[Task]] = {split: [] for split in splits}
-    chains = []
-    for thing, kind, _, _ in rows:
-        found = kinds.ancestors(up, thing)
-        longest = max((c for c in found.values() if len(c) <= hops + 1), key=len, default=(thing,))
-        chains.append(found.get(kind, longest))
-    for (thing, kind, answer, split), own, other in zip(
-        rows, chains, chains[1:] + chains[:1], strict=True
-    ):
-        tasks[split].append(Task(thing, kind, answer, (own, other)))
-    for split, found in tasks.items():
-        if not found:
+    for split, asked in rows.items():
+        if not asked:
             raise UserError(f"{path} has no question of the split {split}: give some to each")
+        above = [kinds.ancestors(up, thing) for thing, _, _ in asked]
+        chains = []
+        for (thing, kind, _), found in zip(asked, above, strict=True):
+            fitting = (c for c in found.values() if len(c) <= hops + 1)
+            chains.append(found.get(kind) or max(fitting, key=len, default=(thing,)))
+        for row, (thing, kind, answer) in enumerate(asked):
+            true = {thing, *above[row]} | ({kind} if answer else set())
+            following = (chains[(row + step) % len(chains)] for step in range(1, len(chains)))
+            other = next((c for c in following if len(c) > 1 and c[-1] not in true), None)
+            if other is None:
+                raise UserError(
+                    f"{path}: each thing of the split {split} is of a kind that "
+                    f"{graph.label(thing)} is of too: ask about things of other kinds as well, "
+                    "whose facts are false of it"
+                )
+            tasks[split].append(Task(thing, kind, answer, (chains[row], other)))
     return tasks
 
 

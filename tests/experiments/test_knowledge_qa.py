@@ -32,7 +32,7 @@ CONFIG = {
 FACTS = [("robin", "thrush"), ("thrush", "bird"), ("trout", "salmonid"), ("salmonid", "fish")]
 FACTS += [("wren", "songbird"), ("songbird", "bird"), ("carp", "cyprinid"), ("cyprinid", "fish")]
 LONG = "robin of " * 8 + "robin"  # there is no room for a question about it in a training row
-FACTS += [(LONG, "thrush")]
+FACTS += [(LONG, "thrush"), ("finch", "songbird"), ("bream", "cyprinid")]
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +55,13 @@ def world(tmp_path_factory):
         LONG: "train",
         "trout": "train",
         "wren": "validation",
+        "bream": "validation",
         "carp": "test",
+        "finch": "test",
     }
     for thing, split in splits.items():
         for kind in ("bird", "fish"):
-            answer = (thing in ("robin", LONG, "wren")) == (kind == "bird")
+            answer = (thing in ("robin", LONG, "wren", "finch")) == (kind == "bird")
             rows.append({"thing": thing, "kind": kind, "answer": answer, "split": split})
     (folder / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "mine.rules").write_text("is_a(?x, ?z) <= is_a(?x, ?y), is_a(?y, ?z)\n")
@@ -110,7 +112,7 @@ def test_malformed_questions_name_file_and_line(world, tmp_path, capsys):
     command[command.index("--asked") + 1] = str(path)
     good = (world / "asked.jsonl").read_text()
     for bad, message in (
-        ('{"thing": "robin"}', "line 12: expected"),
+        ('{"thing": "robin"}', "line 16: expected"),
         (
             '{"thing": "robin", "kind": "dragon", "answer": true}',
             "'dragon' is unknown",

@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 
@@ -76,3 +78,30 @@ def test_meanings_are_those_nearest_to_each_other():
 def test_a_graph_without_a_rule_is_told():
     with pytest.raises(UserError, match=r"no rule speaks of a relation of the graph \(hypernym"):
         World.of(GRAPH, rules.parse_all("is_a(?x, ?y) <= sort_of(?x, ?y)"), lambda up: {})
+
+
+def asked(path, *rows):
+    """Questions of one's own: (thing, kind, answer, split)."""
+    keys = ("thing", "kind", "answer", "split")
+    path.write_text("".join(json.dumps(dict(zip(keys, row, strict=True))) + "\n" for row in rows))
+    up = kinds.parents(GRAPH, ["hypernym"])
+    tasks = questions.read_tasks(path, GRAPH, up, 2, ("train", "test"))
+    return {
+        split: [tuple([NAMES[e] for e in chain] for chain in task.chains) for task in found]
+        for split, found in tasks.items()
+    }
+
+
+def test_the_other_thing_is_of_the_same_split_and_of_another_kind(tmp_path):
+    of_robin, of_trout = ["robin", "thrush", "bird"], ["trout", "salmonid", "fish"]
+    of_bolt = ["bolt", "screw", "fastener"]
+    train = [("robin", "bird", True), ("thrush", "bird", True), ("fastener", "bird", False)]
+    train += [("trout", "fish", True)]
+    test = [("bolt", "fastener", True), ("robin", "fish", False)]
+    rows = [(*row, split) for split, own in (("train", train), ("test", test)) for row in own]
+    found = asked(tmp_path / "asked.jsonl", *rows)
+    assert [other for _, other in found["train"]] == [of_trout, of_trout, of_trout, of_robin]
+    assert found["test"] == [(of_bolt, of_robin), (of_robin, of_bolt)]
+    alone = [("robin", "bird", True, "test"), ("thrush", "bird", True, "test")]
+    with pytest.raises(UserError, match="split test is of a kind that robin is of too"):
+        asked(tmp_path / "asked.jsonl", *rows[:4], *alone)
