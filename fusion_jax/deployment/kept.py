@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fusion_jax.compression import storage
 from fusion_jax.deployment import export
 from fusion_jax.errors import UserError
 from fusion_jax.language.ask import Assistant
@@ -19,7 +20,8 @@ def servable(workdir: Path, senses: Path | None = None) -> Path | Callable[..., 
 
     `senses` is another run around the same language model, to read what that one reads.
 
-    An artifact is written anew when a checkpoint or the code that exports and serves has changed.
+    An artifact is written anew when a checkpoint, compressed params or the code that exports and
+    serves has changed.
     What has an `answer` and is no `Assistant`, such as a model that shows the facts it used, cannot
     be exported: it is served in this process.
 
@@ -30,8 +32,9 @@ def servable(workdir: Path, senses: Path | None = None) -> Path | Callable[..., 
     for run in filter(None, (workdir, senses)):
         if not run.is_dir():
             raise UserError(f"{run}: no such folder; expected what --workdir was in training")
-        digest.update(b"run\n")
-        for path in sorted((run / "checkpoints").rglob("*")):
+        digest.update(f"{run.resolve()}\n".encode())
+        checkpoints = sorted((run / "checkpoints").rglob("*"))
+        for path in filter(Path.exists, (run / "run.json", run / storage.FILE, *checkpoints)):
             digest.update(f"{path.relative_to(run)} {path.stat().st_mtime_ns}\n".encode())
     for path in sorted([Path(export.__file__), *export.RUNTIME.glob("*.*")]):
         digest.update(path.read_bytes())

@@ -50,6 +50,18 @@ def test_a_run_with_the_senses_of_another_is_exported_again_when_either_went_on(
     assert kept.servable(workdir, other) != both and len(opening["written"]) == 3
 
 
+def test_runs_without_checkpoints_are_told_apart(workdir, opening, tmp_path_factory):
+    """Compressed ones."""
+    first, second = (tmp_path_factory.mktemp(name) for name in ("speech", "pictures"))
+    for run in (first, second):
+        (run / "params.safetensors").write_text("")
+        os.utime(run / "params.safetensors", ns=(1, 1))
+    heard = kept.servable(workdir, first)
+    assert kept.servable(workdir, first) == heard != kept.servable(workdir, second)
+    (first / "params.safetensors").write_text("again")
+    assert kept.servable(workdir, first) != heard
+
+
 def test_what_answers_by_itself_is_not_exported(workdir, opening):
     class Answers:
         def answer(self, question, media=None, **_):
