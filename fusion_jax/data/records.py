@@ -160,7 +160,7 @@ def read_table(
         found.append((line, kept))
     if classes is None:
         labels = {fields["label"] for _, fields in found if "label" in fields}
-        numeric = all(label.lstrip("-").isdigit() for label in labels)
+        numeric = all(re.fullmatch(r"-?\d+", label) for label in labels)
         classes = sorted(labels, key=int) if numeric else sorted(labels)
     allowed = tuple(map(str, classes))
 
@@ -202,7 +202,18 @@ def read_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
 def _read_csv(path: Path) -> list[tuple[int, dict[str, Any]]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
-        return [(reader.line_num, fields) for fields in reader]
+        rows = []
+        try:
+            for fields in reader:
+                if any(fields.pop(None, ())):
+                    raise UserError(
+                        f"{path} line {reader.line_num}: has more cells than the header; a text"
+                        ' with a comma is written in quotes, "like, this"'
+                    )
+                rows.append((reader.line_num, fields))
+        except csv.Error as error:
+            raise UserError(f"{path} line {reader.reader.line_num}: not CSV ({error})") from error
+        return rows
 
 
 def what_is_wrong(
@@ -213,10 +224,10 @@ def what_is_wrong(
         if field in fields and not isinstance(fields[field], str):
             return f"{path} row {line}: {field} is {fields[field]!r}; expected a string"
     for field in ("image", "audio"):
-        if field in fields and not (path.parent / fields[field]).is_file():
+        if field in fields and not os.path.isfile(path.parent / fields[field]):
             return (
-                f"{path} row {line}: {field} {fields[field]} is not there; paths are relative to"
-                f" {path.parent}"
+                f"{path} row {line}: {field} {fields[field][:300]} is not there; paths are relative"
+                f" to {path.parent}"
             )
     if "label" in fields and fields["label"] not in classes:
         return f"{path} row {line}: label {fields['label']!r} is not among {list(classes)}"

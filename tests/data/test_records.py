@@ -76,6 +76,7 @@ def test_rows_that_share_a_text_or_a_file_stay_together(folder):
     ("row", "message"),
     [
         ({"image": "lost.png"}, r"row 2: image lost\.png is not there"),
+        ({"image": "iVBORw0KGgo" * 100}, r"row 2: image iVBORw0KGgoiVB\w* is not there"),
         ({"text": "x", "label": "bird"}, r"row 2: label 'bird' is not among \['thing', 'sound'\]"),
         ({"text": 7}, r"row 2: text is 7; expected a string"),
     ],
@@ -117,12 +118,21 @@ def test_tables_that_are_no_tables(folder):
         ("b.jsonl", '{"picture": "red.png"}', "map them with columns"),
         ("c.txt", "", "ends in .jsonl or .csv"),
         ("d.csv", "", "no row has any"),
+        ("f.csv", "text,label\na,b\nA cat, black,cat", r"f\.csv line 3: has more cells than"),
+        ("g.csv", f"text\n{'a' * 200_000}", r"g\.csv line 2: not CSV \(field larger"),
+        ("h.csv", "photo\na.png,", r"no row has any .*it has \['photo'\]"),
     ]:
         (folder / name).write_text(content)
         with pytest.raises(UserError, match=message):
             records.read_table(folder / name)
     with pytest.raises(UserError, match="no such file"):
         records.read_table(folder / "e.csv")
+
+
+def test_labels_that_are_numbers_are_sorted_as_such(folder):
+    for labels, classes in [(["10", "9", "-1"], ("-1", "9", "10")), (["10", "2²"], ("10", "2²"))]:
+        table = records.read_table(write(folder, [{"text": "x", "label": each} for each in labels]))
+        assert table.classes == classes
 
 
 class TinySounds(tfds.core.GeneratorBasedBuilder):
