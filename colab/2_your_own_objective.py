@@ -200,11 +200,11 @@ from fusion_jax.training import experiment, loop
 
 weights, small = (0.0, 0.3), {}
 if quick:
-    from colab.quick import use_small_towers
+    from colab.quick import small_table, use_small_towers
 
     use_small_towers()
     small = {"width": 16, "steps": 2, "batch_size": 8, "views": 1}
-    small["table"] = Path(os.environ["FUSION_JAX_SMALL_TABLE"])
+    small["table"] = small_table(Path(os.environ.get("FUSION_JAX_RUNS", "runs")) / "small")
     weights = (0.3,)
 trimodal = experiment.load_file(Path("experiments/trimodal.py"))
 

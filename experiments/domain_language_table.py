@@ -3,8 +3,9 @@
     python -m experiments.domain_language_table tune     # their weights, on validation articles
     python -m experiments.domain_language_table test
 
-Runs lie in folders of the workdir; what is there is not run again. Forgetting is compared at equal
-gain: where each run's curve first reaches the gain that all runs of the table reach.
+Runs lie in folders of the workdir; what is there is not run again, and is refused under other
+settings. Forgetting is compared at equal gain: where each run's curve first reaches the gain that
+all runs of the table reach.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ from fusion_jax.errors import UserError
 from fusion_jax.evaluation import plots
 from fusion_jax.evaluation.table import print_table
 from fusion_jax.training import loop, runtime
-from fusion_jax.training.experiment import open_workdir
+from fusion_jax.training.experiment import check_settings, open_workdir
 from fusion_jax.training.metrics import read_metrics
 
 Curve = list[tuple[float, float]]
@@ -60,7 +61,9 @@ def plans(a: Arguments) -> dict[str, list[Settings]]:
 
 def run(s: Settings, folder: Path) -> tuple[Curve, float]:
     """(gained, forgotten) at each evaluation, from nothing on, and the accuracy at the end."""
-    if not (folder / "report" / "metrics.json").exists():
+    if (folder / "report" / "metrics.json").exists():
+        check_settings(folder, s)
+    else:
         with open_workdir(folder, Path(domain_language.__file__), s):
             loop.train(domain_language.build(s), s, folder)
     rows = [row for row in read_metrics(folder / "metrics.jsonl") if "forgotten" in row]

@@ -128,8 +128,9 @@ class Settings(Base):
     norm: Literal["n3", "f2"] = "n3"
     """Which penalty: the nuclear 3-norm, or the squared Frobenius norm."""
     negatives: int = 0
-    """How many; 0: 64 a row, or 2048 that a batch shares."""
+    """How many, for the losses that draw some; 0: 64 a row, or 2048 that a batch shares."""
     margin: float = 9.0
+    """Of distances, for the adversarial loss."""
     development: bool = False
     """Report on the validation split in place of the test split."""
     checkpoint_every: int = 10_000

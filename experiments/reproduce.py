@@ -23,6 +23,7 @@ from typing import Annotated
 import numpy as np
 import tyro
 
+from experiments.domain_shift_pairs import chosen
 from experiments.knowledge_qa_table import VARIANTS
 from fusion_jax.errors import UserError
 from fusion_jax.evaluation.table import markdown
@@ -122,13 +123,14 @@ def of_injections(workdir: Path, row: str, column: str) -> list[float]:
 def of_pairs(workdir: Path, row: str, column: str) -> list[float]:
     """Mean accuracy over pairs of vendors by seed, the step chosen by `column`."""
     by = {"accuracy": "source", "by InfoMax": "infomax", "oracle": "oracle"}[column]
+    floor = ("source-only", "own statistics")
+    method, score = floor if row == "its statistics" else (row, "oracle")
     scores: dict[int, list[float]] = {}
     for line in (workdir / "results.jsonl").read_text().splitlines():
         run = json.loads(line)
         key = json.loads(run["key"])
-        if key["method"] == row:
-            best = max(run["history"], key=lambda step: step[by])
-            scores.setdefault(key["seed"], []).append(best["oracle"])
+        if key["method"] == method:
+            scores.setdefault(key["seed"], []).append(chosen(run["history"], by, score))
     return [float(np.mean(each)) for each in scores.values()]
 
 

@@ -5,7 +5,7 @@
     python -m fusion_jax translate --workdir runs/translation --from fr --to es "un chat"
 
 SmolLM2 with LoRA, and Moonshine Tiny's frozen encoder behind a `Listener` that first learns to
-spell what people say in nine languages (CTC). Data are the captions and recordings of the Tux Paint
+spell what people say in ten languages (CTC). Data are the captions and recordings of the Tux Paint
 stamps. They are split by concept: no thing that is tested on was written or said in any language in
 training, so what a new thing is called must come from the model's own English and from what words
 have in common. Any language goes into any other: the report has rows into English, from English,

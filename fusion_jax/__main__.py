@@ -17,7 +17,7 @@ USAGE = """usage: python -m fusion_jax COMMAND ...
   plan [EXPERIMENT.py] --topology v5e:4x4     what a step takes of each chip; --llm gemma2-27b
   show-sharding [EXPERIMENT.py] --mesh ...    which part of each param a device holds
   compress --workdir DIR --recipe int8        write a smaller workdir, and compare
-  fetch NAME                                  bring a pretrained checkpoint or data set
+  fetch NAME                                  bring a pretrained checkpoint
   build-data "ROWS-*.jsonl" --name NAME       make a data set of millions of rows
   ask --model NAME | --workdir DIR QUESTION   ask a language model
   chat --model NAME | --workdir DIR           talk with one: text, speech, pictures
@@ -190,8 +190,8 @@ def serve(arguments: list[str]) -> None:
     """Serves an exported model or a trained run over HTTP."""
     from fusion_jax.deployment.runtime import command
 
-    stand = None
-    if any(argument.partition("=")[0] == "--workdir" for argument in arguments):
+    stand, asked = None, {"-h", "--help"} & set(arguments)
+    if not asked and any(each.partition("=")[0] == "--workdir" for each in arguments):
         import argparse
 
         from fusion_jax.compression.running import running
@@ -209,7 +209,11 @@ def serve(arguments: list[str]) -> None:
             arguments = [str(found), *arguments]
         else:
             stand = found
-    if status := command.main(arguments, "python -m fusion_jax serve", stand):
+    more = (
+        "In place of ARTIFACT: --workdir DIR, a trained run, and perhaps --senses DIR, another run "
+    )
+    more += "that hears or sees for it."
+    if status := command.main(arguments, "python -m fusion_jax serve", stand, more):
         raise SystemExit(status)
 
 

@@ -25,6 +25,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -64,19 +65,30 @@ class Settings:
     """A workdir of experiments/dialogue.py, for dialogue; without it dialogue is left out."""
 
 
-def collect(module: str, given: Mapping[str, Any]) -> tuple[list[Row], dict[str, Any]]:
-    """The rows of a benchmark, and where they were measured. Runs in a process of its own."""
+def collect(module: str, given: Mapping[str, Any]) -> tuple[list[Row], dict[str, Any], str]:
+    """The rows of a benchmark, where they were measured, and why there are no more (""): whatever
+    a peer does, what was measured stays. Runs in a process of its own."""
     began, load = time.perf_counter(), os.getloadavg()[0]
-    rows = []
-    for row in importlib.import_module(module).rows(**given):
-        print(f"  {row}", flush=True)
-        rows.append(row)
+    rows, failed = [], ""
+    try:
+        for row in importlib.import_module(module).rows(**given):
+            print(f"  {row}", flush=True)
+            rows.append(row)
+    except Exception as error:
+        failed = told(error)
+        print(f"  failed: {failed}", flush=True)
     where = machine() | {
         "seconds": round(time.perf_counter() - began),
         "other load at the start": round(load, 1),
         "date": time.strftime("%Y-%m-%d"),
     }
-    return rows, where
+    return rows, where, failed
+
+
+def told(error: Exception) -> str:
+    """A line about it."""
+    reason = (str(error).strip() or "no reason given").splitlines()[0]
+    return f"{type(error).__name__}: {reason}"
 
 
 def machine() -> dict[str, Any]:
@@ -112,7 +124,7 @@ def run(
         output: the folder; what another run found there of other benchmarks stays.
 
     Returns:
-        {name: {"rows", "where"}}, or {"failed": why} in place of these.
+        {name: {"rows", "where"}}, and "failed", why, of one that did not come to its end.
     """
     output.mkdir(parents=True, exist_ok=True)
     record = output / "benchmarks.json"
@@ -122,13 +134,12 @@ def run(
         print(f"{name} ...", flush=True)
         try:
             with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-                rows, where = pool.submit(collect, module, given).result()
-            found[name] = {"rows": [dataclasses.asdict(row) for row in rows], "where": where}
-            plot(output / f"{name}.png", name, rows)
-        except Exception as error:  # whatever a peer does: the other benchmarks go on
-            reason = (str(error).strip() or "no reason given").splitlines()[0]
-            found[name] = {"failed": f"{type(error).__name__}: {reason}"}
-            print(f"  failed: {found[name]['failed']}", flush=True)
+                rows, where, failed = pool.submit(collect, module, given).result()
+        except BrokenProcessPool as error:
+            rows, where, failed = [], {}, told(error)
+        found[name] = {"rows": [dataclasses.asdict(row) for row in rows], "where": where}
+        found[name] |= {"failed": failed} if failed else {}
+        plot(output / f"{name}.png", name, rows)
         write_file(record, json.dumps(found, indent=1) + "\n")
         write_file(output / "benchmarks.md", table(found))
     return found
@@ -140,6 +151,7 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> str:
     for name, each in found.items():
         if "failed" in each:
             failures.append(f"- {name} failed: {each['failed']}")
+        if not each.get("rows"):
             continue
         cells += [[f"{name}: {row[0]}", *row[1:]] for row in (Row(**r).cells for r in each["rows"])]
         where = dict(each["where"])

@@ -12,7 +12,7 @@ pictures of 32 x 32, a small ResNet, 20 rounds): DANN 0.98, MMD 0.98, MCC 0.97, 
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +29,12 @@ from fusion_jax.objectives.domains import forward_domains, on_domain
 from fusion_jax.objectives.supervised import cross_entropy
 from fusion_jax.tokens import Tokens
 
+METHODS = ("dann", "cdan+e", "mmd", "jan", "transport", "mcc")
 
-def measure(rows: int, side: int, rounds: int, methods: list[str]) -> dict[str, dict[str, float]]:
+
+def measure(
+    rows: int, side: int, rounds: int, methods: Sequence[str]
+) -> dict[str, dict[str, float]]:
     """Milliseconds of each objective's value and gradient, and their ratio to the baseline."""
     rng, classes, width = np.random.default_rng(0), 10, 128
     model = Multimodal({"image": ResNet(width, stages=(1, 1, 1), channels=16)}, Sum(), classes)
@@ -61,6 +65,9 @@ def measure(rows: int, side: int, rounds: int, methods: list[str]) -> dict[str, 
         "infomax": (self_training.information_maximisation(), base),
     }
 
+    if unknown := sorted(set(methods) - losses.keys()):
+        raise SystemExit(f"error: no method {unknown}: there are {', '.join(losses)}")
+
     def gradient(objective: Objective) -> Callable:
         return jax.jit(jax.value_and_grad(objective, has_aux=True))
 
@@ -85,7 +92,7 @@ def measure(rows: int, side: int, rounds: int, methods: list[str]) -> dict[str, 
 
 def rows() -> Iterator[Row]:
     """Milliseconds of a step beside two supervised passes."""
-    found = measure(64, 32, 20, ["dann", "cdan+e", "mmd", "jan", "transport", "mcc"])
+    found = measure(64, 32, 20, METHODS)
     first, *methods = found
     for name in methods:
         yield Row(name, "ms a step", found[name]["ms"], found[first]["ms"], first, more=False)
@@ -97,7 +104,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=64, help="of each domain's batch")
     parser.add_argument("--side", type=int, default=32, help="of the pictures, in pixels")
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--method", nargs="+", default=["dann", "cdan+e", "mmd", "mcc"])
+    parser.add_argument("--method", nargs="+", default=METHODS)
     a = parser.parse_args()
     about = f"two batches of {a.rows} pictures of {a.side} x {a.side}, a small ResNet"
     found = measure(a.rows, a.side, a.rounds, a.method)

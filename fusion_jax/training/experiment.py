@@ -87,26 +87,33 @@ def check_workdir(workdir: Path, source: Path, settings: Settings) -> None:
     if jax.process_index() != 0 or settings.overwrite:
         return
     record, copy = workdir / "run.json", workdir / "experiment.py"
-    identity = settings.identity()
-    advice = "give another --workdir, or --overwrite to start anew"
     if record.exists():
-        before = settings.recorded(json.loads(record.read_text())["settings"])
-        other = [
-            f"{name} was {before.get(name)!r}, now {identity.get(name)!r}"
-            for name in sorted(before.keys() | identity.keys())
-            if before.get(name) != identity.get(name)
-        ]
-        if other:
-            raise UserError(f"{workdir} holds another run ({'; '.join(other)}): {advice}")
+        check_settings(workdir, settings)
         old, new = copy.read_text().splitlines(), source.read_text().splitlines()
         changed = [line for line in difflib.unified_diff(old, new, n=0) if line[:1] in "+-"][2:]
         if changed:
             raise UserError(
                 f"{source} differs from the copy in {workdir} by {len(changed)} lines, the first "
-                f"{changed[0]!r}: {advice}, or copy it over {copy} to go on with the new code"
+                f"{changed[0]!r}: {ADVICE}, or copy it over {copy} to go on with the new code"
             )
     elif workdir.exists() and any(workdir.iterdir()):
-        raise UserError(f"{workdir} is not empty and holds no run: {advice}")
+        raise UserError(f"{workdir} is not empty and holds no run: {ADVICE}")
+
+
+ADVICE = "give another --workdir, or --overwrite to start anew"
+
+
+def check_settings(workdir: Path, settings: Settings) -> None:
+    """Raises UserError if the run that is there has other settings; says which."""
+    identity = settings.identity()
+    before = settings.recorded(json.loads((workdir / "run.json").read_text())["settings"])
+    other = [
+        f"{name} was {before.get(name)!r}, now {identity.get(name)!r}"
+        for name in sorted(before.keys() | identity.keys())
+        if before.get(name) != identity.get(name)
+    ]
+    if other:
+        raise UserError(f"{workdir} holds another run ({'; '.join(other)}): {ADVICE}")
 
 
 @contextlib.contextmanager
@@ -155,7 +162,9 @@ def reopen(workdir: Path) -> tuple[ModuleType, Settings]:
     """
     record = workdir / "run.json"
     if not record.exists():
-        raise UserError(f"{workdir} holds no run (no run.json): train first, or check --workdir")
+        seeds = sorted(each.parent.name for each in workdir.glob("seed-*/run.json"))
+        advice = f"give one of its seeds, {workdir / seeds[0]}" if seeds else "train first"
+        raise UserError(f"{workdir} holds no run (no run.json): {advice}, or check --workdir")
     module = load_file(workdir / "experiment.py")
     content = json.loads(record.read_text())
     saved = content["settings"]

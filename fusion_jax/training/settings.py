@@ -42,7 +42,7 @@ class Settings:
     overwrite: bool = runtime(False)
     """Delete what the workdir holds and start anew."""
     seeds: int = runtime(1)
-    """Train so many seeds, from --seed on, and print mean and spread."""
+    """Train so many seeds, from --seed on, each in a folder seed-N, and print mean and spread."""
     together: bool = runtime(False)
     """Step all of those seeds at once, in one program, if memory allows. It is not the default: all
     seeds' data and params are held at once, and numbers are those of a seed alone only up to

@@ -31,12 +31,14 @@ def test_figures_are_kept_and_replaced_one_by_one(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "quick_benchmark.py").write_text(SOURCE)
     (tmp_path / "broken_benchmark.py").write_text(
-        "def rows():\n    raise RuntimeError('no peer')\n"
+        SOURCE + "\n\nwhole = rows\n\n"
+        "def rows():\n    yield next(whole())\n    raise RuntimeError('no peer')\n"
     )
     output = tmp_path / "out"
     modules = {"quick": ("quick_benchmark", {}), "broken": ("broken_benchmark", {})}
     found = benchmarks.run(modules, output)
-    assert found["broken"] == {"failed": "RuntimeError: no peer"}
+    assert found["broken"]["failed"] == "RuntimeError: no peer"
+    assert len(found["broken"]["rows"]) == 1  # what was measured before stays
     written = (output / "benchmarks.md").read_text()
     assert "| quick: decode" in written and "3.00 |" in written and "0.50 |" in written
     assert "- broken failed: RuntimeError: no peer" in written

@@ -1,5 +1,7 @@
 """What is stated is found where it stands, and a number outside its spread is a failure."""
 
+import json
+
 import pytest
 
 from experiments import reproduce
@@ -70,3 +72,23 @@ def test_bad_names_and_commands_that_fail_are_told(tmp_path, monkeypatch):
     monkeypatch.setattr(reproduce, "CLAIMS", {"broken": broken})
     with pytest.raises(UserError, match="exited 1"):
         reproduce.reproduce(workdir=tmp_path / "runs")
+
+
+def test_pairs_are_read_as_their_table_is_made(tmp_path):
+    """The step that a criterion likes best; "its statistics" is the floor by other statistics."""
+    steps = [
+        {"source": 0.5, "infomax": 2.0, "oracle": 0.25, "own statistics": 0.125},
+        {"source": 0.75, "infomax": 1.0, "oracle": 0.5, "own statistics": 0.375},
+    ]
+    lines = [
+        {"key": json.dumps({"method": method, "seed": seed}), "history": steps}
+        for method in ("source-only", "cdan")
+        for seed in (0, 0, 1)
+    ]
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert reproduce.of_pairs(tmp_path, "cdan", "accuracy") == [0.5, 0.5]
+    assert reproduce.of_pairs(tmp_path, "source-only", "by InfoMax") == [0.25, 0.25]
+    assert reproduce.of_pairs(tmp_path, "its statistics", "accuracy") == [0.375, 0.375]
+    stated = reproduce.CLAIMS["domain_shift_pairs"].stated()
+    rows = {row for _, row, _ in stated}
+    assert {"source-only", "its statistics", "target-supervised"} <= rows

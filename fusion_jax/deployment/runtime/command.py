@@ -27,15 +27,20 @@ def main(
     arguments: list[str],
     program: str = "serve.py",
     stand: Callable[[Limits, Count], Any] | None = None,
+    more: str | None = None,
 ) -> int:
     """Serves until it is told to stop; returns the exit status.
 
     Args:
         arguments: of the command line.
         stand: makes a host of something else than a folder, which is then not asked for.
+        more: what else `--help` says.
     """
     parser = argparse.ArgumentParser(
-        program, description="Serves an exported model over HTTP.", allow_abbrev=False
+        program,
+        description="Serves an exported model over HTTP.",
+        epilog=more,
+        allow_abbrev=False,
     )
     number = functools.partial(parser.add_argument, type=float)
     if stand is None:
