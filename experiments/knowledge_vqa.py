@@ -22,7 +22,6 @@ Of 476 test questions of seed 0 (244 pictures, 86 kinds), looking Y up in the li
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -216,11 +215,9 @@ class Answerer:
         asked = f"Is this a kind of {world.graph.label(kinds_named[-1])}?"
         text = seen.said(entities) + asked
         yield from self.assistant.answer(text, {"image": files}, **settings)
-        relation = world.graph.relation(world.relations[0])
         for entity in entities:
             chains = seen.chains(entity).values()
-            steps = dict.fromkeys(step for chain in chains for step in pairwise(chain))
-            facts = tuple((head, relation, tail) for head, tail in steps)
+            facts = tuple(dict.fromkeys(fact for chain in chains for fact in world.steps(chain)))
             yield "\n" + "".join(explain(world, facts, entity, kinds_named[-1])).rstrip()
         for what, less, shown in (("these facts", asked, files), ("the picture", text, ())):
             if less != text or not shown:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -52,13 +53,17 @@ class World:
     ) -> "World":
         """`ask` makes the questions, given what is directly a kind of what.
 
-        The relations of the graph that a rule speaks of are those that make an is_a.
+        What makes an is_a are the relations of the graph from which rules conclude one.
 
         Raises:
             UserError: there is none.
         """
-        named = {atom.relation for rule in program for atom in rule.body}
-        relations = tuple(name for name in graph.relations if name in named)
+        leading, found = set(), {"is_a"}
+        while not found <= leading:
+            leading |= found
+            used = [rule for rule in program if rule.head and rule.head.relation in leading]
+            found = {atom.relation for rule in used for atom in rule.body}
+        relations = tuple(name for name in graph.relations if name in leading)
         if not relations:
             raise UserError(
                 f"no rule speaks of a relation of the graph ({', '.join(graph.relations)}): write "
@@ -76,21 +81,29 @@ class World:
         none. true: both chains whole. cut: both without the fact that reaches the kind. wrong:
         the thing's own fact leads to a false parent, half the time that of the other thing here.
         """
-        own, other = task.chains
         if condition == "none":
             return ()
+        own, other = map(self.steps, task.chains)
         if condition == "cut":
             own, other = own[:-1], other[:-1]
         if condition == "wrong":
             stray = other
             if rng.random() < 0.5:
                 strangers = self.tasks["train"][:STRANGERS]
-                stray = strangers[int(rng.integers(len(strangers)))].chains[0]
-            own = (own[0], *stray[1:])
-        relation = self.graph.relation(self.relations[0])
-        pairs = [pair for each in (own, other) for pair in pairwise(each)]
-        facts = [(head, relation, tail) for head, tail in pairs]
+                stray = self.steps(strangers[int(rng.integers(len(strangers)))].chains[0])
+            own = tuple((task.thing, *fact[1:]) for fact in stray[:1]) + stray[1:]
+        facts = own + other
         return tuple(facts[i] for i in rng.permutation(len(facts)))
+
+    def steps(self, chain: Sequence[int]) -> Facts:
+        """The facts of a chain, each with the relation that it has in the graph."""
+        return tuple((head, self._relation_of[head, tail], tail) for head, tail in pairwise(chain))
+
+    @cached_property
+    def _relation_of(self) -> dict[tuple[int, int], int]:
+        numbers = [self.graph.relation(name) for name in self.relations]
+        kept = self.graph.triples[np.isin(self.graph.triples[:, 1], numbers)]
+        return {(head, tail): relation for head, relation, tail in kept[::-1].tolist()}
 
     def closure(self, facts: Facts) -> Closure:
         """What follows from some facts."""

@@ -8,13 +8,16 @@ from fusion_jax.knowledge import graph, kinds, questions, rules
 from fusion_jax.knowledge.questions import World
 
 NAMES = ["robin", "thrush", "bird", "trout", "salmonid", "fish", "bolt", "screw", "fastener"]
-FACTS = [(0, 0, 1), (1, 0, 2), (3, 0, 4), (4, 0, 5), (6, 0, 7), (7, 0, 8), (6, 1, 2)]
-GRAPH = graph.make(np.array(FACTS), NAMES, ["hypernym", "part_of"])
+FACTS = [(0, 0, 1), (1, 2, 2), (3, 0, 4), (4, 2, 5), (6, 0, 7), (7, 0, 8), (6, 1, 2)]
+GRAPH = graph.make(np.array(FACTS), NAMES, ["hypernym", "part_of", "sort_of"])
 PROGRAM = rules.parse_all(
     """
     is_a(?x, ?y) <= hypernym(?x, ?y)
+    is_a(?x, ?y) <= sort_of(?x, ?y)
     is_a(?x, ?y) <= unknown(?x, ?y)
     is_a(?x, ?z) <= is_a(?x, ?y), is_a(?y, ?z)
+    never <= part_of(?x, ?y), is_a(?x, ?y)
+    is_in(?x, ?y) <= part_of(?x, ?y)
     """
 )
 QUARTETS = {
@@ -38,6 +41,14 @@ def test_all_four_questions_get_the_same_facts_and_cut_ones_never_name_the_kind(
         assert found(task, "none")[0] == set()
     assert [task.answer for task in WORLD.tasks["test"]] == [True, False, True, False]
     assert WORLD.tasks["test"][2].chains == ((3, 4, 5), (0, 1, 2))
+
+
+def test_kinds_are_what_rules_conclude_and_each_fact_has_its_own_relation():
+    assert WORLD.relations == ("hypernym", "sort_of")
+    assert WORLD.up[6] == (7,)
+    assert set(found(RIGHT, "true")[1]) == {tuple(fact) for fact in FACTS[:4]}
+    wrong = {WORLD.facts(RIGHT, "wrong", np.random.default_rng(seed)) for seed in range(20)}
+    assert set().union(*wrong) == {*map(tuple, (*FACTS[2:4], FACTS[5])), (0, 0, 4), (0, 0, 7)}
 
 
 def test_wrong_facts_lead_the_thing_to_a_false_parent():
@@ -77,14 +88,14 @@ def test_meanings_are_those_nearest_to_each_other():
 
 def test_a_graph_without_a_rule_is_told():
     with pytest.raises(UserError, match=r"no rule speaks of a relation of the graph \(hypernym"):
-        World.of(GRAPH, rules.parse_all("is_a(?x, ?y) <= sort_of(?x, ?y)"), lambda up: {})
+        World.of(GRAPH, rules.parse_all("never <= part_of(?x, ?y), part_of(?y, ?x)"), lambda up: {})
 
 
 def asked(path, *rows):
     """Questions of one's own: (thing, kind, answer, split)."""
     keys = ("thing", "kind", "answer", "split")
     path.write_text("".join(json.dumps(dict(zip(keys, row, strict=True))) + "\n" for row in rows))
-    up = kinds.parents(GRAPH, ["hypernym"])
+    up = kinds.parents(GRAPH, ["hypernym", "sort_of"])
     tasks = questions.read_tasks(path, GRAPH, up, 2, ("train", "test"))
     return {
         split: [tuple([NAMES[e] for e in chain] for chain in task.chains) for task in found]
