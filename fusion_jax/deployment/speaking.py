@@ -7,7 +7,7 @@ model; it cannot tell how likely another answer was.
 import dataclasses
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -43,6 +43,19 @@ class Spoken(Writing):
         return "".join(self.pieces[index] for index in ids)
 
 
+@dataclasses.dataclass(frozen=True)
+class File:
+    """In the place of a `media.Reader`: what answers reads files itself, if they are no bombs."""
+
+    spec: Mapping[str, Any]
+
+    def __call__(self, content: bytes) -> bytes:
+        return checked(content) if self.spec["kind"] == "image" else content
+
+    def check(self, item: np.ndarray) -> np.ndarray:
+        raise BadInput("this model reads encoded files: send BYTES")
+
+
 class Speaker(Generator):
     """In the place of a generator: its words come from `answers`."""
 
@@ -52,8 +65,7 @@ class Speaker(Generator):
         readers = getattr(getattr(answers, "assistant", answers), "readers", {})
         self.answers, self.rows, self.context = answers, 1, 2048
         self.inputs = {name: {"kind": name} for name in readers}
-        # Files are read by what answers, once they are known to be no bombs.
-        self.readers = {name: checked if name == "image" else bytes for name in readers}
+        self.readers = {name: File(spec) for name, spec in self.inputs.items()}
 
     def writing(
         self, messages: Sequence[dict[str, Any]], max_tokens: int | None = None, **how: Any
@@ -91,7 +103,7 @@ class Described:
 
     @property
     def manifest(self) -> dict[str, Any]:
-        about = {"name": self.name, "version": self.version, "inputs": {}}
+        about = {"name": self.name, "version": self.version}
         return about | {"kind": "generate", "turns": False}
 
     @property

@@ -76,6 +76,19 @@ def test_pictures_are_measured_before_they_are_decoded(client):
         assert answer.status_code == status and message in answer.json()["error"]["message"]
 
 
+def test_the_inference_protocol_takes_pictures_too(client):
+    prompt = {"name": "prompt", "shape": [1], "datatype": "BYTES", "data": ["Is a whale one?"]}
+    picture = {"name": "image", "shape": [1], "datatype": "BYTES"}
+    picture["data"] = [base64.b64encode(blank(3, 2)).decode()]
+    url = "/v2/models/knows"
+    assert [each["name"] for each in client.get(url).json()["inputs"]] == ["prompt", "image"]
+    answer = client.post(f"{url}/infer", json={"inputs": [prompt, picture]}).json()
+    assert answer["outputs"][0]["data"][0].endswith("  (3, 2)\n")
+    numbers = picture | {"datatype": "FP32", "data": [0.5]}
+    refused = client.post(f"{url}/infer", json={"inputs": [prompt, numbers]})
+    assert refused.status_code == 400 and "send BYTES" in refused.json()["error"]
+
+
 def test_it_tells_what_it_cannot(client):
     asked = {"model": "knows", "messages": [{"role": "user", "content": "Hello?"}]}
     refused = client.post("/v1/chat/completions", json=asked)

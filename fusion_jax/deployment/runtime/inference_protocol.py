@@ -266,7 +266,7 @@ def metadata(manifest: Mapping[str, Any], model: Predictor | Generator) -> dict[
         return {"name": name, "datatype": datatype, "shape": list(shape)}
 
     about = {"name": manifest["name"], "versions": [manifest["version"]], "platform": "jax_export"}
-    inputs, media = [], manifest["inputs"]
+    inputs, media = [], model.inputs
     if isinstance(model, Generator):
         inputs = [tensor("prompt", "BYTES", -1), *(tensor(name, "BYTES", -1) for name in media)]
         return about | {"inputs": inputs, "outputs": [tensor("text", "BYTES", -1)]}
