@@ -143,6 +143,7 @@ def _speak(speaker: Speaker, line: Line, count: Count) -> None:
                     spoken.written.append(len(spoken.pieces) - 1)
                     job.tell("tokens", spoken.written[-1:])
                     count("tokens", 1)
+                    line.prune()
                 spoken.finish = STOP
                 outcome = ("done", spoken)
                 if job.late:

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import os
+import queue
 import shutil
 import signal
 import socket
@@ -23,11 +24,11 @@ import uvicorn
 from PIL import Image
 
 from fusion_jax.deployment import export
-from fusion_jax.deployment.runtime import exchange, inference_protocol
+from fusion_jax.deployment.runtime import exchange, inference_protocol, workers
 from fusion_jax.deployment.runtime.artifact import Artifact, BadInput
 from fusion_jax.deployment.runtime.chat_protocol import ChatRequest
 from fusion_jax.deployment.runtime.conversation import TextOf
-from fusion_jax.deployment.runtime.generation import Generator
+from fusion_jax.deployment.runtime.generation import Generator, Writing
 from fusion_jax.deployment.runtime.host import Host, Limits, Served
 from fusion_jax.deployment.runtime.metrics import Metrics
 from fusion_jax.deployment.runtime.server import Server
@@ -323,6 +324,35 @@ def test_a_request_of_many_prompts_is_taken_whole_or_not_at_all(client):
     with pytest.raises(BadInput, match="wait already"):
         line.put(*(Job(None, print, time.monotonic() + 9) for _ in range(2)))
     assert len(line) == 3
+
+
+def test_who_waits_for_a_row_hears_of_the_deadline_and_who_left_takes_no_place():
+    """The only row is written all the while."""
+
+    def nothing(*_):
+        pass
+
+    def job(seconds, tell=nothing):
+        return Job(Writing([], np.zeros((0, 0)), 9), tell, time.monotonic() + seconds)
+
+    endless = types.SimpleNamespace(rows=1, step=lambda: time.sleep(0.01))
+    endless.join = endless.leave = nothing
+    line, told, first, left = Line(1), queue.Queue(), job(100), job(100)
+    line.put(first)
+    thread = threading.Thread(target=workers.write(endless, nothing), args=(line,), daemon=True)
+    thread.start()
+    while len(line):
+        time.sleep(0.01)
+    line.put(left, job(0.05, lambda *what: told.put(what)))
+    kind, error = told.get(timeout=30)
+    assert kind == "error" and error.status == 504 and len(line) == 1
+    first.cancelled = left.cancelled = True
+    line.close()
+    thread.join(30)
+    assert not thread.is_alive()
+    line = Line(1)
+    line.put(left)
+    line.put(job(100))
 
 
 def test_an_exchanged_artifact_is_picked_up_without_a_failed_request(

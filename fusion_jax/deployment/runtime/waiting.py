@@ -69,6 +69,7 @@ class Line:
     def _check(self, deadline: float, size: int) -> None:
         if self._closed:
             raise BadInput("this server is shutting down: ask another", 503)
+        self.prune()
         if len(self._jobs) >= self.limit:
             raise BadInput(f"{self.limit} requests wait already: try again later", 429)
         ahead = self._working + sum(each.size for each in self._jobs)
@@ -99,17 +100,23 @@ class Line:
         with self._changed:
             if not self._jobs and wait != 0 and not self._closed:
                 self._changed.wait(wait)
+            self.prune()
             while self._jobs and (not taken or self._jobs[0].size <= size):
-                job = self._jobs.popleft()
-                if job.cancelled:
-                    continue
-                if job.late:
-                    job.tell("error", BadInput("the deadline passed while the request waited", 504))
-                    continue
-                taken.append(job)
-                size -= job.size
+                taken.append(self._jobs.popleft())
+                size -= taken[-1].size
             self._working += sum(job.size for job in taken)
             return None if self._closed and not taken and not self._jobs else taken
+
+    def prune(self) -> None:
+        """Drops the jobs that nobody wants any more, and tells those whose deadline has passed."""
+        with self._changed:
+            wanted = collections.deque()
+            for job in self._jobs:
+                if job.late and not job.cancelled:
+                    job.tell("error", BadInput("the deadline passed while the request waited", 504))
+                elif not job.cancelled:
+                    wanted.append(job)
+            self._jobs = wanted
 
     def done(self, job: Job) -> None:
         """A job that was taken is finished, `job.cost` tells what it took."""

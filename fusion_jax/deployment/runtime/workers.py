@@ -59,6 +59,7 @@ def write(generator: Generator, count: Count) -> Any:
             job.tell(kind, value)
 
         while True:
+            line.prune()
             room = generator.rows - len(jobs)
             arrived = line.take(room, None if not jobs else 0) if room else []
             if arrived is None and not jobs:
