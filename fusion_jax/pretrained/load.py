@@ -231,7 +231,10 @@ class Described(NamedTuple):
 def open_folder(folder: Path, part: str | None, how: Computing) -> Described:
     """A folder with config.json and *.safetensors; `how` its model is computed."""
     config = read_config(folder)
-    about = config, read_tokenizer(folder), read_chat_template(folder)
+    tokenizer, pad = read_tokenizer(folder)
+    if pad is not None and config.get("model_type") in contrastive.READ_PADDING:
+        config = config | {"pad_token_id": pad}
+    about = config, tokenizer, read_chat_template(folder)
     family, *shaped = describe(config, part, folder / "config.json", how)
     tensors = Shards(folder, family.prefix, family.older)
     return Described(tensors, *shaped, family, *about)
@@ -285,14 +288,18 @@ def read_chat_template(folder: Path) -> str | None:
     """The chat template of a checkpoint folder, from either place where it may be."""
     if (folder / "chat_template.jinja").exists():
         return (folder / "chat_template.jinja").read_text()
-    try:
-        settings = json.loads((folder / "tokenizer_config.json").read_text())
-    except (OSError, ValueError):
-        return None
-    template = settings.get("chat_template") if isinstance(settings, dict) else None
+    template = _read_tokenizer_config(folder).get("chat_template")
     if isinstance(template, list):  # several by name
         template = {each["name"]: each["template"] for each in template}.get("default")
     return template
+
+
+def _read_tokenizer_config(folder: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return settings if isinstance(settings, dict) else {}
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -319,17 +326,24 @@ def _read_object(file: Path) -> dict[str, Any]:
     return found
 
 
-def read_tokenizer(folder: Path) -> Tokenizer | None:
-    """tokenizer.json of a checkpoint folder, without its padding (batches are padded later)."""
+def read_tokenizer(folder: Path) -> tuple[Tokenizer | None, int | None]:
+    """tokenizer.json of a checkpoint folder, and the id that it pads with, where it has these.
+
+    It neither pads nor cuts: that is done later, batch by batch.
+    """
     path = folder / "tokenizer.json"
     if not path.exists():
-        return None
+        return None, None
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception
         raise UserError(f"{path} is not a tokenizer: {error}") from error
+    settings = [_read_tokenizer_config(folder), tokenizer.padding or {}]
+    named = next((each["pad_token"] for each in settings if each.get("pad_token")), None)
+    named = named.get("content") if isinstance(named, dict) else named
     tokenizer.no_padding()
-    return tokenizer
+    tokenizer.no_truncation()
+    return tokenizer, tokenizer.token_to_id(named) if isinstance(named, str) else None
 
 
 def family_of(config: Mapping[str, Any], part: str | None = None) -> Family:

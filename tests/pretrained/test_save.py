@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from fusion_jax.errors import UserError
@@ -145,6 +146,25 @@ def test_all_tokens_that_end_an_answer_are_known(folder):
     file.write_text("[")
     with pytest.raises(UserError, match=r"no readable generation_config\.json"):
         read_config(folder)
+
+
+@pytest.mark.parametrize(
+    ("stored", "named", "id"),
+    [(None, {"content": "</s>"}, 1), ("<pad>", "</s>", 1), ("<pad>", None, 0), (None, None, 5)],
+)
+def test_siglip_texts_are_filled_up_as_the_tokenizer_does(tmp_path, stored, named, id):
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "owl": 2}, unk_token="</s>"))
+    words.enable_truncation(1)
+    if stored:
+        words.enable_padding(pad_token=stored, length=4)
+    words.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"pad_token": named}))
+    config = {"model_type": "siglip", "text_config": {"pad_token_id": 5}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({"logit_scale": np.zeros(1)}, tmp_path / "model.safetensors")
+    opened = loading.open_folder(tmp_path, "text", loading.Computing())
+    assert opened.module.padding == id
+    assert opened.tokenizer.padding is None and opened.tokenizer.truncation is None
 
 
 def test_a_missing_shard_is_told(folder):

@@ -23,6 +23,8 @@ SIGLIP = {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
 TEXT = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}
 TEXT |= {"num_hidden_layers": 12, "vocab_size": 49_408, "max_position_embeddings": 77}
 SIGLIP_TEXT = {"vocab_size": 32_000, "max_position_embeddings": 64, "pad_token_id": 1}
+READ_PADDING = ("siglip", "siglip2")
+"""Whose texts are filled up with what their tokenizer pads with: </s> in SigLIP, <pad> in 2."""
 
 
 def _is_clip(config: Mapping) -> bool:
@@ -96,7 +98,7 @@ def build_text(config: Mapping) -> tower.TextTower:
         final_norm=parts["norm"],
         head=head,
         causal=clip,
-        padding=None if clip else text["pad_token_id"],
+        padding=None if clip else config.get("pad_token_id", text["pad_token_id"]),
     )
 
 
