@@ -203,8 +203,8 @@ class Chains:
     def of(cls, writer: Writer, tasks: Sequence[Task], count: int, seed: int) -> "Chains":
         fours = []
         for task in tasks:
-            (thing, between, *_, kind), (*_, other) = task.chains
             if len(task.chains[0]) > 2:
+                (thing, between, *_, kind), (*_, other) = task.chains
                 pairs = ((thing, between), (between, kind), (thing, kind), (thing, other))
                 fours.append([dataclasses.replace(task, thing=a, kind=b) for a, b in pairs])
         fours = [four for four in fours if all(map(writer.fits, four))]

@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from tokenizers.models import WordLevel
 
 from experiments import knowledge_qa, knowledge_qa_table
 from fusion_jax.__main__ import main
+from fusion_jax.errors import UserError
+from fusion_jax.knowledge.questions import Task
 from fusion_jax.pretrained.checkpoint import shapes_of
 from fusion_jax.pretrained.load import family_of
 from fusion_jax.pretrained.save import save
@@ -137,6 +140,16 @@ def test_malformed_questions_name_file_and_line(world, tmp_path, capsys):
     path.write_text(good.replace('"test"', '"train"'))
     assert main(["train", "experiments/knowledge_qa.py", *command, "--overwrite"]) == 2
     assert "no question of the split test" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_rule_loss_takes_chains_of_two_facts():
+    writer = SimpleNamespace(fits=lambda task: True)
+    alone, one = (Task(0, 1, True, (own, (3, 4, 5))) for own in ((0,), (0, 1)))
+    two = Task(0, 2, True, ((0, 1, 2), (3, 4)))
+    (four,) = knowledge_qa.Chains.of(writer, [alone, one, two], 1, 0).fours
+    assert [(task.thing, task.kind) for task in four] == [(0, 1), (1, 2), (0, 2), (0, 4)]
+    with pytest.raises(UserError, match="chains of two facts"):
+        knowledge_qa.Chains.of(writer, [alone, one], 1, 0)
 
 
 def test_the_table_has_a_column_for_each_variant_that_all_seeds_have(capsys):
