@@ -186,6 +186,11 @@ def methods_of(s: Settings) -> list[str]:
             f"{wrong} adapt to the target's pictures, which --unseen hides: give one of "
             f"{GENERALISING + ADVERSARIAL}, or leave --unseen out"
         )
+    if s.unseen and s.select != "source":
+        raise UserError(
+            f"--select {s.select} looks at the target's pictures, which --unseen hides: leave one "
+            "of the two out"
+        )
     several = GENERALISING + (ADVERSARIAL if s.unseen else ())
     single = [name for name in s.method if name in several and len(s.source) < 2]
     if single:

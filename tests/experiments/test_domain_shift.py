@@ -207,6 +207,8 @@ def test_what_does_not_fit_is_told(drawn, tmp_path, capsys):
     pencil = str(drawn / "pencil")
     assert "learn from the differences of several" in told("--source", pencil, "--method", "irm")
     assert "['cdan'] learn from the differences" in told("--source", pencil, "--unseen")
+    seeing = ("--unseen", "--method", "dann", "--select", "infomax")
+    assert "--select infomax looks at the target's" in told("--source", pencil, *seeing)
     assert "both a source and the target" in told("--source", str(drawn / "chalk"))
     assert "'night'] ... tell no categories" in told("--source", pencil, "--method", "rules")
     assert "has no train examples" in told("--source", pencil, "--most", "0")
