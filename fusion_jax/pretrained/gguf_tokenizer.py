@@ -37,6 +37,8 @@ SPLITS = {  # how text is cut before merging, by tokenizer.ggml.pre; None: as GP
     "deepseek-r1-qwen": QWEN2,
     "tekken": TEKKEN,
 }
+WHOLE = ("llama3", "llama-v3", "llama-bpe", "tekken")
+"""Where a word that is a token is not merged from parts, and, unless said, a text has a start."""
 
 
 def read_tokenizer(metadata: Mapping[str, Any], source: Path) -> Tokenizer:
@@ -69,7 +71,8 @@ def _read(metadata: Mapping[str, Any]) -> Tokenizer:
     tokenizer.add_special_tokens([_added(token, True) for token, is_a in added if is_a == CONTROL])
     tokenizer.add_tokens([_added(token, False) for token, is_a in added if is_a == USER_DEFINED])
     first = []
-    if metadata.get("tokenizer.ggml.add_bos_token", kind == "llama"):
+    begins = kind == "llama" or metadata.get("tokenizer.ggml.pre") in WHOLE
+    if metadata.get("tokenizer.ggml.add_bos_token", begins):
         first = [_token(metadata, "bos")]
     if first:
         template = [*first, "$A"]
@@ -97,7 +100,7 @@ def _byte_level(metadata: Mapping[str, Any]) -> Tokenizer:
     merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", [])]
     if lone := [merge for merge in merges if len(merge) == 1]:
         raise UserError(f"{lone[0][0]!r} is among the merges: expected two tokens and a space")
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges))
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre in WHOLE))
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=SPLITS[pre] is None)
     steps = [byte_level]
     if pre == "smollm":

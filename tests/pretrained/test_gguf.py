@@ -2,6 +2,7 @@
 
 import contextlib
 import struct
+from pathlib import Path
 
 import gguf
 import jax
@@ -14,6 +15,7 @@ from fusion_jax.errors import UserError
 from fusion_jax.language.chat import Chat
 from fusion_jax.pretrained.fetch import fetch
 from fusion_jax.pretrained.gguf import GGUF
+from fusion_jax.pretrained.gguf_tokenizer import read_tokenizer
 from fusion_jax.pretrained.load import load
 
 KINDS = [kind for kind in gguf.quants._type_traits if kind.name not in ("F32", "F16")]
@@ -227,6 +229,27 @@ AS_LLAMA = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.bos_token_id": 1}
 def test_what_is_said_wrong_is_told_with_the_file(described, metadata, told):
     with pytest.raises(UserError, match=rf"a\.gguf.*{told}"):
         load(described(metadata))
+
+
+@pytest.mark.parametrize(
+    ("pre", "told", "tokens"),
+    [
+        ("llama-bpe", {}, ["<s>", "the"]),
+        ("llama3", {"tokenizer.ggml.add_bos_token": False}, ["the"]),
+        ("tekken", {}, ["<s>", "the"]),
+        ("qwen2", {}, ["th", "e"]),
+    ],
+)
+def test_a_word_that_is_a_token_and_the_start_are_as_llama_cpp_has_them(pre, told, tokens):
+    metadata = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": ["<s>", "t", "h", "e", "th", "the"],
+        "tokenizer.ggml.merges": ["t h"],
+        "tokenizer.ggml.bos_token_id": 0,
+    }
+    found = read_tokenizer(metadata | told, Path("a.gguf"))
+    assert found.encode("the").tokens == tokens
 
 
 def test_all_tokens_that_end_an_answer_are_known(described):
