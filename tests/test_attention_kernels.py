@@ -168,11 +168,12 @@ def test_the_kernel_of_gpus_is_not_looked_for_elsewhere():
         ({"mesh": "data=-1,tensor=4"}, dense_attend),
         ({"mesh": "tensor=-1"}, dense_attend),
         ({"together": True}, dense_attend),
-        ({"together": True, "attention": "cudnn"}, cudnn),
     ],
 )
 def test_auto_leaves_out_what_jax_cannot_batch_or_split(settings, expected):
     assert kernel_of(Settings(**settings)) is expected
+    with pytest.raises(UserError, match="a seed at a time"):
+        kernel_of(Settings(together=True, attention="cudnn"))
 
 
 def test_a_kernel_within_a_with(monkeypatch):

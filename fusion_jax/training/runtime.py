@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from fusion_jax import attention, attention_kernels
+from fusion_jax.errors import UserError
 from fusion_jax.paths import cache_dir
 from fusion_jax.pretrained import load
 from fusion_jax.pretrained.checkpoint import Place, put
@@ -38,11 +39,17 @@ def compute_as(settings: Settings, place: Place = put) -> None:
 
 def kernel_of(settings: Settings) -> attention.Attend:
     """What computes attention. Under auto, cuDNN's is left out where JAX has no rule for it: under
-    `--together`'s vmap, and with heads split over `tensor`, which it may not divide."""
+    `--together`'s vmap, and with heads split over `tensor`, which may not divide them.
+
+    Raises:
+        UserError: cudnn for seeds that are trained together.
+    """
     if settings.attention == "auto" and (
         settings.together or re.search(r"\btensor=(?!1\b)", settings.mesh)
     ):
         return attention.dense_attend
+    if settings.attention == "cudnn" and settings.together:
+        raise UserError("cuDNN's attention computes a seed at a time: leave --together out")
     return KERNELS[settings.attention]
 
 
