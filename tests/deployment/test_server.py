@@ -24,7 +24,7 @@ import uvicorn
 from PIL import Image
 
 from fusion_jax.deployment import export
-from fusion_jax.deployment.runtime import exchange, inference_protocol, workers
+from fusion_jax.deployment.runtime import command, exchange, inference_protocol, workers
 from fusion_jax.deployment.runtime.artifact import Artifact, BadInput
 from fusion_jax.deployment.runtime.chat_protocol import ChatRequest
 from fusion_jax.deployment.runtime.conversation import TextOf
@@ -248,6 +248,20 @@ def test_strings_as_bytes_are_counted_before_they_are_kept():
         request = inference_protocol.InferRequest(inputs=[sent])
         with pytest.raises(BadInput, match="breaks off"):
             inference_protocol.arrays(request, broken)
+
+
+def test_sizes_beyond_all_numbers_are_refused():
+    for shape in ((0, 10**30), (0, 2**40, 2**40), (2, 10**30)):
+        request = inference_protocol.InferRequest(inputs=[tensor(shape=shape, data=())])
+        with pytest.raises(BadInput, match="0 values for the shape"):
+            inference_protocol.arrays(request, b"")
+
+
+@pytest.mark.parametrize("name", ["rows", "queue", "context"])
+def test_a_server_of_nothing_is_refused(name, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        command.main([f"--{name}", "0"], stand=lambda *_: pytest.fail("it was started"))
+    assert f"--{name} 0: give 1 or more" in capsys.readouterr().err
 
 
 def metric(client, name):

@@ -61,6 +61,9 @@ def main(
     parser.add_argument("--page", action="store_true", help="a page to talk to the model at /")
     number("--look-seconds", default=1, help="between two looks for a new artifact")
     chosen = parser.parse_args(arguments)
+    for name in ("rows", "queue", "context"):
+        if getattr(chosen, name) < 1:
+            parser.error(f"--{name} {getattr(chosen, name)}: give 1 or more")
     logging.basicConfig(level=logging.INFO, format="%(levelname)s:     %(message)s")
     metrics = Metrics()
     logging.getLogger("jax").setLevel(logging.WARNING)

@@ -6,7 +6,6 @@ https://github.com/kserve/open-inference-protocol and Triton's extension for bin
 import base64
 import binascii
 import json
-import math
 import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -89,9 +88,11 @@ def arrays(request: InferRequest, binary: bytes) -> dict[str, np.ndarray]:
             values, binary = _from_bytes(tensor, binary[:size]), binary[size:]
         else:
             values = _from_json(tensor)
-        if values.size != math.prod(shape):
-            raise BadInput(f"input {name}: {values.size} values for the shape {list(shape)}")
-        found[name] = values.reshape(shape)
+        try:
+            found[name] = values.reshape(shape)
+        except (ValueError, OverflowError) as error:  # also sizes that NumPy does not know
+            told = f"input {name}: {values.size} values for the shape {list(shape)}"
+            raise BadInput(told) from error
     if binary:
         raise BadInput(f"{len(binary)} bytes are left over after the inputs")
     return found
