@@ -18,8 +18,16 @@ import numpy as np
 from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from fusion_jax.compression.quantization import Compress, Params, dense, is_table, kernels
+from fusion_jax.compression.quantization import (
+    Compress,
+    Params,
+    dense,
+    is_compressed,
+    is_table,
+    kernels,
+)
 from fusion_jax.compression.running import running
+from fusion_jax.errors import UserError
 
 Objective = Callable[[Params, Any, jax.Array], tuple[jax.Array, Any]]
 
@@ -60,7 +68,11 @@ def inputs_of(objective: Objective, params: Params, batches: Iterable[Any]) -> d
     Args:
         objective: (params, batch, rng) -> (loss, metrics).
         params: arrays throughout.
+
+    Raises:
+        UserError: a kernel that is compressed already.
     """
+    _check_whole(params)
     found: dict[str, Inputs] = {}
 
     def watched(path: str, kernel: jax.Array) -> _Watched:
@@ -83,7 +95,12 @@ def inputs_of(objective: Objective, params: Params, batches: Iterable[Any]) -> d
 def sensitivity(
     objective: Objective, params: Params, batches: Iterable[Any], compress: Compress
 ) -> dict[str, float]:
-    """{path: how much the mean loss rises when that kernel alone is compressed}, dropout off."""
+    """{path: how much the mean loss rises when that kernel alone is compressed}, dropout off.
+
+    Raises:
+        UserError: a kernel that is compressed already.
+    """
+    _check_whole(params)
     batches, flat = list(batches), flatten_dict(params, sep="/")
     loss = jax.jit(without_dropout(objective))
     before = _mean(loss, params, batches)
@@ -93,6 +110,15 @@ def sensitivity(
         return _mean(loss, tree, batches) - before
 
     return {path: rise(path, kernel) for path, kernel in kernels(params).items()}
+
+
+def _check_whole(params: Params) -> None:
+    for path, leaf in kernels(params).items():
+        if is_compressed(leaf):
+            raise UserError(
+                f"{path} is compressed already: what looks at training data (wanda, sparsegpt, "
+                "low-rank, int8-calibrated, int4-mixed) comes before what rounds or factorizes"
+            )
 
 
 def without_dropout(objective: Objective) -> Objective:

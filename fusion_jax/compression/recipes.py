@@ -8,9 +8,10 @@ prune-S               the smallest numbers become zeros; S a share like 0.5, or 
 wanda-S sparsegpt-S   the same, by what the layers read of training data
 low-rank-F            two thin factors that hold a share F of the numbers
 
-Recipes follow one another: `prune-0.5` then `int8`. Pruning and low rank leave tables of words
-alone. Frozen towers are no params of a run: those that an artifact brings along are rounded by
-`export`, each kernel by itself, and what that costs is not in the table of `compress`.
+Recipes follow one another: `prune-0.5` then `int8`; those that look at training data come before
+those that round or factorize. Pruning and low rank leave tables of words alone. Frozen towers are
+no params of a run: those that an artifact brings along are rounded by `export`, each kernel by
+itself, and what that costs is not in the table of `compress`.
 """
 
 import dataclasses
@@ -27,7 +28,6 @@ from fusion_jax.compression.quantization import (
     GROUPS,
     Compress,
     Params,
-    dense_params,
     is_table,
     on_kernels,
     quantize,
@@ -134,7 +134,7 @@ def _prune(params: Params, calibration: Calibration, kind: str, sparsity: float 
 def _low_rank(params: Params, calibration: Calibration, share: float) -> Params:
     if share == 1:
         return params
-    inputs = calibration.inputs(dense_params(params))
+    inputs = calibration.inputs(params)
 
     def thin(path: str, kernel: jax.Array) -> Any:
         if is_table(path) or path not in inputs:

@@ -12,6 +12,7 @@ from fusion_jax.__main__ import main
 from fusion_jax.compression.quantization import dense_params
 from fusion_jax.compression.recipes import Calibration, parse
 from fusion_jax.compression.storage import FILE, read
+from fusion_jax.errors import UserError
 from fusion_jax.training import experiment as experiments
 from fusion_jax.training import loop
 
@@ -94,6 +95,16 @@ def test_bad_input_is_one_line_and_nothing_is_written(trained, tmp_path, capsys)
         assert {path for path in workdir.parent.iterdir()} | {
             p for p in tmp_path.iterdir()
         } == before
+
+
+@pytest.mark.parametrize("first", ["int8", "low-rank-0.5"])
+def test_what_looks_at_data_comes_first(trained, first):
+    _, experiment, params = trained
+    calibration = Calibration(experiment.objective, [experiment.data[0]])
+    small = parse(first)(params, calibration)
+    for name in ("int8-calibrated", "int4-mixed", "wanda-0.5", "sparsegpt-2:4", "low-rank-0.5"):
+        with pytest.raises(UserError, match="is compressed already: what looks at"):
+            parse(name)(small, calibration)
 
 
 def test_a_recipe_of_ratio_one_changes_nothing(trained):
