@@ -3,6 +3,8 @@
 import base64
 import io
 import json
+import re
+import time
 
 import pytest
 from PIL import Image
@@ -64,6 +66,19 @@ def test_answers_stream_with_their_facts(client):
     assert "".join(pieces) == facts and len([each for each in pieces if each]) >= 2
     whole = client.post("/v1/chat/completions", json=asked | {"stop": "Facts"}).json()
     assert whole["choices"][0]["message"]["content"] == "Yes (0.93).\n"
+
+
+def test_a_stream_is_timed_to_its_last_byte(client, monkeypatch):
+    def slow(*_):
+        yield "Yes."
+        time.sleep(0.3)
+
+    monkeypatch.setattr(Knows, "answer", slow)
+    asked = {"model": "knows", "messages": [{"role": "user", "content": "Is it?"}]}
+    assert "[DONE]" in client.post("/v1/chat/completions", json=asked | {"stream": True}).text
+    route = 'serve_seconds_sum{route="/v1/chat/completions"} '
+    [seconds] = re.findall(f"{route}(.*)", client.get("/metrics").text)
+    assert float(seconds) >= 0.3
 
 
 def test_pictures_are_measured_before_they_are_decoded(client):

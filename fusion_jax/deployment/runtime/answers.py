@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any
 
 from . import chat_protocol
@@ -60,7 +60,7 @@ class Answer:
 
 async def events(
     answer: Answer, writing: Writing, text: TextOf, about: dict[str, Any], usage: bool
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes, None]:
     """An answer as server-sent events; if the client goes away, the model stops writing it."""
     try:
         yield chat_protocol.event(chat_protocol.chunk(about, {"role": "assistant", "content": ""}))
@@ -81,3 +81,15 @@ async def events(
         yield chat_protocol.event({"error": {"message": str(error), "code": error.status}})
     finally:
         answer.job.cancelled = True
+
+
+async def until_ended(
+    pieces: AsyncGenerator[bytes, None], ended: Callable[[], None]
+) -> AsyncGenerator[bytes, None]:
+    """The pieces; `ended` is called after the last, or when the client goes away."""
+    try:
+        async with contextlib.aclosing(pieces):
+            async for piece in pieces:
+                yield piece
+    finally:
+        ended()

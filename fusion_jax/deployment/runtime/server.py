@@ -23,7 +23,7 @@ from starlette.routing import Route
 
 from . import chat_protocol, exchange, inference_protocol, occlusion
 from . import page as talking
-from .answers import Answer, events
+from .answers import Answer, events, until_ended
 from .artifact import BadInput
 from .generation import Generator
 from .host import Host, Served
@@ -110,7 +110,14 @@ class Server:
             except ClientDisconnect:
                 response = exchange.failure(path, "the client went away", 499)
             self.metrics.requests.labels(path, str(response.status_code)).inc()
-            self.metrics.seconds.labels(path).observe(time.perf_counter() - started)
+
+            def ended() -> None:
+                self.metrics.seconds.labels(path).observe(time.perf_counter() - started)
+
+            if isinstance(response, StreamingResponse):
+                response.body_iterator = until_ended(response.body_iterator, ended)
+            else:
+                ended()
             return response
 
         return guarded
