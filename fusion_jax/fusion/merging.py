@@ -26,45 +26,55 @@ class Merged(nn.Module):
 
 
 def merge_to(tokens: Tokens, length: int) -> Tokens:
-    """[b, t, d] -> [b, min(t, length), d]: at most half of the tokens go in each round."""
+    """[b, t, d] -> [b, min(t, length), d]: at most half of a row's tokens go in each round."""
     if length < 1:
         raise UserError(f"length {length} leaves no token")
     sizes = jnp.asarray(tokens.mask, jnp.float32)
-    while (surplus := tokens.mask.shape[1] - length) > 0:
-        tokens, sizes = merge(tokens, sizes, min(surplus, tokens.mask.shape[1] // 2))
+    while tokens.mask.shape[1] > length:
+        tokens, sizes = merge(tokens, sizes, length)
     return tokens
 
 
-def merge(tokens: Tokens, sizes: jax.Array, count: int) -> tuple[Tokens, jax.Array]:
-    """`count` tokens less, order kept: padding goes first, then the most alike pairs are merged.
+def merge(tokens: Tokens, sizes: jax.Array, length: int) -> tuple[Tokens, jax.Array]:
+    """One round: [b, t, d] -> [b, max(length, t / 2), d], order kept.
+
+    Padding is dropped first, wherever it is; of what a row has beyond `length`, then the most alike
+    pairs are merged, so that the result does not depend on how far rows were padded.
 
     Args:
         tokens: [b, t, d].
         sizes: float32 [b, t], how many tokens each already stands for; 0 for padding.
-        count: at most t / 2.
     """
-    if count == 0:
+    places = tokens.mask.shape[1]
+    kept = max(length, places - places // 2)
+    if kept >= places:
         return tokens, sizes
-    length = tokens.mask.shape[1]
-    values = fill(tokens).astype(jnp.float32)
+    order = jnp.argsort(~tokens.mask, axis=1, stable=True)  # padding last
+    mask = jnp.take_along_axis(tokens.mask, order, axis=1)
+    sizes = jnp.take_along_axis(sizes, order, axis=1)
+    values = jnp.take_along_axis(fill(tokens).astype(jnp.float32), order[..., None], axis=1)
+    real = mask.sum(axis=1, keepdims=True)
+    surplus = jnp.minimum(jnp.maximum(real - length, 0), real // 2)
+
     length_of = jnp.sqrt(jnp.square(values).sum(axis=-1, keepdims=True) + 1e-12)
     unit = jax.lax.stop_gradient(values / length_of)
     odd, even = slice(1, None, 2), slice(0, None, 2)
     alike = jnp.einsum("bmd,bnd->bmn", unit[:, odd], unit[:, even])
-    alike = jnp.where(tokens.mask[:, None, even], alike, -2.0)
+    alike = jnp.where(mask[:, None, even], alike, -2.0)
     best, target = alike.max(axis=2), alike.argmax(axis=2).astype(jnp.int32)
-    best = jnp.where(tokens.mask[:, odd], best, 3.0)
-    gone = jnp.argsort(-best, axis=1)[:, :count]  # of the odd tokens
+    best = jnp.where(mask[:, odd], best, -3.0)
+    gone = jnp.argsort(-best, axis=1)[:, : places - kept]  # of the odd tokens
+    goes = jnp.arange(places - kept)[None] < surplus
     rows = jnp.arange(values.shape[0], dtype=jnp.int32)[:, None]
     source = 2 * gone + 1
     goal = 2 * jnp.take_along_axis(target, gone, axis=1)
+    given = jnp.where(goes, sizes[rows, source], 0.0)
     weighted = values * sizes[..., None]
-    weighted = weighted.at[rows, goal].add(weighted[rows, source])
-    sizes = sizes.at[rows, goal].add(sizes[rows, source])
-    stays = jnp.ones((values.shape[0], length), bool).at[rows, source].set(False)
-    order = jnp.argsort(~stays, axis=1, stable=True)[:, : length - count]
+    weighted = weighted.at[rows, goal].add(values[rows, source] * given[..., None])
+    sizes = sizes.at[rows, goal].add(given).at[rows, source].add(-given)
+    order = jnp.argsort(sizes == 0, axis=1, stable=True)[:, :kept]
     sizes = jnp.take_along_axis(sizes, order, axis=1)
     weighted = jnp.take_along_axis(weighted, order[..., None], axis=1)
     mask = sizes > 0
-    merged = weighted / jnp.where(mask, sizes, 1.0)[..., None]
+    merged = jnp.where(mask[..., None], weighted, 0) / jnp.where(mask, sizes, 1.0)[..., None]
     return Tokens(merged.astype(tokens.values.dtype), mask), sizes
