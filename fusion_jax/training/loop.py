@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from fusion_jax.compression import storage
@@ -215,23 +216,22 @@ def report(experiment: Experiment, params: Params, workdir: Path) -> dict[str, f
 def interruption() -> Iterator[Any]:
     """Inside, SIGTERM and Ctrl-C only set a flag; yields `asked(step)`. A second one kills.
 
-    With several processes JAX's preemption service makes all of them stop at the same step.
+    With several processes JAX's preemption service makes all of them stop at the same step. It
+    waits for SIGTERM alone, so Ctrl-C is passed on as one.
     """
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        yield multihost_utils.reached_preemption_sync_point
-        return
-    asked = False
+    asked, several = False, jax.process_count() > 1
 
     def ask(number: int, _: Any) -> None:
         nonlocal asked
         asked = True
         signal.signal(number, before[number])
+        if several:
+            signal.raise_signal(signal.SIGTERM)
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = (signal.SIGINT,) if several else (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, ask) for number in numbers}
     try:
-        yield lambda step: asked
+        yield multihost_utils.reached_preemption_sync_point if several else lambda step: asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -143,7 +143,7 @@ def lost(process, victim):
 
 
 def test_one_curve_on_two_processes_then_eight_then_two(unkilled, tmp_path):
-    """One is killed while both save, then all are stopped by SIGTERM on another than the first.
+    """One is killed while both save, then all are stopped by Ctrl-C on another than the first.
 
     Params are split over the processes, so that each saves and reads its own part of them.
     """
@@ -165,7 +165,7 @@ def test_one_curve_on_two_processes_then_eight_then_two(unkilled, tmp_path):
     while max(row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")) < saved + 3:
         time.sleep(0.002)
         assert all(process.poll() is None for process in eight)
-    eight[5].terminate()
+    eight[5].send_signal(signal.SIGINT)
     ends = list(map(finish, eight))
     assert [status for status, _ in ends] == [0] * 8, ends
     assert f"resumed from step {saved}\n" in ends[0][1]
