@@ -293,7 +293,7 @@ def build(s: Settings) -> Experiment:
     if opened.tokenizer is None:
         raise UserError(f"{s.model} has no tokenizer, and texts must be turned into ids")
     model = FusedLM(opened.module, {})
-    texts = read_texts(s, lambda text: opened.tokenizer.encode(text).ids)
+    texts = read_texts(s, lambda text: opened.tokenizer.encode(text, add_special_tokens=False).ids)
     published = {"decoder": opened.params}
     train = {name: batches_of(s, rows, True) for name, rows in texts.train.items()}
     steps = [round(share * s.steps / sum(s.phases)) for share in s.phases]

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from experiments import adapt_with_knowledge, domain_language
 from experiments.domain_language_table import forgotten_at
@@ -93,7 +93,10 @@ def test_three_phases(texts, tmp_path, hold, rule, capsys):
 
 
 def test_what_holds_on_to_the_old_is_not_trained(texts, monkeypatch):
+    monkeypatch.setattr(domain_language, "load", load.load)
     monkeypatch.setattr(domain_language, "measuring", lambda *_: lambda params: {})
+    begins = processors.TemplateProcessing(single="! $A", special_tokens=[("!", 0)])
+    load.load("bytes").tokenizer.post_processor = begins  # before all subjects, it tells none
     s = domain_language.Settings(
         texts=texts, domain="slang", task="terms", old="prose", length=32, steps=3, hold="l2-sp"
     )
