@@ -178,8 +178,14 @@ def rdf(path: str | Path, format: str | None = None) -> Graph:
         where = f"{path} line {line + 1}" if isinstance(line, int) else str(path)
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"{where}: expected RDF, got {reason or type(error).__name__}") from error
+    # Each parse draws new ids for blank nodes, and the store keeps the order within a relation
+    # alone: they are numbered in that order.
+    relations = sorted(set(store.predicates()))
+    triples = [triple for relation in relations for triple in store.triples((None, relation, None))]
+    blank = dict.fromkeys(t for triple in triples for t in triple if isinstance(t, rdflib.BNode))
+    named = {term: rdflib.BNode(f"_:b{number}") for number, term in enumerate(blank)}
     facts, literals = [], []
-    for subject, predicate, value in sorted(store):
+    for subject, predicate, value in sorted([tuple(named.get(t, t) for t in f) for f in triples]):
         if isinstance(value, rdflib.Literal):
             literals.append((subject, predicate, value))
         else:

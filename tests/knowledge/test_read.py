@@ -87,6 +87,13 @@ def test_rdf(tmp_path):
     path.write_text("@prefix : <http://zoo.org/> .\n:Whale :is :Mammal .\n:Whale :is\n")
     with pytest.raises(UserError, match=r"zoo\.ttl line \d: expected RDF"):
         read.rdf(path)
+    path.write_text(
+        "@prefix : <http://zoo.org/> .\n"
+        + "".join(f":W{n} :has [ :of :Fin ; :is [ :as :Kind{n} ] ] .\n" for n in range(9))
+    )
+    first, again = read.rdf(path), read.rdf(path)
+    assert first.entities == again.entities and "_:b17" in first.entities
+    assert first.triples.tolist() == again.triples.tolist()
     triples = tmp_path / "zoo.nt"
     triples.write_text("<http://a> <http://r> <http://b> .\n")
     assert len(read.rdf(triples)) == 1
