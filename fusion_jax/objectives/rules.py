@@ -102,7 +102,8 @@ def rule_loss(
         if t_norm == "product":
             terms = jnp.where(in_body, jax.nn.log_sigmoid(body), 0.0)
             untrue = jnp.where(has_head, jax.nn.log_sigmoid(-head), 0.0)
-            losses = -_log1mexp(terms.sum(axis=1) + untrue)
+            log_p = terms.sum(axis=1) + untrue
+            losses = -_log1mexp(jnp.minimum(log_p, -jnp.finfo(jnp.float32).tiny))
         else:
             doubt = jnp.where(in_body, jax.nn.sigmoid(-body), 0.0).sum(axis=1)
             truth = jnp.where(has_head, jax.nn.sigmoid(head), 0.0)
@@ -121,7 +122,7 @@ def rule_loss(
 def class_log_odds(logits: jax.Array) -> jax.Array:
     """log p - log(1 - p) of each class, with p = softmax(logits): [..., classes], float32."""
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
-    return log_p - _log1mexp(log_p)
+    return log_p - _log1mexp(jnp.minimum(log_p, -1e-6))  # a sure class's is 0 up to rounding
 
 
 def kinds_implied(
@@ -236,8 +237,7 @@ def _to(values: np.ndarray, like: jax.Array) -> jax.Array:
 
 
 def _log1mexp(x: jax.Array) -> jax.Array:
-    """log(1 - exp(x)) for x < 0, exact at both ends; bounded where x is 0 up to rounding."""
-    x = jnp.minimum(x, -1e-6)
+    """log(1 - exp(x)) for x < 0, exact at both ends."""
     near = x > -0.6931472
     return jnp.where(
         near,

@@ -105,6 +105,13 @@ def test_sure_and_wrong_answers_give_finite_losses_and_gradients(t_norm):
     assert jnp.isfinite(gradient).all()
 
 
+def test_who_is_sure_and_wrong_is_drawn_to_the_rule():
+    loss = rule_loss(Rules.of([((0,), 1)]))
+    said, gradient = jax.value_and_grad(lambda x: value(loss, x))(jnp.array([[20.0, -20.0]]))
+    assert said == pytest.approx(20 - np.log(2), rel=1e-5)
+    np.testing.assert_allclose(gradient, [[0.5, -0.5]], rtol=1e-4)
+
+
 @pytest.mark.parametrize("make", [rule_loss, semantic_loss, posterior_regularization])
 def test_training_on_rules_alone_makes_the_answers_keep_them(make):
     loss = make(RULES)
