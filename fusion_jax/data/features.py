@@ -18,6 +18,7 @@ import functools
 import hashlib
 import itertools
 import json
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -93,12 +94,12 @@ def cached_tokens(
     folder: Path,
     *,
     shape: tuple[int, ...],
+    total: int,
     batch_size: int = 32,
     dtype: Any = np.float16,
-    total: int | None = None,
     name: str = "tokens",
 ) -> Ragged:
-    """Encodes `inputs()` in order into `folder`, unless it is there already.
+    """Encodes `inputs()` in order into `folder`, unless all of them are there already.
 
     Inputs are sorted by length within a window of 16 batches, and a batch is padded to a sixteenth
     of the longest, so that little is spent on padding; on GPU and TPU, where a program takes longer
@@ -109,13 +110,16 @@ def cached_tokens(
         real is kept.
       inputs: gives an iterable of arrays, each at most of shape `shape`.
       folder: where values.bin, offsets.npy and about.json lie. It appears whole or not at all.
-      total: how many inputs there are, for the progress bar.
+      total: how many inputs there are.
 
     Raises:
       UserError: the disk is full, or the encoder returned what is not finite.
     """
     if folder.exists():
-        return Ragged(folder)
+        kept = Ragged(folder)
+        if len(kept) == total:
+            return kept
+        shutil.rmtree(folder)  # of other inputs
     lengths: list[int] = []
     width = 0
     with (
@@ -233,9 +237,9 @@ def freeze(
             functools.partial(_inputs, source, field, tower.transform, chosen),
             folder / f"{field}-{key}",
             shape=tuple(tower.transform.shape),
+            total=entries,
             batch_size=batch_size,
             dtype=dtype,
-            total=entries,
             name=field,
         )
         fields[field] = (index, tokens)
@@ -276,13 +280,14 @@ def _by_language(value: Any) -> Any:
 
 
 def _allowed(found: list[Any], languages: Sequence[str] | None) -> list[Any]:
-    """Without the alternatives in other languages than these."""
+    """Without the alternatives in other languages than these; those of a list are in none."""
     if languages is None:
         return found
-    return [
-        ([each for each in row if each in languages] or None) if isinstance(row, list) else row
-        for row in found
-    ]
+
+    def allowed(name: str) -> bool:
+        return name in languages or name.isdecimal()
+
+    return [(list(filter(allowed, row)) or None) if isinstance(row, list) else row for row in found]
 
 
 def _is_light(value: Any) -> bool:

@@ -108,3 +108,23 @@ def test_only_the_languages_asked_for_are_encoded(tmp_path):
         Things([[4, 7], [3]]), {"audio": Tower(Doubling(), transform, "w")}, folder=tmp_path
     )
     assert list(frozen[0]["audio"]) == ["b"] and "audio" not in frozen[1]
+
+
+def test_alternatives_in_a_list_are_in_no_language(tmp_path, monkeypatch):
+    class Lists(Things):
+        def __getitem__(self, row):
+            example = super().__getitem__(row)
+            return {**example, "audio": list(example["audio"].values())}
+
+    def run():
+        transform = Padded("audio", (16,), languages=("en",))
+        towers = {"audio": Tower(Doubling(), transform, "w")}
+        return freeze(Lists([[4, 7], [3]]), towers, folder=tmp_path)
+
+    with monkeypatch.context() as older:  # which left them all out, and kept that nothing
+        older.setattr(features, "_allowed", lambda found, languages: [None] * len(found))
+        assert "audio" not in run()[0]
+    frozen = run()
+    assert [len(each) for each in frozen[0]["audio"].values()] == [4, 7]
+    batch = Batches(frozen, 2, {"audio": Padded("audio", (16, 2), np.float16)}, train=False)[0]
+    assert batch["audio"].mask.sum(1).tolist() == [4, 3]
