@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from scipy import sparse
 
+from fusion_jax.data.lines import read_text
 from fusion_jax.errors import UserError
 from fusion_jax.knowledge.graph import Graph
 from fusion_jax.paths import write_file
@@ -133,12 +134,12 @@ def read(path: str | Path) -> list[Rule]:
     """A rule file.
 
     Raises:
-        UserError: no such file; a malformed line (file, line, what was expected).
+        UserError: no such file; not UTF-8; a malformed line (file, line, what was expected).
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such rule file; expected lines like {FORM}")
-    return parse_all(path.read_text(encoding="utf-8"), str(path))
+    return parse_all(read_text(path), str(path))
 
 
 def write(path: str | Path, rules: Sequence[Rule]) -> None:
@@ -242,7 +243,12 @@ def _codes(first: np.ndarray, second: np.ndarray, size: int) -> np.ndarray:
 
 
 def _atom(found: re.Match[str]) -> Atom:
-    return Atom(*(json.loads(name) if name.startswith('"') else name for name in found.groups()))
+    try:
+        return Atom(*(json.loads(n) if n.startswith('"') else n for n in found.groups()))
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"expected names quoted as in JSON, got {found[0].strip()!r}: {error}"
+        ) from None
 
 
 def _quote(name: str) -> str:

@@ -105,12 +105,22 @@ def test_a_rule_file_is_read_as_it_was_written(
         ("p(?x, ?z) <= q(?x, ?y)", "head variable \\?z of .* is unbound"),
         ("p(?x, ?y) <= q(?x, ?y) | confidence=high", "expected confidence=NUMBER"),
         ("p(?x, ?y) <= q(?x, ?y) | confidence=2", "expected a confidence in 0..1, got 2"),
+        (r'p(?x, "C:\new\q") <= q(?x, ?y)', "expected names quoted as in JSON, got 'p"),
     ],
 )
 def test_a_malformed_rule_names_file_and_line(tmp_path, line, message):
     path = tmp_path / "mine.rules"
     path.write_text(f"# kinship\n\nnever <= p(?x, ?x)  # nobody\n{line}\n")
     with pytest.raises(UserError, match=f"mine.rules line 4: .*{message}"):
+        rules.read(path)
+
+
+def test_a_rule_file_may_have_a_byte_order_mark_and_must_be_utf8(tmp_path):
+    path = tmp_path / "mine.rules"
+    path.write_text("p(?x, ?y) <= q(?x, ?y)\n", encoding="utf-8-sig")
+    assert rules.read(path)[0].head.relation == "p"
+    path.write_bytes(b"p(?x, \xe9) <= q(?x, ?y)\n")
+    with pytest.raises(UserError, match=r"mine\.rules: not UTF-8"):
         rules.read(path)
 
 
