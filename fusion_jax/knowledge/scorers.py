@@ -16,7 +16,7 @@ have batch normalisation, so that a score depends on nothing but its own triple.
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -71,14 +71,21 @@ class Scorer:
         dropout: on entity and query vectors.
         scale: standard deviation of initial vectors.
         multiple: the table has so many rows, or a multiple of it, that a mesh can split it evenly.
+        halves: whether a vector is two halves, such as real and imaginary parts. Raises UserError
+            where dim is odd then.
     """
 
+    halves: ClassVar[bool] = False
     entities: int
     relations: int
     dim: int = 200
     dropout: float = 0.0
     scale: float = 0.1
     multiple: int = 1
+
+    def __post_init__(self) -> None:
+        if self.halves and self.dim % 2:
+            raise UserError(f"{type(self).__name__}: dim {self.dim} is odd, give an even one")
 
     def init(self, key: jax.Array) -> Params:
         """Params from a key."""
@@ -163,6 +170,8 @@ class RotatE(Scorer):
     real parts, the second imaginary parts.
     """
 
+    halves: ClassVar[bool] = True
+
     def init(self, key: jax.Array) -> Params:
         params = super().init(key)
         shape = (self.relations, self.dim // 2)
@@ -198,6 +207,8 @@ class ComplEx(Scorer):
     The first half of each vector are real parts, the second imaginary parts.
     """
 
+    halves: ClassVar[bool] = True
+
     def query(self, params: Params, h: jax.Array, r: jax.Array, rng: jax.Array | None) -> jax.Array:
         real, imaginary = jnp.split(params["relation"][r], 2, axis=-1)
         return _multiply(self._head(params, h, rng), real, imaginary)
@@ -213,6 +224,8 @@ class SimplE(Scorer):
     Kazemi & Poole 2018, https://arxiv.org/abs/1802.04868. Of each vector the first half is as
     head (of r), the second as tail (of r').
     """
+
+    halves: ClassVar[bool] = True
 
     def query(self, params: Params, h: jax.Array, r: jax.Array, rng: jax.Array | None) -> jax.Array:
         as_head, as_tail = jnp.split(self._head(params, h, rng), 2, axis=-1)
@@ -255,7 +268,7 @@ class ConvE(Scorer):
     """A convolution over h and r as pictures, one above the other, against t.
 
     Dettmers et al. 2018, https://arxiv.org/abs/1707.01476. `dim` = height x width of a picture.
-    Raises UserError where height does not divide dim.
+    Raises UserError where height does not divide dim, or a picture is narrower than the kernel.
     """
 
     height: int = 10
@@ -267,6 +280,11 @@ class ConvE(Scorer):
     def __post_init__(self) -> None:
         if self.dim % self.height:
             raise UserError(f"ConvE: dim {self.dim} is no multiple of the height {self.height}")
+        if self.dim < self.height * self.kernel:
+            raise UserError(
+                f"ConvE: dim {self.dim} makes pictures narrower than the kernel; give "
+                f"{self.height * self.kernel} or more"
+            )
 
     def init(self, key: jax.Array) -> Params:
         params = super().init(key)

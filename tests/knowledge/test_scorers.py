@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fusion_jax.errors import UserError
 from fusion_jax.knowledge import scorers
 from tests.knowledge.oracle import complex_of, pykeen
 
@@ -21,6 +22,21 @@ SCORERS = {
     "ConvE": scorers.ConvE(**SIZES, dim=24, height=4, channels=3, norm=False),
 }
 QUERIES = np.random.default_rng(0).integers(0, (ENTITIES, RELATIONS), (7, 2)).astype(np.int32)
+
+
+@pytest.mark.parametrize(
+    ("scorer", "dim", "message"),
+    [
+        ("RotatE", 9, "odd"),
+        ("ComplEx", 9, "odd"),
+        ("SimplE", 9, "odd"),
+        ("ConvE", 25, "no multiple of the height"),
+        ("ConvE", 20, "give 30 or more"),
+    ],
+)
+def test_a_dim_that_does_not_fit_is_told(scorer, dim, message):
+    with pytest.raises(UserError, match=f"{scorer}: dim {dim} .*{message}"):
+        getattr(scorers, scorer)(**SIZES, dim=dim)
 
 
 def params_of(scorer):
