@@ -14,6 +14,7 @@ from fusion_jax.errors import UserError
 from fusion_jax.tokens import Tokens
 
 SAMPLE_RATE = 16_000
+_BREAKS_OFF = "the sound breaks off before its end; fetch or export it again"
 
 
 def decode(data: bytes, name: str = "audio", max_seconds: float | None = None) -> np.ndarray:
@@ -30,10 +31,10 @@ def decode(data: bytes, name: str = "audio", max_seconds: float | None = None) -
     if not data:
         raise UserError(f"{name}: the file is empty; expected sound (WAV, FLAC, Ogg, MP3 ...)")
     if _truncated(data):
-        raise UserError(f"{name}: the sound breaks off before its end; fetch or export it again")
+        raise UserError(f"{name}: {_BREAKS_OFF}")
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
-            rate = file.samplerate
+            rate, kind, stated = file.samplerate, file.format, file.frames
             # A little more than asked for, since the resampling filter looks ahead.
             frames = -1 if max_seconds is None else int((max_seconds + 0.1) * rate)
             samples = file.read(frames, dtype="float32", always_2d=True)
@@ -41,6 +42,9 @@ def decode(data: bytes, name: str = "audio", max_seconds: float | None = None) -
         raise UserError(
             f"{name}: not a readable sound ({error}); expected WAV, FLAC, Ogg ..."
         ) from (error)
+    expected = stated if max_seconds is None else min(frames, stated)
+    if kind == "MP3" and _counts(data) and expected - len(samples) > 0.1 * rate:
+        raise UserError(f"{name}: {_BREAKS_OFF}")
     return resample(samples, rate, name, max_seconds)
 
 
@@ -95,6 +99,16 @@ def _truncated(data: bytes) -> bool:
         streamed = size in (0, 0xFFFFFFFF)  # written to a pipe: the size was not known
         return not streamed and size + 8 > len(data) + 1
     return False
+
+
+def _counts(mp3: bytes) -> bool:
+    """Whether its first frame says how many follow; libsndfile guesses from the size otherwise."""
+    start = 0
+    if mp3[:3] == b"ID3":  # a tag before it, of a size in four times seven bits
+        for byte in mp3[6:10]:
+            start = start << 7 | byte
+        start += 10
+    return any(mark in mp3[start : start + 200] for mark in (b"Xing", b"Info", b"VBRI"))
 
 
 @dataclasses.dataclass(frozen=True)

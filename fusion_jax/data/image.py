@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import io
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from fusion_jax.errors import UserError
 _FONT = Path(importlib.util.find_spec("matplotlib").origin).parent / (
     "mpl-data/fonts/ttf/DejaVuSans.ttf"
 )
+
+_DAMAGED = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+_DAMAGED += (struct.error, TypeError, AttributeError)  # by EXIF, when a picture is turned
 
 SVG_SIDE = 1024
 """Pixels of an SVG's longest side where nobody says how many: its own size may be anything."""
@@ -50,7 +54,7 @@ def decode(data: bytes, name: str = "image", side: int | None = None) -> np.ndar
                 white = Image.new("RGBA", picture.size, "white")
                 picture = Image.alpha_composite(white, picture)
             picture = picture.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except _DAMAGED as error:
         raise UserError(
             f"{name}: not a readable picture ({error}); expected PNG, JPEG ..."
         ) from error

@@ -293,4 +293,7 @@ def _stretch(said: Utterance, name: str) -> Any:
             rate = file.samplerate
     except (soundfile.LibsndfileError, RuntimeError) as error:
         raise UserError(f"{name}: not readable ({error})") from error
+    if frames - len(samples) > 0.1 * rate:
+        there = f"{len(samples) / rate:.2f} of its {said.seconds} s"
+        raise UserError(f"{name}: only {there} are there; fetch the recording again")
     return audio.resample(samples, rate, name)

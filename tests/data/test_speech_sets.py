@@ -73,6 +73,10 @@ def test_must_c_cuts_segments_out(tmp_path):
     assert first["audio"].shape == (8000,) and second["audio"].shape == (4000,)
     assert first["audio"][100] == pytest.approx(0.9 * (1 + 100 / 16000) / 2, abs=0.01)
     assert first["translation"] == {"de": "Eine Eule."} and first["speaker"] == "spk.1"
+    whole = (place / "wav/talk.wav").read_bytes()
+    (place / "wav/talk.wav").write_bytes(whole[: 44 + 2 * 9000])  # to 1.125 s
+    with pytest.raises(UserError, match=r"talk\.wav at 1\.0 s: only 0\.12 of its 0\.5 s"):
+        source[0]
     lines.write_text("Eine Eule.\n")
     with pytest.raises(UserError, match=r"2 segments, and .*'de': 1"):
         speech_sets.must_c(tmp_path / "en-de", "dev")
