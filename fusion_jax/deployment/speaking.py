@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from fusion_jax.compression.running import running
+from fusion_jax.data.audio import SAMPLE_RATE
 from fusion_jax.deployment.runtime.artifact import BadInput
 from fusion_jax.deployment.runtime.conversation import TextOf
 from fusion_jax.deployment.runtime.generation import STOP, Generator, Writing
@@ -22,6 +23,7 @@ from fusion_jax.deployment.runtime.media import checked
 from fusion_jax.deployment.runtime.waiting import Line, Worker
 from fusion_jax.deployment.runtime.workers import Count
 from fusion_jax.errors import UserError
+from fusion_jax.language.hearing import LONGEST
 
 
 class Answers(Protocol):
@@ -64,7 +66,10 @@ class Speaker(Generator):
     def __init__(self, answers: Answers):
         readers = getattr(getattr(answers, "assistant", answers), "readers", {})
         self.answers, self.rows, self.context = answers, 1, 2048
-        self.inputs = {name: {"kind": name} for name in readers}
+        heard = {"rate": SAMPLE_RATE, "longest": int(LONGEST * SAMPLE_RATE)}
+        self.inputs = {
+            name: {"kind": name} | (heard if name == "audio" else {}) for name in readers
+        }
         self.readers = {name: File(spec) for name, spec in self.inputs.items()}
 
     def writing(

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # those of the test client
 class Knows:
     """As `graph_answers.Answerer` answers."""
 
-    readers = ("image",)
+    readers = ("image", "audio")
 
     def answer(self, question, media=None, **_):
         if "whale" not in question:
@@ -96,7 +96,8 @@ def test_the_inference_protocol_takes_pictures_too(client):
     picture = {"name": "image", "shape": [1], "datatype": "BYTES"}
     picture["data"] = [base64.b64encode(blank(3, 2)).decode()]
     url = "/v2/models/knows"
-    assert [each["name"] for each in client.get(url).json()["inputs"]] == ["prompt", "image"]
+    inputs = [each["name"] for each in client.get(url).json()["inputs"]]
+    assert inputs == ["prompt", "image", "audio"]
     answer = client.post(f"{url}/infer", json={"inputs": [prompt, picture]}).json()
     assert answer["outputs"][0]["data"][0].endswith("  (3, 2)\n")
     numbers = picture | {"datatype": "FP32", "data": [0.5]}
@@ -109,7 +110,7 @@ def test_it_tells_what_it_cannot(client):
     refused = client.post("/v1/chat/completions", json=asked)
     assert refused.status_code == 400 and "name a thing" in refused.json()["error"]["message"]
     facts = client.get("/v1/page").json()
-    assert facts["image"] and not facts["audio_seconds"] and not facts["evidence"]
+    assert facts["image"] and facts["audio_seconds"] == 30 and not facts["evidence"]
     assert client.post("/v1/occlusion", json=asked | {"answer": "Yes."}).status_code == 404
     assert client.get("/v2/models/knows").status_code == 200
     assert "<title>" in client.get("/").text
