@@ -97,6 +97,11 @@ class Facts:
         return Answers.of(self.triples)
 
     @cached_property
+    def _facts(self) -> Answers:
+        """`answers` with the row of each fact in `triples` in place of its tail."""
+        return self.answers._replace(tails=np.unique(self.triples, axis=0, return_index=True)[1])
+
+    @cached_property
     def _confidence(self) -> np.ndarray | None:
         """Per row of `triples`; None if all are sure."""
         trust = self.graph.confidence[self.graph.split == 0]
@@ -124,7 +129,11 @@ class Facts:
         if self.queries:
             head, relation = self.answers.queries[chosen].T
             tails = self.answers.padded(chosen, self._longest)
-            return batch | {"head": head, "relation": relation, "tails": tails}
+            batch |= {"head": head, "relation": relation, "tails": tails}
+            if self._confidence is None:
+                return batch
+            facts = self._facts.padded(chosen, self._longest)
+            return batch | {"weight": np.where(facts < 0, np.float32(0), self._confidence[facts])}
         head, relation, tail = self.triples[chosen].T
         batch |= {"head": head, "relation": relation, "tail": tail}
         return batch if self._confidence is None else batch | {"weight": self._confidence[chosen]}

@@ -5,7 +5,7 @@ Three kinds of batch (knowledge/batches.py makes them, reciprocal relations incl
     one_vs_all, one_vs_some, self_adversarial   {"head" [b], "relation" [b], "tail" [b]}
     k_vs_all                   {"head" [b], "relation" [b], "tails" [b, k]}, -1 is no tail
 
-and, with single facts, an optional "weight" [b], their confidence. All are means over rows.
+and an optional "weight", the facts' confidence: [b], or [b, k] of tails. All are means over rows.
 
     objective = weighted_sum({one_vs_all(scorer): 1.0, n3(scorer): 0.01})
 """
@@ -22,6 +22,11 @@ from fusion_jax.objectives.combine import Batch, Metrics, Objective, Params
 def _row_mean(values: jax.Array, batch: Batch) -> jax.Array:
     """The mean over rows [b], weighted by the confidence of facts where it is given."""
     return values.mean() if "weight" not in batch else (values * batch["weight"]).mean()
+
+
+def _sure(batch: Batch) -> jax.Array:
+    """How sure each of several tails is, [b, k]: 1 if that is not given, 0 where there is none."""
+    return jnp.where(batch["tails"] >= 0, batch.get("weight", 1.0), 0.0)
 
 
 def one_vs_all(scorer: Scorer, label_smoothing: float = 0.0) -> Objective:
@@ -70,8 +75,9 @@ def k_vs_all(
     """Which of all entities are tails of (h, r)? All known tails of a query are one row.
 
     binary: the mean over entities of the binary cross-entropy (Dettmers et al. 2018,
-    https://arxiv.org/abs/1707.01476). softmax: the cross-entropy to the uniform distribution over
-    the true tails (Ruffinelli et al. 2020, https://openreview.net/forum?id=BkxSmlBFvr).
+    https://arxiv.org/abs/1707.01476), with the confidence of a fact as its label. softmax: the
+    cross-entropy to the uniform distribution over the true tails (Ruffinelli et al. 2020,
+    https://openreview.net/forum?id=BkxSmlBFvr), that of each tail weighted by its confidence.
     """
 
     def k_vs_all(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Metrics]:
@@ -79,20 +85,20 @@ def k_vs_all(
         entities, tails = scores.shape[1], batch["tails"]
         # The gradient of a gather is a scatter of so few entries; a mask of labels [b, e] would
         # be as large as the scores.
-        real = tails >= 0
+        real, sure = tails >= 0, _sure(batch)
         own = jnp.take_along_axis(scores, jnp.where(real, tails, 0), axis=1)
-        own = jnp.where(real, own, 0.0).sum(axis=1)
+        own = (sure * own).sum(axis=1)
         count = real.sum(axis=1).astype(scores.dtype)
         if loss == "softmax":
-            smooth = label_smoothing
-            mixed = (1.0 - smooth) * own / count + smooth * scores.mean(axis=1)
-            rows = jax.nn.logsumexp(scores, axis=1) - mixed
+            smooth, weight = label_smoothing, sure.sum(axis=1) / count
+            mixed = (1.0 - smooth) * own / count + smooth * weight * scores.mean(axis=1)
+            rows = weight * jax.nn.logsumexp(scores, axis=1) - mixed
         else:
             # -y s + softplus(s), with y smoothed to (1 - a) y + a / entities.
             smooth = label_smoothing
             mixed = (1.0 - smooth) * own + smooth / entities * scores.sum(axis=1)
             rows = (jax.nn.softplus(scores).sum(axis=1) - mixed) / entities
-        return _row_mean(rows, batch), {"tails": count.mean()}
+        return rows.mean(), {"tails": count.mean()}
 
     return k_vs_all
 
@@ -141,12 +147,11 @@ def _penalty(name: str, scorer: Scorer, power: int) -> Objective:
         entity, relation = ((each**power).sum(axis=1) for each in scorer.moduli(params))
         rows = entity[batch["head"]] + relation[batch["relation"]]
         if "tail" in batch:
-            rows = rows + entity[batch["tail"]]
-        else:
-            real = batch["tails"] >= 0
-            norms = jnp.where(real, entity[jnp.where(real, batch["tails"], 0)], 0.0)
-            rows = rows + norms.sum(axis=1) / real.sum(axis=1).astype(norms.dtype)
-        return _row_mean(rows, batch), {}
+            return _row_mean(rows + entity[batch["tail"]], batch), {}
+        real, sure = batch["tails"] >= 0, _sure(batch)
+        norms = sure * entity[jnp.where(real, batch["tails"], 0)]
+        count = real.sum(axis=1).astype(norms.dtype)
+        return (rows * (sure.sum(axis=1) / count) + norms.sum(axis=1) / count).mean(), {}
 
     penalty.__name__ = name
     return penalty

@@ -57,6 +57,14 @@ def test_confidence_comes_along_as_a_weight():
     batch = Facts(graph, batch_size=6)[0]
     assert (batch["weight"] == graph.confidence[batch["id"] % len(TRIPLES)]).all()
     assert "weight" not in Facts(graph_of(), batch_size=6)[0]
+    data = Facts(graph, batch_size=64, queries=True)
+    batch = data[0]
+    sure = dict(zip(map(tuple, data.triples.tolist()), np.tile(graph.confidence, 2), strict=True))
+    rows = zip(*(batch[k].tolist() for k in ("head", "relation", "tails", "weight")), strict=True)
+    assert (batch["tails"] < 0).any()
+    for head, relation, tails, weight in rows:
+        assert weight == [sure.get((head, relation, tail), 0) for tail in tails]
+    assert "weight" not in Facts(graph_of(), batch_size=6, queries=True)[0]
 
 
 def test_answers_are_looked_up():

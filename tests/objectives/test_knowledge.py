@@ -29,6 +29,7 @@ SINGLE = {
 }
 SEVERAL = {"head": SINGLE["head"], "relation": SINGLE["relation"]}
 SEVERAL["tails"] = np.array([[2, 4, -1], [5, -1, -1], [0, 1, 6]], np.int32)
+SURE = np.array([[1.0, 0.5, 0.0], [0.25, 0.0, 0.0], [0.75, 0.5, 1.0]], np.float32)
 RNG = jax.random.key(1)
 SCORES = np.asarray(SCORER.score_all(PARAMS, SINGLE["head"], SINGLE["relation"]), np.float64)
 
@@ -46,21 +47,25 @@ def test_one_vs_all():
 
 
 @pytest.mark.parametrize("kind", ["binary", "softmax"])
-def test_k_vs_all(kind):
+@pytest.mark.parametrize("more", [{}, {"weight": SURE}])
+def test_k_vs_all(kind, more):
     smooth = 0.1
-    hot = np.zeros((3, 7))
-    for row, tails in enumerate(SEVERAL["tails"]):
-        hot[row, tails[tails >= 0]] = 1
+    hot, many = np.zeros((3, 7)), np.array([[2], [1], [3]])
+    for row, (tails, sure) in enumerate(
+        zip(SEVERAL["tails"], more.get("weight", SURE > 0), strict=True)
+    ):
+        hot[row, tails[tails >= 0]] = sure[tails >= 0]
     if kind == "binary":
         labels = (1 - smooth) * hot + smooth / 7
         chance = expit(SCORES)
         expected = -(labels * np.log(chance) + (1 - labels) * np.log1p(-chance)).mean()
     else:
-        labels = (1 - smooth) * hot / hot.sum(1, keepdims=True) + smooth / 7
-        expected = -(labels * log_softmax(SCORES, axis=1)).sum(1).mean()
+        labels = (1 - smooth) * hot + smooth / 7 * hot.sum(1, keepdims=True)
+        expected = -(labels / many * log_softmax(SCORES, axis=1)).sum(1).mean()
     objective = k_vs_all(SCORER, kind, smooth)
-    assert objective(PARAMS, SEVERAL, RNG)[0] == pytest.approx(expected, rel=1e-5)
-    check_grads(lambda p: objective(p, SEVERAL, RNG)[0], (PARAMS,), 1, ["rev"], rtol=0.02)
+    batch = SEVERAL | more
+    assert objective(PARAMS, batch, RNG)[0] == pytest.approx(expected, rel=1e-5)
+    check_grads(lambda p: objective(p, batch, RNG)[0], (PARAMS,), 1, ["rev"], rtol=0.02)
 
 
 def test_self_adversarial():
@@ -107,6 +112,11 @@ def test_penalties():
     ]
     expected = ((head**3).sum(1) + (relation**3).sum(1) + means).mean()
     assert n3(SCORER)(PARAMS, SEVERAL, RNG)[0] == pytest.approx(expected, rel=1e-4)
+    norms = (moduli(PARAMS["entity"], SEVERAL["tails"].clip(0)) ** 3).sum(2)
+    facts = ((head**3).sum(1) + (relation**3).sum(1))[:, None] + norms
+    expected = ((facts * SURE).sum(1) / (SURE > 0).sum(1)).mean()
+    found = n3(SCORER)(PARAMS, SEVERAL | {"weight": SURE}, RNG)[0]
+    assert found == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_sharded_table_gives_the_same_loss():
