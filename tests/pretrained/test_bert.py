@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.numpy import load_file, save_file
 
 from fusion_jax.pretrained.load import load
 from fusion_jax.pretrained.save import save
@@ -49,6 +50,16 @@ def test_equals_transformers_on_a_random_config(tmp_path, activation):
     expected = theirs(model.bert, ids, mask)
     found = ours(checkpoint, ids, mask)
     np.testing.assert_allclose(found.values[mask], expected[mask], atol=1e-4)
+
+    file = tmp_path / "theirs" / "model.safetensors"  # with names as bert-base-uncased has them
+    names = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    older = load_file(file)
+    for new, old in names.items():
+        older = {name.replace(new, old): tensor for name, tensor in older.items()}
+    assert not any("LayerNorm.weight" in name for name in older)
+    save_file(older, file)
+    again = load(tmp_path / "theirs").params
+    jax.tree.map(np.testing.assert_array_equal, again, checkpoint.params)
 
     save(tmp_path / "ours", checkpoint.params, checkpoint.config)
     jax.tree.map(np.testing.assert_array_equal, load(tmp_path / "ours").params, checkpoint.params)

@@ -70,4 +70,5 @@ ENCODER = Family(
     inputs=inputs,
     prefix="bert.",
     ignore=lambda name: name.startswith(("pooler.", "cls.")) or name.endswith("position_ids"),
+    older={"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"},
 )
