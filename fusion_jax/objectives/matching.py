@@ -65,8 +65,8 @@ def matching(
         logits = jnp.where(counts, logits, jnp.float32(0))
         belongs = jnp.arange(len(counts)) < len(both)
         nll = jax.nn.softplus(jnp.where(belongs, -logits, logits))
-        return row_mean(nll, counts), {
-            "matching_accuracy": row_mean((logits > 0) == belongs, counts)
-        }
+        told = (logits > 0) == belongs
+        accuracy = row_mean(told, counts, axis_name)
+        return row_mean(nll, counts, axis_name), {"matching_accuracy": accuracy}
 
     return matching

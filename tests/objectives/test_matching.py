@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.test_util import check_grads
 
 from fusion_jax.objectives.matching import matching
@@ -70,6 +71,22 @@ def test_loss_is_binary_cross_entropy_and_absent_rows_are_out():
     assert np.isfinite(grad).all() and (grad[~HERE] == 0).all()
     finite = np.nan_to_num(table)
     check_grads(loss, (finite,), 1, modes=["rev"], atol=0.02, rtol=0.02)
+
+
+def test_under_pmap_every_pair_counts_the_same():
+    def score(scale, pairs, rng):
+        return scale * sum(halves(scale, pairs, rng))
+
+    objective = matching(score, axis_name="device")
+    batches = [batch(HERE), batch(np.arange(ROWS) < 2)]  # five rows and two of a device
+    each = [matching(score)(0.3, one, jax.random.key(0)) for one in batches]
+    both = jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)
+    run = jax.vmap(lambda one: objective(0.3, one, jax.random.key(0)), axis_name="device")
+    loss, metrics = run(both)
+    accuracy = [float(found["matching_accuracy"]) for _, found in each]
+    assert loss.mean() == pytest.approx(np.average([float(x) for x, _ in each], weights=[5, 2]))
+    found = metrics["matching_accuracy"].mean()
+    assert found == pytest.approx(np.average(accuracy, weights=[5, 2]))
 
 
 def test_nothing_to_compare_is_zero():
