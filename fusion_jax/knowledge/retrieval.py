@@ -117,7 +117,14 @@ def _search(
 ) -> tuple[jax.Array, jax.Array]:
     def best(vectors: jax.Array, queries: jax.Array, first: Any) -> tuple[jax.Array, jax.Array]:
         rows = first + jnp.arange(len(vectors), dtype=jnp.int32)
-        scores = jnp.einsum("bd,nd->bn", queries, vectors, preferred_element_type=jnp.float32)
+        # Exact on every backend: some round factors to bfloat16 or TF32 by default.
+        scores = jnp.einsum(
+            "bd,nd->bn",
+            queries,
+            vectors,
+            precision=jax.lax.Precision.HIGHEST,
+            preferred_element_type=jnp.float32,
+        )
         scores = jnp.where((rows < size)[None], scores, -jnp.inf)
         scores, chosen = jax.lax.top_k(scores, min(k, len(vectors)))
         return scores, rows[chosen]

@@ -40,6 +40,12 @@ def test_search_is_exact_on_one_device_and_on_many(size, k):
         np.testing.assert_allclose(found, right, rtol=1e-5, atol=1e-6)
 
 
+def test_no_backend_rounds_the_factors_of_scores():
+    index = Index.of(np.ones((3, 2), np.float32))
+    made = str(jax.make_jaxpr(lambda queries: index.search(queries, 1))(np.ones((1, 2))))
+    assert made.count("dot_general") == made.count("Precision.HIGHEST, Precision.HIGHEST") == 1
+
+
 def test_what_cannot_be_searched_is_told(monkeypatch):
     index = Index.of(np.ones((3, 2), np.float32))
     with pytest.raises(UserError, match="k=4 of an index of 3 vectors"):
