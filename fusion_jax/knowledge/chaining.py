@@ -27,18 +27,23 @@ class Proof:
     rule: Rule | None = None
     premises: tuple["Proof", ...] = ()
 
+    def parts(self) -> Iterator["Proof"]:
+        """The given facts and the rule steps, premises before what follows from them."""
+        waiting = [(self, False)]
+        while waiting:
+            part, ready = waiting.pop()
+            if ready or part.rule is None:
+                yield part
+            else:
+                waiting += [(part, True), *((each, False) for each in reversed(part.premises))]
+
     def given(self) -> list[Triple]:
         """The given facts that it rests on, in the order in which they are used."""
-        if self.rule is None:
-            return [self.fact]
-        return list(dict.fromkeys(f for premise in self.premises for f in premise.given()))
+        return list(dict.fromkeys(part.fact for part in self.parts() if part.rule is None))
 
     def steps(self) -> Iterator["Proof"]:
         """The rule steps, premises before what follows from them."""
-        for premise in self.premises:
-            yield from premise.steps()
-        if self.rule is not None:
-            yield self
+        return (part for part in self.parts() if part.rule is not None)
 
     def lines(self, graph: Graph) -> list[str]:
         """A line for each rule step: the fact, and from what by which rule."""
@@ -96,19 +101,19 @@ class Closure:
         fact = (head, self.graph.relation(relation), tail)
         if fact not in self._rows:
             raise UserError(f"{sentence(self.graph, fact)} follows from no rule and was not given")
-        return self._proof(self._rows[fact])
-
-    def _proof(self, row: int) -> Proof:
-        fact = tuple(self.graph.triples[row].tolist())
-        if row < self.given:
-            return Proof(fact)
-        derived = row - self.given
-        premises = self.premises[derived]
-        return Proof(
-            fact,
-            self.rules[self.by[derived]],
-            tuple(self._proof(premise) for premise in premises[premises >= 0]),
-        )
+        rows = [self._rows[fact]]
+        premises: dict[int, list[int]] = {}
+        for row in rows:
+            if row not in premises:
+                found = self.premises[row - self.given] if row >= self.given else np.zeros(0, int)
+                premises[row] = found[found >= 0].tolist()
+                rows += premises[row]
+        proofs: dict[int, Proof] = {}
+        for row in sorted(premises):  # facts lie behind those from which they follow
+            rule = self.rules[self.by[row - self.given]] if row >= self.given else None
+            fact = tuple(self.graph.triples[row].tolist())
+            proofs[row] = Proof(fact, rule, tuple(proofs[premise] for premise in premises[row]))
+        return proofs[rows[0]]
 
 
 def chain(graph: Graph, rules: Sequence[Rule]) -> Closure:
@@ -164,14 +169,20 @@ def violations(graph: Graph, rules: Sequence[Rule]) -> list[tuple[Rule, np.ndarr
 
 def check(proof: Proof, graph: Graph) -> bool:
     """Whether every step is an instance of its rule, and what it rests on is in the graph."""
-    if proof.rule is None:
-        return proof.fact in {tuple(fact) for fact in graph.triples.tolist()}
-    head, *body = _compiled(graph, (proof.rule.head, *proof.rule.body))
-    if len(body) != len(proof.premises):
+    given = {tuple(fact) for fact in graph.triples.tolist()}
+    return all(
+        part.fact in given if part.rule is None else _follows(part, graph) for part in proof.parts()
+    )
+
+
+def _follows(step: Proof, graph: Graph) -> bool:
+    """Whether the fact is what the rule gives from the premises."""
+    head, *body = _compiled(graph, (step.rule.head, *step.rule.body))
+    if len(body) != len(step.premises):
         return False
     bound: dict[str, int] = {}
     for (relation, *terms), fact in zip(
-        [*body, head], [*(premise.fact for premise in proof.premises), proof.fact], strict=True
+        [*body, head], [*(premise.fact for premise in step.premises), step.fact], strict=True
     ):
         if relation != fact[1]:
             return False
@@ -179,7 +190,7 @@ def check(proof: Proof, graph: Graph) -> bool:
             expected = bound.setdefault(term, entity) if isinstance(term, str) else term
             if expected != entity:
                 return False
-    return all(check(premise, graph) for premise in proof.premises)
+    return True
 
 
 def with_relations(graph: Graph, rules: Sequence[Rule]) -> Graph:

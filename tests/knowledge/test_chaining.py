@@ -1,5 +1,6 @@
 import dataclasses
 import itertools
+import sys
 
 import numpy as np
 import pytest
@@ -92,6 +93,23 @@ def test_a_proof_tells_its_steps_and_a_wrong_one_does_not_check():
     assert not chaining.check(forged, closure.graph)
     with pytest.raises(UserError, match=r"is_a\(oak, animal\) follows from no rule"):
         closure.proof(4, "is_a", 3)
+
+
+def test_a_proof_may_be_longer_than_calls_may_nest():
+    long = sys.getrecursionlimit() // 2 + 10  # a proof and its premises took two calls
+    pairs = np.stack([np.arange(long), np.zeros(long, int), np.arange(1, long + 1)], axis=1)
+    line = graph.make(pairs, [f"{number:05}" for number in range(long + 1)], ["next"])
+    program = rules.parse_all(
+        """
+        after(?x, ?y) <= next(?x, ?y), starts(?x, ?x)
+        after(?x, ?z) <= after(?x, ?y), next(?y, ?z)
+        starts(00000, 00000) <= next(00000, 00001)
+        """
+    )
+    proof = chain(line, program).proof(0, "after", long)
+    assert proof.given() == list(map(tuple, pairs.tolist()))
+    assert sum(1 for _ in proof.steps()) == long + 1
+    assert chaining.check(proof, chaining.with_relations(line, program))
 
 
 def test_derived_facts_carry_their_source_and_the_confidence_of_their_premises():
