@@ -10,20 +10,18 @@ weighs it as a stream. So does `averaging.interpolate`, after training.
 
 import re
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 
 from fusion_jax import attention
 from fusion_jax.errors import UserError
 from fusion_jax.objectives.combine import Batch, Metrics, Objective, Params
 from fusion_jax.objectives.distillation import soft_targets
-
-paths = partial(flatten_dict, sep="/")
+from fusion_jax.training.partition import paths
 
 
 def l2_sp(anchor: Params, pattern: str = "", new_weight: float = 0.0) -> Objective:

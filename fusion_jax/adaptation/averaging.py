@@ -7,17 +7,15 @@ params = ties(base, [a, b]); params = uniform_soup(checkpoints[swad_window(losse
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict
 
 from fusion_jax.errors import UserError
+from fusion_jax.training.partition import paths
 
 Params = Any
-paths = partial(flatten_dict, sep="/")
 
 
 def same_shape(trees: Sequence[Params]) -> None:
