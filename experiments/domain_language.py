@@ -14,7 +14,7 @@ Dictionary of Computing, whose articles have a subject. What the model knew befo
 The Devil's Dictionary, plain English prose; `--hold` holds on to it. All three are Debian packages
 (dict-*); a folder of .txt files, each an article, or a .jsonl or .csv with columns text and, for
 the task, label stands in for any of them. No article that is measured on was trained on, in any
-phase.
+phase, nor one of another dictionary with its headword or its text.
 """
 
 import dataclasses
@@ -108,18 +108,21 @@ class Texts:
 
 
 def read_texts(s: Settings, encode: Callable[[str], list[int]]) -> Texts:
-    """An article is on one side only, by its headword; by its text if it has none.
+    """Articles that share a headword or their text are on one side only, in all dictionaries.
 
     Raises UserError if the task has no two subjects, or there are too few texts of a kind.
     """
+    named = dict.fromkeys((s.domain, s.task, s.old))
+    read = [(name, entry) for name in named for entry in articles.read(name, s.texts)]
+    keys = [{*map(concepts.normalize, (*entry.heads, entry.text))} - {""} for _, entry in read]
+    merged = concepts.merge([f"{row:09d}" for row in range(len(read))], keys)
+    split = concepts.split(merged, s.seed, [name for name, _ in read])
 
     def sides(name: str) -> dict[str, list[Entry]]:
-        entries = articles.read(name, s.texts)
-        keys = [
-            concepts.normalize(entry.heads[0] if entry.heads else entry.text) for entry in entries
-        ]
-        split = concepts.split(keys, s.seed)
-        return {side: [entries[row] for row in rows] for side, rows in split.items()}
+        return {
+            side: [entry for of, entry in map(read.__getitem__, rows) if of == name]
+            for side, rows in split.items()
+        }
 
     domain, task, old = sides(s.domain), sides(s.task), sides(s.old)
     tags = Counter(entry.tags[0] for entry in task["train"] if entry.tags)

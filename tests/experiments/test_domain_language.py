@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import json
+import re
 from functools import partial
 
 import flax.linen as nn
@@ -184,6 +185,28 @@ def test_texts_of_ones_own(tmp_path):
     (tmp_path / "one.jsonl").write_text('{"text": "One."}\n')
     with pytest.raises(UserError, match=r"none is left for old \(test\)"):
         read(old=str(tmp_path / "one.jsonl"))
+
+
+def test_no_text_or_headword_of_a_measured_article_is_trained_on_in_any_dictionary(monkeypatch):
+    def read(name, folder):
+        if name == "old":
+            return [dictionary.Entry((f"Slang-{n}",), f"Was {n}.") for n in range(40)]
+        tags = ("alpha", "beta") if name == "task" else ("", "")
+        return [dictionary.Entry((f"{name} {n}",), f"Is {n}.", (tags[n % 2],)) for n in range(40)]
+
+    monkeypatch.setattr(domain_language.articles, "read", read)
+    s = domain_language.Settings(domain="slang", task="task", old="old", length=32, most=99)
+    tokenizer = load.load("bytes").tokenizer
+    texts = domain_language.read_texts(s, lambda text: tokenizer.encode(text).ids)
+
+    def numbers(kinds):
+        ids = np.concatenate([row["text"] for rows in kinds.values() for row in rows])
+        return set(
+            re.findall(r"(?:Is|Was)Ġ(\d+)", "".join(map(tokenizer.id_to_token, ids.tolist())))
+        )
+
+    trained, held = numbers(texts.train), numbers(texts.held)
+    assert len(held) == 10 and len(trained) >= 20 and not trained & held
 
 
 def test_forgetting_is_compared_at_equal_gain():
