@@ -6,7 +6,7 @@ from scipy.optimize import minimize
 
 from fusion_jax.knowledge import rules, trust
 from fusion_jax.knowledge.trust import Filter, Trust
-from tests.knowledge.test_questions import GRAPH, NAMES, PROGRAM, RIGHT, WORLD
+from tests.knowledge.test_questions import GRAPH, NAMES, RIGHT, WORLD
 
 GLOSSES = {"robin": "a thrush with a red breast", "thrush": "songbirds", "screw": "a bolt"}
 RNG = np.random.default_rng(0)
@@ -79,7 +79,6 @@ def test_it_is_fitted_on_facts_of_training_questions(monkeypatch):
                                                                       "breast"}  # fmt: skip
     true = fitted(((6, 0, 7), (7, 0, 8), (3, 0, 4), (4, 0, 5)))
     assert true.mean() > fitted(((6, 0, 4), (3, 0, 7))).mean()
-    assert len(PROGRAM) == 3
 
 
 @pytest.mark.parametrize("text", ["Whales", "the WHALE of", "whale, whales"])
