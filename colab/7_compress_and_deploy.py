@@ -166,11 +166,11 @@ workdir, small = runs / "colab_fusion", runs / "colab_fusion_int8"
 if not (workdir / "report/metrics.json").exists():
     flags = ["--workdir", str(workdir), "--overwrite", "--no-tensorboard"]
     if quick:  # small stand-ins for the towers, two steps: only that it runs
-        from colab.quick import use_small_towers
+        from colab.quick import small_table, use_small_towers
 
         use_small_towers()
         flags += ["--width", "16", "--steps", "2", "--batch-size", "8", "--views", "1"]
-        flags += ["--fusions", "sum", "--table", os.environ["FUSION_JAX_SMALL_TABLE"]]
+        flags += ["--fusions", "sum", "--table", str(small_table(runs / "small"))]
     assert main(["train", "experiments/trimodal.py", *flags]) == 0
 shutil.rmtree(small, ignore_errors=True)
 flags = ["--workdir", str(workdir), "--recipe", "int8", "--output", str(small), "--batches", "1"]

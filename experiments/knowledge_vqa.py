@@ -17,7 +17,19 @@ training question. In training facts are linked, true (of the stamp's own noun),
 or absent. `--no-knowledge` trains and tests without any.
 
 Of 476 test questions of seed 0 (244 pictures, 86 kinds), looking Y up in the linked facts answers
-61.6% rightly, in the true ones all, in another's 50.4%. No model has been trained at this size.
+61.6% rightly, in the true ones all, in another's 50.4%.
+
+After 200 steps (`--steps 200`, and for the second row also `--no-knowledge --length 36`), accuracy
+on the 320 test questions that the report asks, seeds 0 and 1 (two seeds: no deviation is given):
+
+                    linked facts  true facts    facts on another  no facts
+    knowledge       0.606, 0.644  0.919, 0.959  0.497, 0.494      0.544, 0.525
+    looking Y up    0.625, 0.653  1.000, 1.000  0.497, 0.494      0.500, 0.500
+    no knowledge                                                  0.503, 0.487
+
+So what the tower's guesses link to in the graph helps by more than 0.1, but no more than looking Y
+up in it, and as much without the picture (0.603, 0.641): the model reads the facts, and the picture
+is in them. Better links would help most: with the true noun's facts 0.92 and 0.96 are right.
 """
 
 import dataclasses
