@@ -11,8 +11,10 @@ table` (settings chosen on validation facts with seed 0, some of them after few 
                     UMLS             Kinships         Nations
     complex         0.955 ± 0.002    0.859 ± 0.003    0.821 ± 0.009
     simple          0.955 ± 0.002    0.848 ± 0.003    0.817 ± 0.009
-    rotate          0.946 (1 seed)   0.842 ± 0.003    0.729 ± 0.011
+    rotate          0.946 ± 0.005    0.842 ± 0.003    0.729 ± 0.011
     distmult        0.915 ± 0.005    0.672 ± 0.005    0.793 ± 0.004
+    tucker          0.895 ± 0.003    0.794 ± 0.005    0.770 ± 0.010
+    conve           0.871 ± 0.005    0.588 ± 0.013    0.782 ± 0.006
     transe          0.727 ± 0.001    0.197 ± 0.001    0.506 ± 0.004
     published best  0.948 (NBFNet)   0.83 (ConvE)     0.82 to 0.84 (ConvE, ContE)
 

@@ -142,7 +142,7 @@ TRAIN = ("-m", "fusion_jax", "train")
 INTO = ("--workdir", "{workdir}", "--no-tensorboard")
 SUBSETS = ("audio", "image", "text", "audio+image+text")
 INJECTIONS = (("none", "prompt", "chained", "knn"), ("cross", "kbert", "ernie"))
-SCORERS = ("complex", "simple", "distmult", "rotate", "transe")
+SCORERS = ("complex", "simple", "distmult", "rotate", "tucker", "conve", "transe")
 
 
 def link_prediction(dataset: str) -> Claim:
