@@ -209,10 +209,8 @@ def serve(arguments: list[str]) -> None:
             arguments = [str(found), *arguments]
         else:
             stand = found
-    more = (
-        "In place of ARTIFACT: --workdir DIR, a trained run, and perhaps --senses DIR, another run "
-    )
-    more += "that hears or sees for it."
+    more = "In place of ARTIFACT: --workdir DIR, a trained run, and perhaps --senses DIR, another "
+    more += "run that hears or sees for it."
     if status := command.main(arguments, "python -m fusion_jax serve", stand, more):
         raise SystemExit(status)
 

@@ -4,11 +4,9 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 from experiments import knowledge_vqa
 from fusion_jax.__main__ import main
@@ -17,8 +15,6 @@ from fusion_jax.knowledge import graph, rules
 from fusion_jax.knowledge.linking import Linker
 from fusion_jax.knowledge.pictured import Seen, _held_out, ask_about, facts_for, written
 from fusion_jax.knowledge.questions import World
-from fusion_jax.pretrained.load import family_of
-from fusion_jax.pretrained.save import save
 from tests.experiments.test_vqa import LANGUAGE_MODEL, TOWER
 
 WORDS = "Is this a kind of ? is Yes No . ,"
@@ -29,7 +25,7 @@ MIDDLES = [name for names in MIDDLE.values() for name in names]
 
 
 @pytest.fixture(scope="module")
-def flags(tmp_path_factory):
+def flags(tmp_path_factory, save_tiny):
     """Sixty things of two kinds in a table, what they are kinds of, a tiny model and tower."""
     folder, rng = tmp_path_factory.mktemp("knowledge_vqa"), np.random.default_rng(0)
     rows, facts = [], [f"{m}\tis_a\t{kind}\n" for kind, all_m in MIDDLE.items() for m in all_m]
@@ -43,15 +39,8 @@ def flags(tmp_path_factory):
     (folder / "facts.tsv").write_text("".join(facts))
     (folder / "mine.rules").write_text("is_a(?x, ?z) <= is_a(?x, ?y), is_a(?y, ?z)\n")
     names = [*KINDS, *MIDDLES, *(f"noun{i}" for i in range(60))]
-    vocabulary = {w: i for i, w in enumerate(["[UNK]", "</s>", *WORDS.split(), *names])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.add_special_tokens(["</s>"])
-    for name, config in (("lm", LANGUAGE_MODEL), ("tower", TOWER)):
-        family = family_of(config)
-        module = family.build(config)
-        params = jax.jit(module.init)(jax.random.key(0), *family.inputs(config))["params"]
-        save(folder / name, params, config, tokenizer=tokenizer if name == "lm" else None)
+    words = [*WORDS.split(), *names]
+    save_tiny(folder, words, {"lm": LANGUAGE_MODEL, "tower": TOWER})
     return [
         *("--table", str(folder / "mine.jsonl"), "--tower", str(folder / "tower")),
         *("--graph", str(folder / "facts.tsv"), "--rules", str(folder / "mine.rules")),

@@ -3,16 +3,13 @@
 import json
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 import soundfile
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import pre_tokenizers
 
 from fusion_jax.__main__ import main
 from fusion_jax.pretrained.families.moonshine import CONFIG
-from fusion_jax.pretrained.load import family_of
-from fusion_jax.pretrained.save import save
 
 LANGUAGE_MODEL = {
     "model_type": "llama",
@@ -39,7 +36,7 @@ SPLITS = ("train",) * 8 + ("dev",) * 2 + ("test",) * 10
 
 
 @pytest.fixture(scope="module")
-def flags(tmp_path_factory):
+def flags(tmp_path_factory, save_tiny):
     """Twenty recordings as CoVoST 2 has them, a tiny language model and a tiny tower."""
     folder, rng = tmp_path_factory.mktemp("translation"), np.random.default_rng(0)
     (folder / "clips").mkdir()
@@ -53,16 +50,8 @@ def flags(tmp_path_factory):
     (folder / "covost_v2.fr_en.tsv").write_text(translated)
     known = pre_tokenizers.Whitespace().pre_tokenize_str("From French to English: Un hibou An owl")
     numbers = map(str, range(len(SPLITS)))
-    words = ["[UNK]", "</s>", *dict.fromkeys(word for word, _ in known), *numbers]
-    vocabulary = {word: number for number, word in enumerate(words)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.add_special_tokens(["</s>"])
-    for name, config in (("lm", LANGUAGE_MODEL), ("tower", TOWER)):
-        family = family_of(config)
-        module = family.build(config)
-        params = jax.jit(module.init)(jax.random.key(0), *family.inputs(config))["params"]
-        save(folder / name, params, config, tokenizer=tokenizer if name == "lm" else None)
+    words = [*(word for word, _ in known), *numbers]
+    save_tiny(folder, words, {"lm": LANGUAGE_MODEL, "tower": TOWER})
     published = f"covost2 {folder} {folder / 'covost_v2.fr_en.tsv'}"
     return [
         *("--published", published, "--languages", "en", "fr", "--pairs", "fr-en"),

@@ -5,16 +5,13 @@ import json
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import pre_tokenizers
 
 from fusion_jax.__main__ import main
 from fusion_jax.data.questions import ASKED, Question, Thing
-from fusion_jax.pretrained.load import family_of
-from fusion_jax.pretrained.save import save
 
 QUESTIONS = "What kind of thing is this? Is this a dark night? A light day? Yes No"
 LANGUAGE_MODEL = {
@@ -39,7 +36,7 @@ TOWER = {
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def made(tmp_path_factory, save_tiny):
     """Eighty things of two kinds in a table, a tiny language model and a tiny tower."""
     folder, rng = tmp_path_factory.mktemp("vqa"), np.random.default_rng(0)
     rows = []
@@ -54,16 +51,8 @@ def made(tmp_path_factory):
 
     whitespace = pre_tokenizers.Whitespace()
     known = [word for word, _ in whitespace.pre_tokenize_str(QUESTIONS)]
-    words = dict.fromkeys(["[UNK]", "</s>", *known, *(f"noun{i}" for i in range(80))])
-    vocabulary = {word: number for number, word in enumerate(words)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = whitespace
-    tokenizer.add_special_tokens(["</s>"])
-    for name, config in (("lm", LANGUAGE_MODEL), ("tower", TOWER)):
-        family = family_of(config)
-        module = family.build(config)
-        params = jax.jit(module.init)(jax.random.key(0), *family.inputs(config))["params"]
-        save(folder / name, params, config, tokenizer=tokenizer if name == "lm" else None)
+    words = [*known, *(f"noun{i}" for i in range(80))]
+    save_tiny(folder, words, {"lm": LANGUAGE_MODEL, "tower": TOWER})
     return folder
 
 
