@@ -84,7 +84,7 @@ from fusion_jax.data.image import Pictures
 from fusion_jax.data.pipeline import Transform
 from fusion_jax.data.streams import Adaptation, Balanced, check_batch
 from fusion_jax.data.views import as_trained_on
-from fusion_jax.deployment.export import Predictor
+from fusion_jax.deployment.predictor import Predictor
 from fusion_jax.encoders.projection import Project, Projected
 from fusion_jax.encoders.resnet import ResNet
 from fusion_jax.errors import UserError

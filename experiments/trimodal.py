@@ -40,7 +40,7 @@ from fusion_jax.data.pipeline import Batches, Padded, Source, Subset, Transform
 from fusion_jax.data.records import read_table
 from fusion_jax.data.text import ByteTokenizer, Ids
 from fusion_jax.data.views import Views, as_trained_on, standardized
-from fusion_jax.deployment.export import Predictor
+from fusion_jax.deployment.predictor import Predictor
 from fusion_jax.encoders.audio import AudioTransformer
 from fusion_jax.encoders.projection import Project, Projected
 from fusion_jax.encoders.text import TextTransformer

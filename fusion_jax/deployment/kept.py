@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from fusion_jax.compression import storage
-from fusion_jax.deployment import export
+from fusion_jax.deployment import export, stablehlo
+from fusion_jax.deployment.predictor import Predictor
 from fusion_jax.errors import UserError
 from fusion_jax.language.ask import Assistant
 
@@ -36,7 +37,8 @@ def servable(workdir: Path, senses: Path | None = None) -> Path | Callable[..., 
         checkpoints = sorted((run / "checkpoints").rglob("*"))
         for path in filter(Path.exists, (run / "run.json", run / storage.FILE, *checkpoints)):
             digest.update(f"{path.relative_to(run)} {path.stat().st_mtime_ns}\n".encode())
-    for path in sorted([Path(export.__file__), *export.RUNTIME.glob("*.*")]):
+    code = [Path(module.__file__) for module in (export, stablehlo)]
+    for path in sorted([*code, *stablehlo.RUNTIME.glob("*.*")]):
         digest.update(path.read_bytes())
     folder = workdir / f"{KEPT}{digest.hexdigest()[:12]}"
     if folder.exists():
@@ -44,13 +46,13 @@ def servable(workdir: Path, senses: Path | None = None) -> Path | Callable[..., 
     print(f"opening {workdir} ...", flush=True)
     model, card = export.opened(workdir, senses)
     name = workdir.resolve().name
-    if not isinstance(model, Assistant | export.Predictor):
+    if not isinstance(model, Assistant | Predictor):
         if not hasattr(model, "answer"):
             raise UserError(f"{workdir}: a {type(model).__name__} neither answers nor is exported")
         from fusion_jax.deployment.speaking import Described, Standing
 
         return functools.partial(Standing, Described(name, card["about"]), model)
-    export.write(folder, name, model, card)
+    stablehlo.write(folder, name, model, card)
     for old in workdir.glob(f"{KEPT}*"):
         if old != folder:
             shutil.rmtree(old)

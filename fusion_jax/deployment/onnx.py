@@ -10,7 +10,7 @@ import numpy as np
 
 from fusion_jax import attention
 from fusion_jax.data.image import Pictures
-from fusion_jax.deployment.export import Predictor
+from fusion_jax.deployment.predictor import Predictor
 from fusion_jax.errors import UserError
 from fusion_jax.paths import replacing
 from fusion_jax.tokens import Tokens

@@ -12,7 +12,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from fusion_jax.data.audio import Waveforms
 from fusion_jax.data.image import Pictures
 from fusion_jax.data.text import ByteTokenizer, Ids
-from fusion_jax.deployment import export
+from fusion_jax.deployment import stablehlo
+from fusion_jax.deployment.predictor import Predictor
 from fusion_jax.encoders.projection import Project
 from fusion_jax.encoders.text import TextTransformer
 from fusion_jax.encoders.vit import ViT
@@ -117,18 +118,18 @@ def classifier():
         "text": Tokens(np.ones((1, 4), np.int32), np.ones((1, 4), bool)),
     }
     params = model.init(jax.random.key(0), framed(example))["params"]
-    return export.Predictor(apply, params, transforms, ("cat", "dog", "emu"), "random numbers")
+    return Predictor(apply, params, transforms, ("cat", "dog", "emu"), "random numbers")
 
 
 @pytest.fixture(scope="session")
 def talker(assistant, tmp_path_factory):
     folder = tmp_path_factory.mktemp("artifacts") / "talker"
-    export.write(folder, "talker", assistant, {})
+    stablehlo.write(folder, "talker", assistant, {})
     return folder
 
 
 @pytest.fixture(scope="session")
 def predicts(classifier, tmp_path_factory):
     folder = tmp_path_factory.mktemp("artifacts") / "predicts"
-    export.write(folder, "predicts", classifier, {"metrics": {"accuracy": 0.5}})
+    stablehlo.write(folder, "predicts", classifier, {"metrics": {"accuracy": 0.5}})
     return folder

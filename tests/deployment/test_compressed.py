@@ -16,7 +16,7 @@ from fusion_jax.compression.quantization import is_compressed, is_table, kernels
 from fusion_jax.compression.recipes import Calibration, parse
 from fusion_jax.compression.running import running
 from fusion_jax.deployment import decoders as folders
-from fusion_jax.deployment import export
+from fusion_jax.deployment import export, stablehlo
 from fusion_jax.deployment.runtime.artifact import Artifact
 from fusion_jax.deployment.runtime.generation import Generator
 from fusion_jax.errors import UserError
@@ -107,11 +107,11 @@ def test_an_int8_run_is_exported_at_most_0_30_as_large(run, capsys):
 def test_every_kind_of_kernel_is_served_and_written_for_others(
     run, recipe, format, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(export, "PLATFORMS", ("cpu",))  # the others are tested, and take long
+    monkeypatch.setattr(stablehlo, "PLATFORMS", ("cpu",))  # the others are tested, and take long
     assistant = small_assistant(run, recipe)
     expected = logits(assistant.model, assistant.params)
     with running():
-        export.write(tmp_path / "artifact", "small", assistant, {})
+        stablehlo.write(tmp_path / "artifact", "small", assistant, {})
     artifact = Artifact(tmp_path / "artifact")
     empty = Generator(artifact, rows=1, slots=8)._empty(1, 8)
     media = np.zeros((1, 1, CONFIG["hidden_size"]), np.float32)
@@ -155,7 +155,7 @@ def test_towers_that_the_export_brings_along_are_rounded_as_the_rest(classifier,
     assert "encoders_image/patch_embedding/kernel" in rounded
     assert [path for path in rounded if path.startswith("encoders_text") and is_table(path)]
     assert export._as_compressed(classifier, ["prune-0.5"]) is classifier
-    export.write(tmp_path / "small", "small", small, {})
+    stablehlo.write(tmp_path / "small", "small", small, {})
     artifact, rng = Artifact(tmp_path / "small"), np.random.default_rng(0)
     raw = {
         "image": (rng.random((2, 8, 8, 3), np.float32), np.ones(2, bool)),

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from jax import export as jax_export
 from PIL import Image
 
-from fusion_jax.deployment import export
+from fusion_jax.deployment import stablehlo
 from fusion_jax.deployment.runtime import chat_protocol
 from fusion_jax.deployment.runtime.artifact import Artifact
 from fusion_jax.deployment.runtime.chat_protocol import ChatRequest
@@ -286,13 +286,13 @@ def test_an_interrupted_export_leaves_nothing(classifier, tmp_path, monkeypatch)
     def fail(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(export, "save_file", fail)
+    monkeypatch.setattr(stablehlo, "save_file", fail)
     with pytest.raises(KeyboardInterrupt):
-        export.write(tmp_path / "out", "name", classifier, {})
+        stablehlo.write(tmp_path / "out", "name", classifier, {})
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "there").mkdir()
     with pytest.raises(UserError, match="exists already"):
-        export.write(tmp_path / "there", "name", classifier, {})
+        stablehlo.write(tmp_path / "there", "name", classifier, {})
 
 
 def test_pictures_and_sound_are_read_as_in_training(tmp_path):
@@ -318,5 +318,5 @@ def test_pictures_and_sound_are_read_as_in_training(tmp_path):
 
 
 def test_the_runtime_imports_nothing_else():
-    for file in Path(export.RUNTIME).glob("*.py"):
+    for file in Path(stablehlo.RUNTIME).glob("*.py"):
         assert not re.search(r"^\s*(from|import) (fusion_jax|flax|optax)", file.read_text(), re.M)

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from fusion_jax.deployment import export, kept
+from fusion_jax.deployment import export, kept, stablehlo
 from fusion_jax.errors import UserError
 from fusion_jax.language.ask import Assistant
 
@@ -26,7 +26,7 @@ def opening(monkeypatch):
         state["written"].append(name)
 
     monkeypatch.setattr(export, "opened", lambda *_: (state["model"], {"about": "a run"}))
-    monkeypatch.setattr(export, "write", write)
+    monkeypatch.setattr(stablehlo, "write", write)
     return state
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 
 from fusion_jax.data import audio, stamps
 from fusion_jax.data.audio import Waveforms
-from fusion_jax.deployment import export
+from fusion_jax.deployment import stablehlo
 from fusion_jax.deployment.runtime import chat_protocol
 from fusion_jax.deployment.runtime.chat_protocol import ChatRequest
 from fusion_jax.deployment.runtime.host import Host, Limits
@@ -83,7 +83,7 @@ def listening(assistant):
 @pytest.fixture(scope="module")
 def host(listening, tmp_path_factory):
     folder = tmp_path_factory.mktemp("page") / "listening"
-    export.write(folder, "listening", listening, {"about": "Random numbers."})
+    stablehlo.write(folder, "listening", listening, {"about": "Random numbers."})
     return Host(folder, Limits(rows=1, warm=16), Metrics().count, every=60)
 
 

@@ -23,7 +23,7 @@ import pytest
 import uvicorn
 from PIL import Image
 
-from fusion_jax.deployment import export
+from fusion_jax.deployment import stablehlo
 from fusion_jax.deployment.runtime import command, exchange, inference_protocol, workers
 from fusion_jax.deployment.runtime.artifact import Artifact, BadInput
 from fusion_jax.deployment.runtime.chat_protocol import ChatRequest
@@ -378,7 +378,7 @@ def test_an_exchanged_artifact_is_picked_up_without_a_failed_request(
     transformer = params["decoder"]["transformer"] | {"final_norm": {"scale": final}}
     params["decoder"] |= {"transformer": transformer}
     other = dataclasses.replace(assistant, params=params)
-    export.write(tmp_path / "new", "talker", other, {})
+    stablehlo.write(tmp_path / "new", "talker", other, {})
     statuses, texts, enough = [], [], threading.Event()
 
     def keep_asking():
