@@ -3,7 +3,7 @@
 import dataclasses
 import io
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import soundfile
@@ -15,6 +15,14 @@ from fusion_jax.tokens import Tokens
 
 SAMPLE_RATE = 16_000
 _BREAKS_OFF = "the sound breaks off before its end; fetch or export it again"
+# Where WAV, AIFF, RF64, W64 and AU say how many bytes follow, and how many lie before those.
+_SIZES: dict[bytes, tuple[int, int, Literal["little", "big"], int]] = {
+    b"RIFF": (4, 8, "little", 8),
+    b"FORM": (4, 8, "big", 8),
+    b"RF64": (20, 28, "little", 8),
+    b"riff": (16, 24, "little", 0),
+    b".snd": (8, 12, "big", 24),
+}
 
 
 def decode(data: bytes, name: str = "audio", max_seconds: float | None = None) -> np.ndarray:
@@ -94,11 +102,12 @@ def _truncated(data: bytes) -> bool:
         lacing = data[page + 27 : page + 27 + data[page + 26]] if page + 27 <= len(data) else b""
         whole = page + 27 <= len(data) and len(lacing) == data[page + 26]
         return not whole or page + 27 + len(lacing) + sum(lacing) > len(data)
-    if data[:4] == b"RIFF":
-        size = int.from_bytes(data[4:8], "little")
-        streamed = size in (0, 0xFFFFFFFF)  # written to a pipe: the size was not known
-        return not streamed and size + 8 > len(data) + 1
-    return False
+    if data[:4] not in _SIZES:
+        return False
+    start, stop, order, more = _SIZES[data[:4]]
+    size = int.from_bytes(data[start:stop], order)
+    streamed = size in (0, 2 ** (8 * (stop - start)) - 1)  # to a pipe: it was not known
+    return not streamed and size + more > len(data) + 1
 
 
 def _counts(mp3: bytes) -> bool:

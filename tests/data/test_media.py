@@ -27,6 +27,14 @@ def sound(samples, rate, kind):
 NOISE = np.random.default_rng(0).normal(size=9000) * 0.1
 
 
+@pytest.mark.parametrize("kind", ["AIFF", "AU", "W64", "RF64", "CAF"])
+def test_containers_that_break_off_are_named(kind):
+    data = sound(NOISE, 8000, kind)
+    assert len(audio.decode(data)) == 18000
+    with pytest.raises(UserError, match=r"breaks off|not a readable sound"):
+        audio.decode(data[: len(data) // 2])
+
+
 @pytest.mark.parametrize("kind", ["WAV", "FLAC", "OGG", "MP3"])
 def test_sound_of_any_kind_and_rate_keeps_its_pitch(kind):
     tone = 0.5 * np.sin(2 * np.pi * 440 * np.arange(44100) / 44100)
