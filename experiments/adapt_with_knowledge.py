@@ -38,7 +38,9 @@ class Arguments:
     """Of the graph's rule, in the row that has it."""
     workdir: Path = Path("runs/adapt_with_knowledge")
     settings: Settings = dataclasses.field(
-        default_factory=lambda: Settings(length=96, tensorboard=False, keep=1)
+        default_factory=lambda: Settings(
+            length=96, most=64, evaluate_every=0, tensorboard=False, keep=1
+        )
     )
     """Those of domain_language, of every run."""
 
@@ -66,9 +68,8 @@ def main(a: Arguments) -> None:
         folder = a.workdir / row.replace(", ", "-")
         found = [run(dataclasses.replace(s, seed=n), folder / f"seed-{n}") for n in seeds]
         table[row] = {
-            "accuracy": [accuracy for _, accuracy in found],
-            "gained": [curve[-1][0] for curve, _ in found],
-            "forgotten": [curve[-1][1] for curve, _ in found],
+            name: [metrics[name] for _, metrics in found]
+            for name in ("accuracy", "gained", "forgotten")
         }
     s = a.settings
     about = (

@@ -59,8 +59,8 @@ def plans(a: Arguments) -> dict[str, list[Settings]]:
     return {row: [change(s, seed=seed) for seed in range(a.seeds)] for row, s in rows.items()}
 
 
-def run(s: Settings, folder: Path) -> tuple[Curve, float]:
-    """(gained, forgotten) at each evaluation, from nothing on, and the accuracy at the end."""
+def run(s: Settings, folder: Path) -> tuple[Curve, dict[str, float]]:
+    """(gained, forgotten) at each evaluation, from nothing on, and what is reported at the end."""
     if (folder / "report" / "metrics.json").exists():
         check_settings(folder, s)
     else:
@@ -68,7 +68,7 @@ def run(s: Settings, folder: Path) -> tuple[Curve, float]:
             loop.train(domain_language.build(s), s, folder)
     rows = [row for row in read_metrics(folder / "metrics.jsonl") if "forgotten" in row]
     found = json.loads((folder / "report" / "metrics.json").read_text())
-    return [(0.0, 0.0), *((row["gained"], row["forgotten"]) for row in rows)], found["accuracy"]
+    return [(0.0, 0.0), *((row["gained"], row["forgotten"]) for row in rows)], found
 
 
 def forgotten_at(curve: Curve, gain: float) -> float:
@@ -98,9 +98,9 @@ def main(a: Arguments) -> None:
     accuracies: dict[str, list[float]] = {}
     for row, settings in plans(a).items():
         for s in settings:
-            curve, accuracy = run(s, a.workdir / f"{a.what} {row} {s.seed}".replace(" ", "-"))
+            curve, found = run(s, a.workdir / f"{a.what} {row} {s.seed}".replace(" ", "-"))
             curves.setdefault(row, []).append(curve)
-            accuracies.setdefault(row, []).append(accuracy)
+            accuracies.setdefault(row, []).append(found["accuracy"])
     common = min(max(gained for gained, _ in curve) for each in curves.values() for curve in each)
     table = {
         row: {
