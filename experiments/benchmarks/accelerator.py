@@ -7,10 +7,10 @@ SmolLM2-1.7B by its config, with weights drawn at random: the time does not depe
 bfloat16, params and AdamW's moments too; each side in a process of its own, one after the other,
 the best of several runs counts. A training step updates all params on rows of 64 picture tokens
 (through a linear connector) and text, all of whose tokens are answers: ours is the step of
-`fusion_jax train --dtype bfloat16`, theirs is `LlamaForCausalLM` with flash
-attention (SDPA), a fused AdamW, eager and by `torch.compile`. Attention is forward and backward,
-causal. Decoding writes 128 tokens greedily after 32; PyTorch gets the better of a growing cache and
-of a static one with the compiled forward pass that transformers then makes.
+`fusion_jax train --dtype bfloat16`, theirs is `LlamaForCausalLM` with flash attention (SDPA) and a
+fused AdamW, eager and by `torch.compile`. Attention is forward and backward, causal. Decoding
+writes 128 tokens greedily after 32; PyTorch gets the better of a growing cache and of a static one
+with the compiled forward pass that transformers then makes.
 
 MFU is 6 FLOPs a token for each weight of a kernel (the embedding's lookup costs none) and those of
 causal attention, over the bfloat16 peak that the card's data sheet gives; the rate of one large
