@@ -59,7 +59,12 @@ OWN: dict[str, dict[str, Sequence[Any]]] = {  # a distance is no logit; some tri
     "transe": DISTANCE,
     "rotate": DISTANCE,
     "tucker": {"dim": (50, 100), "steps": (1000,)},
-    "conve": {"dim": (100,), "batch_size": (128,), "steps": (1000,), "dropout": (0.1, 0.2, 0.4)},
+    "conve": {
+        "dim": (100,),
+        "batch_size": (128,),
+        "steps": (1000, 4000),
+        "dropout": (0.2, 0.1, 0.0),
+    },
 }
 
 
