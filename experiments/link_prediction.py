@@ -73,9 +73,10 @@ DEFAULTS = {
     "penalty": 1e-3,
     "scale": 0.1,
 }
-# Chosen on the validation split: 8 to 15 trials of `python -m experiments.link_prediction_sweep
-# tune` for each line, or a dozen by hand (UMLS but tucker and conve), of which the best was kept;
-# distmult and transe on Kinships are taken over from another scorer, which no trial surpassed.
+# Chosen on the validation split: 10 to 15 trials of `python -m experiments.link_prediction_sweep
+# tune` for each line, or about as many earlier ones, some by hand (UMLS but tucker and conve;
+# complex and distmult on Nations), of which the best was kept; distmult and transe on Kinships are
+# taken over from another scorer, and no trial surpassed them.
 COLUMNS = ("loss", "dim", "batch_size", "steps", "learning_rate", "dropout")
 COLUMNS += ("label_smoothing", "penalty")
 TUNED: dict[tuple[str, str], tuple[Any, ...]] = {

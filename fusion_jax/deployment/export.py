@@ -19,7 +19,7 @@ import jax
 import tyro
 
 from fusion_jax.compression.quantization import GROUPS, dense, is_compressed, rounded_rest
-from fusion_jax.deployment import decoders, onnx, stablehlo
+from fusion_jax.deployment import onnx, stablehlo
 from fusion_jax.deployment.predictor import Predictor
 from fusion_jax.errors import UserError
 from fusion_jax.language.ask import Assistant, Encoder, check_named, from_checkpoint, lent
@@ -60,6 +60,8 @@ def export(
     elif format == "onnx":
         onnx.write(artifact, found)
     else:
+        from fusion_jax.deployment import decoders  # brings gguf, which serving does not need
+
         decoders.write(artifact, found, format, numbers)
     print(f"wrote {artifact}, {size_of(artifact) / 1e6:,.1f} MB")
 
