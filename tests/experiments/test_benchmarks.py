@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from experiments.benchmarks import __main__ as benchmarks
-from experiments.benchmarks import serving
+from experiments.benchmarks import link_prediction, serving
 from experiments.benchmarks.rows import Row
 
 SOURCE = """
@@ -82,3 +82,24 @@ def test_without_an_artifact_smollm2_is_exported_and_served(monkeypatch):
     folder, there = serving.rows()
     assert there and not folder.exists()
     assert next(serving.rows(Path("mine"))) == Path("mine")
+
+
+def test_quality_stands_beside_pykeens_and_is_trained_once(tmp_path, monkeypatch, capsys):
+    trained = []
+
+    def measured(name, mrr):
+        return lambda s: trained.append((name, s.dataset, s.scorer)) or mrr
+
+    monkeypatch.setattr(link_prediction, "our_quality", measured("here", 0.75))
+    monkeypatch.setattr(link_prediction, "their_quality", measured("PyKEEN", 0.5))
+    log = tmp_path / "new" / "log.jsonl"
+    link_prediction.quality(("umls",), ("complex",), log)
+    assert trained == [("here", "umls", "complex"), ("PyKEEN", "umls", "complex")]
+    assert "|       0.750 |         0.500 |" in capsys.readouterr().out
+    link_prediction.quality(("umls", "nations"), ("complex",), log)
+    assert [dataset for _, dataset, _ in trained] == ["umls", "umls", "nations", "nations"]
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    lines[0]["settings"]["dim"] += 1  # it was measured under other settings
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    link_prediction.quality(("umls",), ("complex",), log)
+    assert trained[4:] == [("here", "umls", "complex")]
