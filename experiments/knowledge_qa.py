@@ -316,15 +316,17 @@ def report(
     answering = Recalling.chosen(judge, held) if s.injection == "knn" else judge
     found = retrieve(world, own) if s.injection != "none" else {"no facts": [()] * len(own)}
     if s.asked is None and s.injection != "none":
-        sure = trust.fitted(world, [*held, *own], s.seed)
-        keep = trust.Filter.chosen(world, sure, held, answering)
+        entities = {e for task in (*held, *own) for chain in task.chains for e in chain}
+        known = trust.examples(world, world.tasks["train"], s.seed)
+        keep = trust.Filter.chosen(
+            world,
+            trust.fitted(world.graph, *known, entities),
+            [facts for name, facts in retrieve(world, held).items() if "wrong" in name],
+            lambda facts: hits(answering(list(zip(held, facts, strict=True))) > 0, held),
+        )
         for name in [name for name in found if "wrong" in name or "true" in name]:
             found[f"{name}, filtered"] = [keep(facts) for facts in found[name]]
-        right, wrong = keep.shares(held)
-        print(
-            f"quality filter, threshold {keep.threshold}: on validation questions it keeps "
-            f"{right:.3f} of the true facts on the subject and {wrong:.3f} of the wrong ones\n"
-        )
+        print(f"{keep.told(*trust.examples(world, held, s.seed))} (validation questions)\n")
     table: dict[str, dict[str, float]] = {}
     for name, facts in found.items():
         asked = list(zip(own, facts, strict=True))

@@ -3,6 +3,7 @@
     seen = Seen(world, Linker.of(graph), sight, things, hops=5)
     cases = ask_about(seen, things, test=False, seed=0)
     asked = written(seen, cases, facts_for(seen, cases, seed=0)["linked facts"])
+    wrong = misled(seen, cases, seed=0)["30% wrong"]    # in place of true facts
 
 Questions come four at a time, about two pictures and two kinds: each is asked with yes as often as
 with no, and kinds that have much in common are preferred.
@@ -10,7 +11,7 @@ with no, and kinds that have much in common are preferred.
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -18,12 +19,16 @@ import numpy as np
 
 from fusion_jax.data.questions import NO, YES, Question, Thing
 from fusion_jax.errors import UserError
-from fusion_jax.knowledge import kinds
+from fusion_jax.knowledge import kinds, trust
 from fusion_jax.knowledge.linking import Linker
-from fusion_jax.knowledge.questions import KIND_OF, World, meaning
+from fusion_jax.knowledge.questions import KIND_OF, Facts, World, meaning
 
 Case = tuple[Thing, int, bool]
 """A picture, a kind, and whether it is one."""
+Told = tuple[int, Facts]
+"""An entity, and facts by which it is of some kinds."""
+SHARES = (0.1, 0.3, 0.5)
+"""Of questions whose facts are wrong."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -60,6 +65,11 @@ class Seen:
         above = kinds.ancestors(self.world.up, entity)
         return {kind: chain for kind, chain in above.items() if len(chain) <= self.hops + 1}
 
+    def facts(self, entity: int) -> Told:
+        """What the graph says of it."""
+        steps = (fact for chain in self.chains(entity).values() for fact in self.world.steps(chain))
+        return entity, tuple(dict.fromkeys(steps))
+
     def linked(self, row: int) -> list[int]:
         """Entities that a picture is linked to."""
         if self.sight.guesses is not None:
@@ -84,13 +94,28 @@ class Seen:
             return senses[0][:1] if senses else []
         return list(dict.fromkeys(meaning(self.world, *senses[:2])))
 
-    def said(self, entities: Sequence[int]) -> str:
-        """What the rules conclude on them, as it stands in a prompt."""
+    def said(self, told: Sequence[Told]) -> str:
+        """What the rules conclude on two entities at most, as it stands in a prompt."""
         label, lines = self.world.graph.label, []
-        for entity in entities[:2]:
-            names = ", ".join(label(kind) for kind in list(self.chains(entity))[: self.hops])
+        for entity, facts in told[:2]:
+            names = ", ".join(map(label, follows(entity, facts)[: self.hops]))
             lines += [f"{label(entity)} {KIND_OF} {names}. "] if names else []
         return "".join(lines)
+
+
+def follows(entity: int, facts: Facts) -> list[int]:
+    """The kinds that it is of by these facts, the nearest first."""
+    up: dict[int, list[int]] = {}
+    for head, _, tail in facts:
+        up.setdefault(head, []).append(tail)
+    return list(kinds.ancestors(up, entity))
+
+
+def looked_up(cases: Sequence[Case], told: Sequence[Sequence[Told]]) -> float:
+    """The share of questions that the facts answer rightly without a model."""
+    found = [any(kind in follows(*each) for each in on[:2])
+             for (_, kind, _), on in zip(cases, told, strict=True)]  # fmt: skip
+    return float((np.array(found) == np.array([answer for _, _, answer in cases])).mean())
 
 
 def ask_about(seen: Seen, things: Sequence[Thing], test: bool, seed: int) -> list[Case]:
@@ -129,19 +154,69 @@ def _held_out(key: str) -> bool:
     return hashlib.sha256(key.encode()).digest()[0] % 5 < 2
 
 
-def facts_for(seen: Seen, cases: Sequence[Case], seed: int) -> dict[str, list[list[int]]]:
-    """{condition: entities on which facts are written, for each question}."""
+def facts_for(seen: Seen, cases: Sequence[Case], seed: int) -> dict[str, list[list[Told]]]:
+    """{condition: the facts that are written, for each question}."""
     rng = np.random.default_rng(seed)
-    own = [[seen.noun(thing)] for thing, _, _ in cases]
+    own = [[seen.facts(seen.noun(thing))] for thing, _, _ in cases]
     return {
         "no facts": [[] for _ in cases],
-        "linked facts": [seen.linked(thing.row) for thing, _, _ in cases],
+        "linked facts": [list(map(seen.facts, seen.linked(thing.row))) for thing, _, _ in cases],
         "true facts": own,
         "facts on another": [own[i] for i in rng.permutation(len(cases))],
     }
 
 
-def written(seen: Seen, cases: Sequence[Case], entities: Sequence[Sequence[int]]) -> list[Question]:
+def misled(seen: Seen, cases: Sequence[Case], seed: int) -> dict[str, list[list[Told]]]:
+    """{condition: true facts, in so many questions wrong ones}. More wrong ones include the fewer.
+
+    Wrong is that the thing is of a kind that it is not of, and so of all above that: half the time
+    that of the other thing of its four, else that of any. `cases` are whole fours.
+    """
+    rng = np.random.default_rng([seed, 5])
+    nouns = [seen.noun(thing) for thing, _, _ in cases]
+    luck, others = rng.random(len(cases)), rng.permutation(len(cases))
+    found = {share: [] for share in SHARES}
+    for place, noun in enumerate(nouns):
+        mate = _as_if(seen, noun, nouns[place ^ 2])
+        stray = _as_if(seen, noun, nouns[others[place]]) if rng.random() < 0.5 else mate
+        wrong, true = [stray if stray[1] else mate], [seen.facts(noun)]
+        for share, told in found.items():
+            told.append(wrong if luck[place] < share else true)
+    return {f"{share:.0%} wrong": told for share, told in found.items()}
+
+
+def _as_if(seen: Seen, entity: int, other: int) -> Told:
+    """Facts by which the entity is of those of the other's kinds that it is not of."""
+    true = {entity, *kinds.ancestors(seen.world.up, entity)}
+    false = [chain for kind, chain in seen.chains(other).items() if kind not in true]
+    steps = (fact for chain in false for fact in seen.world.steps(chain))
+    return entity, tuple(dict.fromkeys((entity if h == other else h, r, t) for h, r, t in steps))
+
+
+def quality_filter(
+    seen: Seen, train: Sequence[Case], asked: Collection[Told], seed: int
+) -> trust.Filter:
+    """Drops doubtful facts, see `trust`: fitted on facts of training questions.
+
+    Its threshold is that with which most of these are answered rightly by their facts alone.
+
+    Args:
+        asked: what it will be asked about.
+    """
+    ways = [[on[0] for on in told] for told in misled(seen, train, seed).values()]
+    true = {fact for thing, _, _ in train for fact in seen.facts(seen.noun(thing))[1]}
+    false = {f for way in ways for thing, facts in way for f in facts if f[0] == thing} - true
+    ends = {end for _, facts in asked for head, _, tail in facts for end in (head, tail)}
+    sure = trust.fitted(seen.world.graph, tuple(sorted(true)), tuple(sorted(false)), ends)
+
+    def right(kept: Sequence[Facts]) -> float:
+        return looked_up(train, [[(on[0], facts)] for on, facts in zip(ways[0], kept, strict=True)])
+
+    found = [[facts for _, facts in way] for way in ways]
+    return trust.Filter.chosen(seen.world, sure, found, right)
+
+
+def written(seen: Seen, cases: Sequence[Case], told: Sequence[Sequence[Told]]) -> list[Question]:
     """With facts on those entities before each question."""
     label = seen.world.graph.label
     return [
@@ -151,5 +226,5 @@ def written(seen: Seen, cases: Sequence[Case], entities: Sequence[Sequence[int]]
             f"{seen.said(on)}Is this a kind of {label(kind)}?",
             YES if answer else NO,
         )
-        for (thing, kind, answer), on in zip(cases, entities, strict=True)
+        for (thing, kind, answer), on in zip(cases, told, strict=True)
     ]

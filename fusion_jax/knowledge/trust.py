@@ -1,31 +1,26 @@
 """How far to trust a retrieved fact "X is a kind of Z": what texts say of both, and the rules.
 
-    sure = fitted(world, tasks, seed)               # facts -> confidence in 0..1
+    true, wrong = examples(world, world.tasks["train"], seed)
+    sure = fitted(world.graph, true, wrong, asked)  # facts -> confidence in 0..1
     keep = Filter(world, sure, threshold=0.3)
     keep(facts)                                     # those that are sure and contradict nothing
 
 Five scorers read names and glosses: whether the gloss of X or its name has the words of Z's name,
 how rare the words are that both texts share, and three likenesses in MiniLM's space. Logistic
-regression joins them, fitted to true and wrong facts about things of training questions.
+regression joins them, fitted to true and wrong facts about things that are trained on.
 """
 
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
 from fusion_jax.knowledge import quality
 from fusion_jax.knowledge.entities import text_features
-from fusion_jax.knowledge.questions import (
-    STRANGERS,
-    Facts,
-    Task,
-    World,
-    hits,
-    retrieve,
-)
+from fusion_jax.knowledge.graph import Graph
+from fusion_jax.knowledge.questions import STRANGERS, Facts, Task, World
 
 THRESHOLDS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 _COMMON = frozenset(["of", "or", "and", "a", "an", "the", "in", "to", "for", "with", "that", "by"])
@@ -70,13 +65,20 @@ class Trust:
         return np.concatenate([np.array(said).reshape(-1, 2), np.stack(alike, axis=1)], axis=1)
 
 
-def fitted(world: World, tasks: Sequence[Task], seed: int) -> Trust:
-    """For facts about these questions, fitted on those of training questions alone."""
-    train = world.tasks["train"][:STRANGERS]
-    entities = sorted({e for t in (*train, *tasks) for chain in t.chains for e in chain})
-    labels = [world.graph.label(e) for e in entities]
-    glosses = [world.graph.descriptions[e].split(";")[0] for e in entities]
-    names = [_words(" ".join(world.graph.names["en"][e])) for e in entities]
+def examples(world: World, tasks: Sequence[Task], seed: int) -> tuple[Facts, Facts]:
+    """True facts for the first of these questions, and wrong ones about their things."""
+    rng, tasks = np.random.default_rng([seed, 3]), tasks[:STRANGERS]
+    true = tuple(f for t in tasks for f in world.facts(t, "true", rng))
+    return true, tuple(f for t in tasks for f in world.facts(t, "wrong", rng) if f[0] == t.thing)
+
+
+def fitted(graph: Graph, true: Facts, wrong: Facts, asked: Collection[int]) -> Trust:
+    """Told apart by these facts, for any about their entities and those of `asked`."""
+    ends = {entity for head, _, tail in (*true, *wrong) for entity in (head, tail)}
+    entities = sorted(ends.union(asked))
+    labels = [graph.label(e) for e in entities]
+    glosses = [graph.descriptions[e].split(";")[0] for e in entities]
+    names = [_words(" ".join(graph.names["en"][e])) for e in entities]
     texts = [own | _words(gloss) for own, gloss in zip(names, glosses, strict=True)]
     count = Counter(word for words in texts for word in words)
     raw = Trust(
@@ -86,9 +88,6 @@ def fitted(world: World, tasks: Sequence[Task], seed: int) -> Trust:
         rarity={word: float(np.log(len(texts) / n)) for word, n in count.items()},
         vectors=(text_features(labels), text_features(glosses)),
     )
-    rng = np.random.default_rng([seed, 3])
-    true = [f for t in train for f in world.facts(t, "true", rng)]
-    wrong = [f for t in train for f in world.facts(t, "wrong", rng) if f[0] == t.thing]
     scores = raw.scores((*true, *wrong))
     center, scale = scores.mean(0), scores.std(0) + 1e-6
     right = np.arange(len(scores)) < len(true)
@@ -112,23 +111,20 @@ class Filter:
         cls,
         world: World,
         trust: Trust,
-        tasks: Sequence[Task],
-        judge: Callable[[Sequence[tuple[Task, Facts]]], np.ndarray],
+        found: Sequence[Sequence[Facts]],
+        right: Callable[[Sequence[Facts]], float],
     ) -> "Filter":
-        """With the threshold that is best on validation questions.
-
-        That is, with which most are answered rightly over 10, 30 and 50% wrong facts.
+        """With the threshold with which most questions are answered rightly.
 
         Args:
-            judge: questions with facts -> log odds of yes.
+            found: what was retrieved for each question, in several ways, some of it wrong.
+            right: what is kept for each question -> the share of right answers.
         """
-        wrong = [facts for name, facts in retrieve(world, tasks).items() if "wrong" in name]
 
-        def right(keep: "Filter") -> float:
-            asked = [list(zip(tasks, map(keep, facts), strict=True)) for facts in wrong]
-            return float(np.mean([hits(judge(each) > 0, tasks) for each in asked]))
+        def share(keep: "Filter") -> float:
+            return float(np.mean([right(list(map(keep, facts))) for facts in found]))
 
-        return max((cls(world, trust, edge) for edge in THRESHOLDS), key=right)
+        return max((cls(world, trust, edge) for edge in THRESHOLDS), key=share)
 
     def __call__(self, facts: Facts) -> Facts:
         if not facts:
@@ -141,15 +137,13 @@ class Filter:
             keep[keep] = quality.consistent(graph, self.world.program)
         return tuple(fact for fact, kept in zip(facts, keep.tolist(), strict=True) if kept)
 
-    def shares(self, tasks: Sequence[Task]) -> tuple[float, float]:
-        """How many of the true and of the wrong facts on these questions' subjects it keeps."""
-        found = []
-        for condition in ("true", "wrong"):
-            rng = np.random.default_rng(0)
-            facts = [f for t in tasks for f in self.world.facts(t, condition, rng)
-                     if f[0] == t.thing]  # fmt: skip
-            found.append(float((self.trust(tuple(facts)) >= self.threshold).mean()))
-        return found[0], found[1]
+    def told(self, true: Facts, wrong: Facts) -> str:
+        """How many of some facts it takes for sure, in words."""
+        right, false = (float((self.trust(f) >= self.threshold).mean()) for f in (true, wrong))
+        return (
+            f"quality filter, threshold {self.threshold}: it takes {right:.3f} of the true facts "
+            f"for sure and {false:.3f} of the wrong ones"
+        )
 
 
 def _words(text: str) -> frozenset[str]:

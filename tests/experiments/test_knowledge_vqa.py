@@ -11,15 +11,25 @@ from PIL import Image
 from experiments import knowledge_vqa
 from fusion_jax.__main__ import main
 from fusion_jax.data.questions import Thing
-from fusion_jax.knowledge import graph, rules
+from fusion_jax.knowledge import graph, rules, trust
 from fusion_jax.knowledge.linking import Linker
-from fusion_jax.knowledge.pictured import Seen, _held_out, ask_about, facts_for, written
+from fusion_jax.knowledge.pictured import (
+    Seen,
+    _held_out,
+    ask_about,
+    facts_for,
+    follows,
+    looked_up,
+    misled,
+    quality_filter,
+    written,
+)
 from fusion_jax.knowledge.questions import World
 from tests.experiments.test_vqa import LANGUAGE_MODEL, TOWER
 
 WORDS = "Is this a kind of ? is Yes No . ,"
 KINDS = ["night", "day"]
-MIDDLE = {kind: [f"{kind}{i}" for i in range(8)] for kind in KINDS}
+MIDDLE = {kind: [f"{kind}{letter}" for letter in "abcdefgh"] for kind in KINDS}
 """Between a thing and its kind: some are asked about in training, some in the test."""
 MIDDLES = [name for names in MIDDLE.values() for name in names]
 
@@ -85,7 +95,8 @@ class Sight:
         return f"noun{row}, unheard of.\n"
 
 
-def test_questions_are_balanced_and_facts_are_those_of_what_was_guessed():
+@pytest.fixture(scope="module")
+def seen():
     names = [*KINDS, *MIDDLES, *(f"noun{i}" for i in range(40))]
     number = {name: i for i, name in enumerate(names)}
     pairs = [(m, kind) for kind, all_m in MIDDLE.items() for m in all_m]
@@ -95,11 +106,17 @@ def test_questions_are_balanced_and_facts_are_those_of_what_was_guessed():
         names,
         ["is_a"],
         names={"en": tuple((name,) for name in names)},
+        descriptions=tuple(f"of {dict(pairs).get(name)}" for name in names),
     )
     program = rules.parse_all("is_a(?x, ?z) <= is_a(?x, ?y), is_a(?y, ?z)")
     things = [Thing(i, f"A noun{i}", None, None) for i in range(40)]
     world = World.of(known, program, lambda up: {})
-    seen = Seen(world, Linker.of(known), Sight(), things, 3)
+    return Seen(world, Linker.of(known), Sight(), things, 3)
+
+
+def test_questions_are_balanced_and_facts_are_those_of_what_was_guessed(seen):
+    names, things = seen.world.graph.entities, seen.train
+    number = {name: i for i, name in enumerate(names)}
     train, test = (ask_about(seen, things, side, 0) for side in (False, True))
     for cases, side in ((train, False), (test, True)):
         assert len(cases) % 4 == 0 and cases
@@ -134,3 +151,30 @@ def test_questions_are_balanced_and_facts_are_those_of_what_was_guessed():
     answerer = knowledge_vqa.Answerer(seen, repeats, knowledge=False)
     unaided = "".join(answerer.answer(bare, {"image": [Path("a.png")]}))
     assert unaided == f"{bare} 1\nWithout the picture: {bare} 0"
+
+
+def test_wrong_facts_are_false_and_a_filter_drops_them(seen, monkeypatch):
+    test = ask_about(seen, seen.train, True, 0)
+    true, wrong = facts_for(seen, test, 0)["true facts"], misled(seen, test, 0)
+    assert list(wrong) == ["10% wrong", "30% wrong", "50% wrong"]
+    changed = [
+        {place for place, both in enumerate(zip(told, true, strict=True)) if both[0] != both[1]}
+        for told in wrong.values()
+    ]
+    assert changed[0] < changed[1] < changed[2] and 0.3 < len(changed[2]) / len(test) < 0.7
+    for place in changed[2]:
+        [(entity, facts)] = wrong["50% wrong"][place]
+        assert entity == seen.noun(test[place][0])
+        assert follows(entity, facts) and not {*follows(entity, facts)} & {*seen.chains(entity)}
+    assert looked_up(test, true) == 1
+    assert looked_up(test, wrong["10% wrong"]) > looked_up(test, wrong["50% wrong"]) > 0.3
+
+    # What a thing is of stands in its description.
+    monkeypatch.setattr(trust, "text_features", lambda texts: np.ones((len(texts), 2)))
+    train = ask_about(seen, seen.train, False, 0)
+    asked = {each for told in wrong.values() for [each] in told}
+    keep = quality_filter(seen, train, asked, 0)
+    assert keep.threshold > 0
+    for place in changed[2]:
+        [(entity, facts)], [(_, own)] = wrong["50% wrong"][place], true[place]
+        assert not follows(entity, keep(facts)) and keep(own)[0][0] == entity

@@ -5,8 +5,9 @@ import pytest
 from scipy.optimize import minimize
 
 from fusion_jax.knowledge import rules, trust
+from fusion_jax.knowledge.questions import hits, retrieve
 from fusion_jax.knowledge.trust import Filter, Trust
-from tests.knowledge.test_questions import GRAPH, NAMES, RIGHT, WORLD
+from tests.knowledge.test_questions import GRAPH, NAMES, WORLD
 
 GLOSSES = {"robin": "a thrush with a red breast", "thrush": "songbirds", "screw": "a bolt"}
 RNG = np.random.default_rng(0)
@@ -40,18 +41,21 @@ def test_the_filter_drops_what_is_unsure_and_what_breaks_a_rule():
     world = dataclasses.replace(WORLD, program=(*WORLD.program, *apart))
     facts = (ROBIN_SCREW, THRUSH_BIRD, ROBIN_THRUSH)
     assert Filter(world, TRUST, 0.0)(facts) == (THRUSH_BIRD, ROBIN_THRUSH)
-    assert Filter(WORLD, TRUST, 0.5).shares([RIGHT]) == (1, 0)
+    told = Filter(WORLD, TRUST, 0.5).told((ROBIN_THRUSH,), (ROBIN_SCREW, THRUSH_BIRD))
+    assert "takes 1.000 of the true facts" in told and "0.000 of the wrong" in told
 
 
 def test_the_threshold_is_the_one_that_answers_best():
-    def judge(asked):
-        return np.array([WORLD.follows(*each) - 0.5 for each in asked])
-
     trust_in_wrong = dataclasses.replace(TRUST, weights=-TRUST.weights)
     tasks = WORLD.tasks["test"] * 6
-    chosen = Filter.chosen(WORLD, TRUST, tasks, judge)
+    wrong = [facts for name, facts in retrieve(WORLD, tasks).items() if "wrong" in name]
+
+    def right(found):
+        return hits([WORLD.follows(*each) for each in zip(tasks, found, strict=True)], tasks)
+
+    chosen = Filter.chosen(WORLD, TRUST, wrong, right)
     assert chosen.threshold < 0.2  # what no gloss names is needed to answer at all
-    assert Filter.chosen(WORLD, trust_in_wrong, tasks, judge).threshold in trust.THRESHOLDS
+    assert Filter.chosen(WORLD, trust_in_wrong, wrong, right).threshold in trust.THRESHOLDS
 
 
 def test_logistic_regression_is_the_least_of_its_loss():
@@ -74,7 +78,8 @@ def test_it_is_fitted_on_facts_of_training_questions(monkeypatch):
     )
     world = dataclasses.replace(WORLD, graph=graph)
     monkeypatch.setattr(trust, "text_features", lambda texts: VECTORS[: len(texts)])
-    fitted = trust.fitted(world, world.tasks["test"], seed=0)
+    known = trust.examples(world, world.tasks["train"], seed=0)
+    fitted = trust.fitted(graph, *known, set(range(9)))
     assert set(fitted.place) == set(range(9)) and fitted.texts[0] == {"robin", "thrush", "red",
                                                                       "breast"}  # fmt: skip
     true = fitted(((6, 0, 7), (7, 0, 8), (3, 0, 4), (4, 0, 5)))
