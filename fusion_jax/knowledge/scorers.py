@@ -48,9 +48,31 @@ def distance(query: jax.Array, tails: jax.Array, norm: int = 2) -> jax.Array:
 def all_distances(query: jax.Array, table: jax.Array, norm: int = 2) -> jax.Array:
     """L1 or L2 distances of each query [b, d] from each row of a table [e, d]: [b, e]."""
     if norm == 1:
-        return jnp.abs(query[:, None] - table[None]).sum(axis=-1)
+        return _all_l1(query, table)
     squares = (query**2).sum(axis=-1)[:, None] + (table**2).sum(axis=-1)[None]
     return jnp.sqrt(jnp.maximum(squares - 2.0 * query @ table.T, 1e-9))
+
+
+@jax.custom_vjp
+def _all_l1(query: jax.Array, table: jax.Array) -> jax.Array:
+    return jnp.abs(query[:, None] - table[None]).sum(axis=-1)
+
+
+def _all_l1_forward(query: jax.Array, table: jax.Array) -> tuple[jax.Array, Any]:
+    return _all_l1(query, table), (query, table)
+
+
+def _all_l1_backward(saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[Any, Any]:
+    """Two sums, each on its own and over the last axis: so XLA never holds [b, e, d]."""
+
+    def half(x: jax.Array, y: jax.Array, g: jax.Array) -> jax.Array:
+        return (jnp.sign(x[:, :, None] - y.T[None]) * g[:, None]).sum(axis=-1)
+
+    query, table = saved
+    return half(query, table, g), half(*jax.lax.optimization_barrier((table, query, g.T)))
+
+
+_all_l1.defvjp(_all_l1_forward, _all_l1_backward)
 
 
 def drop(x: jax.Array, rate: float, rng: jax.Array | None, number: int = 0) -> jax.Array:

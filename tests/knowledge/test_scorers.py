@@ -138,3 +138,20 @@ def test_dropout_padding_and_finite_gradients(name):
     assert plain.shape == (7, ENTITIES)
     assert np.abs(plain - noisy).max() > 1e-3
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+
+
+def test_l1_distances_to_all_hold_nothing_of_all_pairs_and_dims():
+    keys = jax.random.split(jax.random.key(0), 3)
+    query, table = (jax.random.normal(keys[i], (n, 16)) for i, n in enumerate((9, 500)))
+    weights = jax.random.normal(keys[2], (9, 500))
+
+    def total(distances):
+        return jax.jit(jax.grad(lambda *x: (weights * distances(*x)).sum(), (0, 1)))
+
+    def plain(query, table):
+        return jnp.abs(query[:, None] - table[None]).sum(axis=-1)
+
+    ours = total(lambda *x: scorers.all_distances(*x, norm=1)).lower(query, table).compile()
+    for found, expected in zip(ours(query, table), total(plain)(query, table), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert ours.memory_analysis().temp_size_in_bytes < query.size * len(table) * 4
