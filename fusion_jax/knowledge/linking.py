@@ -13,9 +13,10 @@ from typing import Any
 from fusion_jax.data.concepts import normalize
 from fusion_jax.knowledge.graph import Graph
 
-_WORD = re.compile(r"[^\W_]+(?:[\u0300-\u036f]+[^\W_]*)*")
 # Scripts that put no spaces between words: there each character is a word.
 _DENSE = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
+# Marks that choose between forms of one and the same character.
+_VARIANTS = re.compile(r"[\ufe00-\ufe0f\U000e0100-\U000e01ef]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,19 +108,17 @@ class Linker:
 
 
 def _words(text: str) -> list[tuple[int, int, str]]:
-    """(start, end, normalized word) of each word."""
-    found = []
-    for match in _WORD.finditer(text):
-        spans, start = [], match.start()
-        for at in range(match.start(), match.end()):
-            if _DENSE.match(text[at]):
-                spans += [(start, at)] if start < at else []
-                # A vowel sign belongs to the letter before it.
-                if spans and unicodedata.category(text[at])[0] == "M":
-                    spans[-1] = (spans[-1][0], at + 1)
-                else:
-                    spans.append((at, at + 1))
-                start = at + 1
-        spans += [(start, match.end())] if start < match.end() else []
-        found += [(start, end, normalize(text[start:end])) for start, end in spans]
-    return [span for span in found if span[2]]
+    """(start, end, normalized word) of each word: letters and digits, each with the marks that
+    follow it, such as accents and the vowel signs of Indic scripts.
+    """
+    spans: list[tuple[int, int]] = []
+    for at, character in enumerate(text):
+        start, end = spans[-1] if spans else (0, -1)
+        if not character.isalnum():
+            if end == at and unicodedata.category(character)[0] == "M":
+                spans[-1] = (start, at + 1)
+        elif end == at and not _DENSE.match(character) and not _DENSE.match(text[start]):
+            spans[-1] = (start, at + 1)
+        else:
+            spans.append((at, at + 1))
+    return [(start, end, normalize(_VARIANTS.sub("", text[start:end]))) for start, end in spans]
