@@ -113,14 +113,21 @@ def parse(text: str) -> Rule:
             ) from None
     if not 0 <= values.get("confidence", 1.0) <= 1:
         raise UserError(f"expected a confidence in 0..1, got {values['confidence']}")
-    support = int(values["support"]) if "support" in values else None
-    return Rule(head, tuple(body), values.get("confidence", 1.0), support)
+    support = values.get("support")
+    if support is not None and not (support >= 0 and support.is_integer()):
+        raise UserError(f"expected a support that is a whole number, 0 or more, got {support}")
+    return Rule(
+        head,
+        tuple(body),
+        values.get("confidence", 1.0),
+        None if support is None else int(support),
+    )
 
 
 def parse_all(text: str, where: str = "rules") -> list[Rule]:
     """Rules of several lines; errors begin with `where` and the line's number."""
     rules = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         line = _without_comment(line).strip()
         if line:
             try:

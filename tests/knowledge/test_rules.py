@@ -71,7 +71,9 @@ def test_grandparents_are_found_in_a_graph_made_by_hand():
     assert Rule(Atom("grandparent", "?x", "?y"), body, 1.0, 2) in best
 
 
-NAMES = st.text(st.sampled_from('ab_. ,()|#<"\\é'), min_size=1).filter(lambda s: s.strip() == s)
+NAMES = st.text(st.sampled_from('ab_. ,()|#<"\\é\n\r\x0b\x1c\x85\u2028'), min_size=1).filter(
+    lambda s: s.strip() == s
+)
 TERMS = st.sampled_from(["?x", "?y", "?z"]) | NAMES
 ATOMS = st.builds(Atom, NAMES, TERMS, TERMS)
 
@@ -105,6 +107,9 @@ def test_a_rule_file_is_read_as_it_was_written(
         ("p(?x, ?z) <= q(?x, ?y)", "head variable \\?z of .* is unbound"),
         ("p(?x, ?y) <= q(?x, ?y) | confidence=high", "expected confidence=NUMBER"),
         ("p(?x, ?y) <= q(?x, ?y) | confidence=2", "expected a confidence in 0..1, got 2"),
+        ("p(?x, ?y) <= q(?x, ?y) | support=1e999", "expected a support .* whole number.* got inf"),
+        ("p(?x, ?y) <= q(?x, ?y) | support=2.5", "expected a support .* whole number.* got 2.5"),
+        ("p(?x, ?y) <= q(?x, ?y) | support=-1", "expected a support .* whole number.* got -1"),
         (r'p(?x, "C:\new\q") <= q(?x, ?y)', "expected names quoted as in JSON, got 'p"),
     ],
 )
@@ -113,6 +118,15 @@ def test_a_malformed_rule_names_file_and_line(tmp_path, line, message):
     path.write_text(f"# kinship\n\nnever <= p(?x, ?x)  # nobody\n{line}\n")
     with pytest.raises(UserError, match=f"mine.rules line 4: .*{message}"):
         rules.read(path)
+
+
+def test_a_rule_file_may_have_been_written_on_windows(tmp_path):
+    path = tmp_path / "mine.rules"
+    path.write_bytes(b"# kinship\r\n\r\np(?x, ?y) <= q(?x, ?y) | support=3\r\nnonsense\r\n")
+    with pytest.raises(UserError, match="line 4"):
+        rules.read(path)
+    (rule,) = rules.parse_all(path.read_bytes().decode().removesuffix("nonsense\r\n"))
+    assert rule == Rule(Atom("p", "?x", "?y"), (Atom("q", "?x", "?y"),), support=3)
 
 
 def test_a_rule_file_may_have_a_byte_order_mark_and_must_be_utf8(tmp_path):
