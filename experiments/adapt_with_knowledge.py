@@ -68,14 +68,13 @@ def main(a: Arguments) -> None:
         folder = a.workdir / row.replace(", ", "-")
         found = [run(dataclasses.replace(s, seed=n), folder / f"seed-{n}") for n in seeds]
         table[row] = {
-            name: [metrics[name] for _, metrics in found]
-            for name in ("accuracy", "gained", "forgotten")
+            name: [metrics[name] for _, metrics in found] for name in ("accuracy", "forgotten")
         }
     s = a.settings
     about = (
         f"{'validation' if s.development else 'test'} articles of {s.task} among {s.subjects} "
-        f"subjects, {a.tune} steps on the task, {a.adapt} before it; gained in nats a subject, "
-        f"forgotten in nats a token of {s.old}"
+        f"subjects, {a.tune} steps on the task, {a.adapt} before it; forgotten in nats a token of "
+        f"{s.old}"
     )
     print_table("Adapting, graph and fine-tuning", table, about, seeds)
     shown = {row: cells["accuracy"] for row, cells in table.items()}

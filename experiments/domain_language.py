@@ -2,7 +2,7 @@
 
     python -m fusion_jax train experiments/domain_language.py
     python -m fusion_jax train experiments/domain_language.py --hold ewc --workdir runs/ewc
-    python -m experiments.domain_language_table        # all ways and seeds, side by side
+    python -m experiments.domain_language_table test   # all ways and seeds, side by side
 
     python -m fusion_jax train experiments/domain_language.py --domain my_texts/ \
         --task my_questions.csv --old devil
@@ -32,7 +32,7 @@ from fusion_jax.adaptation import anchoring
 from fusion_jax.data import articles, concepts, packing
 from fusion_jax.data.dictionary import Entry
 from fusion_jax.data.domain_batches import own_share
-from fusion_jax.data.pipeline import Batches, Padded
+from fusion_jax.data.pipeline import Batches, Padded, spread
 from fusion_jax.data.streams import Phases, Streams
 from fusion_jax.errors import UserError
 from fusion_jax.evaluation import accuracy
@@ -210,11 +210,6 @@ def linked(entries: Sequence[Entry]) -> list[tuple[Entry, Entry]]:
     if not found:
         raise UserError("no article of the task refers to another: leave --rule-weight at 0")
     return found
-
-
-def spread(rows: list, most: int) -> list:
-    """At most so many rows, from all over."""
-    return [rows[i] for i in np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(int)]
 
 
 def batches_of(s: Settings, rows: list[dict[str, Any]], train: bool) -> Batches:

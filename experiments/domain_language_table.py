@@ -5,7 +5,7 @@
 
 Runs lie in folders of the workdir; what is there is not run again, and is refused under other
 settings. Forgetting is compared at equal gain: where each run's curve first reaches the gain that
-all runs of the table reach.
+all runs of the table reach, between two evaluations in proportion; so these are close together.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ class Arguments:
     seeds: int = 3
     workdir: Path = Path("runs/domain_language_table")
     settings: Settings = dataclasses.field(
-        default_factory=lambda: Settings(tensorboard=False, keep=1)
+        default_factory=lambda: Settings(tensorboard=False, keep=1, evaluate_every=3, most=24)
     )
     """Those of domain_language, of every run."""
 
@@ -55,12 +55,16 @@ def plans(a: Arguments) -> dict[str, list[Settings]]:
     rows = {hold: change(a.settings, hold=hold) for hold in a.hold}
     tuning = round(a.settings.steps * a.settings.phases[2] / sum(a.settings.phases))
     alone = {"steps": tuning, "phases": (0.0, 0.0, 1.0)}
-    rows |= {f"{hold}, no DAPT, no TAPT": change(s, **alone) for hold, s in rows.items()}
+    if tuning < a.settings.steps:
+        rows |= {f"{hold}, no DAPT, no TAPT": change(s, **alone) for hold, s in rows.items()}
     return {row: [change(s, seed=seed) for seed in range(a.seeds)] for row, s in rows.items()}
 
 
 def run(s: Settings, folder: Path) -> tuple[Curve, dict[str, float]]:
-    """(gained, forgotten) at each evaluation, from nothing on, and what is reported at the end."""
+    """(gained, forgotten) at each evaluation, from nothing on, and what is reported at the end.
+
+    Raises UserError for a folder with a run under other settings or evaluated at other steps.
+    """
     if (folder / "report" / "metrics.json").exists():
         check_settings(folder, s)
     else:
@@ -68,6 +72,11 @@ def run(s: Settings, folder: Path) -> tuple[Curve, dict[str, float]]:
             loop.train(domain_language.build(s), s, folder)
     rows = [row for row in read_metrics(folder / "metrics.jsonl") if "forgotten" in row]
     found = json.loads((folder / "report" / "metrics.json").read_text())
+    if s.evaluate_every and len(rows) != -(-s.steps // s.evaluate_every):
+        raise UserError(
+            f"{folder} was evaluated {len(rows)} times, not every {s.evaluate_every} steps: give "
+            "another --workdir, or remove it"
+        )
     return [(0.0, 0.0), *((row["gained"], row["forgotten"]) for row in rows)], found
 
 
@@ -101,7 +110,10 @@ def main(a: Arguments) -> None:
             curve, found = run(s, a.workdir / f"{a.what} {row} {s.seed}".replace(" ", "-"))
             curves.setdefault(row, []).append(curve)
             accuracies.setdefault(row, []).append(found["accuracy"])
-    common = min(max(gained for gained, _ in curve) for each in curves.values() for curve in each)
+    most = {row: min(max(gained for gained, _ in c) for c in each) for row, each in curves.items()}
+    row, common = min(most.items(), key=lambda item: item[1])
+    if common <= 0:
+        raise UserError(f"{row} gained nothing on the task, so there is no gain to compare at")
     table = {
         row: {
             "gained at most": [max(gained for gained, _ in curve) for curve in seeds],

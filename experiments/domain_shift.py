@@ -3,14 +3,15 @@
     python -m fusion_jax train experiments/domain_shift.py --source apple --target google \
         --method cdan
     python -m fusion_jax train experiments/domain_shift.py --source apple facebook twitter \
-        --target google --unseen --method group-dro irm
-    python -m experiments.domain_shift_pairs pairs       # or methods: the tables below
+        --target google --unseen --method group-dro irm --workdir runs/unseen
+    python -m experiments.domain_shift_pairs methods     # then pairs: the tables below
 
 Things of the test split are labelled in no domain. Several models learn side by side on the same
 batches: from the source's labels alone (the floor), from the target's labels too (the ceiling),
 and each `--method` from the source's labels and the target's unlabelled pictures. With `--unseen`
 nothing of the target is looked at before the report. A domain is the name of a vendor of emoji, a
-TFDS data set (mnist, svhn_cropped, domainnet/real ...) or a folder with a folder for each class.
+TFDS data set (mnist, svhn_cropped, domainnet/real ...) or a folder with a folder for each class
+(USPS, Office-31 ...); `--no-mirror` for digits.
 
 Which methods help was looked at on validation things of the target alone (seed 0, emoji, category
 among 9, a ring of four pairs, step chosen on source validation things, `domain_shift_pairs
@@ -82,7 +83,7 @@ from fusion_jax.data.domain_batches import FeatureBatches, PictureBatches, poole
 from fusion_jax.data.domains import Domain, open_domain, same_classes
 from fusion_jax.data.image import Pictures
 from fusion_jax.data.pipeline import Transform
-from fusion_jax.data.streams import Adaptation, Balanced, check_batch
+from fusion_jax.data.streams import Adaptation, Balanced, check_batches
 from fusion_jax.data.views import as_trained_on
 from fusion_jax.deployment.predictor import Predictor
 from fusion_jax.encoders.projection import Project, Projected
@@ -138,7 +139,8 @@ GENERALISING = ("group-dro", "irm", "vrex", "mixup")
 class Settings(Base):
     steps: int = 300
     batch_size: int = 64
-    """Rows of each stream: of all sources together, and of the target."""
+    """Rows of each stream: of all sources together, fewer if they do not divide evenly among them,
+    and of the target."""
     checkpoint_every: int = 100
     evaluate_every: int = runtime(100)
     learning_rate: float = 1e-3
@@ -173,6 +175,8 @@ class Settings(Base):
     """The emoji packages, if they are not to be fetched."""
     most: int | None = None
     """Rows of each split, at most."""
+    mirror: bool = True
+    """Whether pictures may be mirrored; not digits. Emoji say so each by itself."""
     development: bool = False
     """Report on the target's validation things in place of its test things."""
 
@@ -197,7 +201,8 @@ def methods_of(s: Settings) -> list[str]:
         raise UserError(f"{single} learn from the differences of several domains: --source A B ...")
     if s.target in s.source:
         raise UserError(f"{s.target} is both a source and the target; name two domains")
-    return list(dict.fromkeys([*(BOUNDS if s.bounds else ()), *s.method]))
+    bounds = [name for name in BOUNDS if s.bounds and name not in s.method]
+    return list(dict.fromkeys([*bounds, *s.method]))
 
 
 # ------------------------------------------------------------------------------------------ data
@@ -206,7 +211,9 @@ def methods_of(s: Settings) -> list[str]:
 def open_domains(s: Settings) -> tuple[list[Domain], Domain]:
     """The sources, and the target."""
     names = (*s.source, s.target)
-    *sources, target = (open_domain(name, s.seed, s.labels, s.emoji, s.most) for name in names)
+    *sources, target = (
+        open_domain(name, s.seed, s.labels, s.emoji, s.most, s.mirror) for name in names
+    )
     return sources, target
 
 
@@ -219,12 +226,10 @@ def frozen_tower(name: str) -> features.Tower:
 def open_batches(
     s: Settings, sources: list[Domain], target: Domain
 ) -> PictureBatches | FeatureBatches:
-    strong = any(method in CONSISTENT for method in s.method)
     if s.backbone == "frozen":
-        tower = frozen_tower(s.tower)
-        return read_features(tower, sources, target, folder=s.emoji, strong=strong)
+        return read_features(frozen_tower(s.tower), sources, target)
     fine = s.backbone == "finetune"
-    return PictureBatches(open_tower(s.tower, "image").transform.size if fine else s.side, strong)
+    return PictureBatches(open_tower(s.tower, "image").transform.size if fine else s.side)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,20 +247,22 @@ MOST = 512  # rows of a split that the criteria look at
 def prepare(s: Settings) -> Prepared:
     """Reads the domains; makes the batches to train on and those to judge by."""
     sources, target = open_domains(s)
-    classes = same_classes([*sources, target])
-    made, mesh = open_batches(s, sources, target), make_mesh(s.mesh)
-    if s.batch_size % len(sources):
-        raise UserError(f"batch size {s.batch_size} cannot hold {len(sources)} domains evenly")
-    each = [
-        made.train(domain, s.batch_size // len(sources), s.seed + place)
-        for place, domain in enumerate(sources)
-    ]
-    source = Balanced(each, mesh.shape["data"] * mesh.shape["fsdp"], s.accumulation)
-    check_batch(source[0], len(sources))
+    classes, mesh = same_classes([*sources, target]), make_mesh(s.mesh)
+    shares = mesh.shape["data"] * mesh.shape["fsdp"]
+    size = s.batch_size // len(sources) // (shares * s.accumulation) * shares * s.accumulation
+    if size == 0:
+        raise UserError(
+            f"batch size {s.batch_size} cannot hold {len(sources)} domains on {shares} shares in "
+            f"{s.accumulation} micro-batches: give {len(sources) * shares * s.accumulation} or more"
+        )
+    made = open_batches(s, sources, target)
+    each = [made.train(domain, size, s.seed + place) for place, domain in enumerate(sources)]
+    source = Balanced(each, shares, s.accumulation)
+    check_batches([source[step] for step in range(8)], len(sources))
     sees_target = not s.unseen or CEILING in methods_of(s)
-    data = Adaptation(
-        source, made.train(target, s.batch_size, s.seed + 99) if sees_target else None
-    )
+    strong = any(method in CONSISTENT for method in s.method)
+    seen = made.train(target, s.batch_size, s.seed + 99, strong) if sees_target else None
+    data = Adaptation(source, seen)
 
     def rows(found: list[Domain], split: str, most: int | None = None) -> list[dict]:
         return [batch for domain in found for batch in made.once(domain, split, most)]

@@ -1,7 +1,7 @@
 """All ordered pairs of domains, several methods and seeds: the tables of domain_shift.
 
     python -m experiments.domain_shift_pairs methods          # which help: validation things alone
-    python -m experiments.domain_shift_pairs pairs            # the four that helped most, tested
+    python -m experiments.domain_shift_pairs pairs            # then the four that helped most, tested
     python -m experiments.domain_shift_pairs leave-one-out    # a domain never seen
 
 Every run's numbers go to results.jsonl in the workdir, and what is there is not run again. A
@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from flax.traverse_util import flatten_dict, unflatten_dict
 from tqdm import tqdm
 
 from experiments import domain_shift
@@ -61,7 +62,13 @@ class Arguments:
 
 
 def plans(a: Arguments) -> list[Settings]:
-    """A run for each of these and for each of its methods."""
+    """A run for each of these and for each of its methods.
+
+    Raises UserError where there are too few domains.
+    """
+    least = 3 if a.what == "leave-one-out" else 2
+    if len(set(a.domain)) < least:
+        raise UserError(f"{a.what} takes {least} domains or more: --domain A B ...")
     change = dataclasses.replace
     if a.what == "methods":  # a ring of pairs, each domain once source and once target
         ring = zip(a.domain, a.domain[1:] + a.domain[:1], strict=True)
@@ -72,8 +79,7 @@ def plans(a: Arguments) -> list[Settings]:
         runs = [((s,), t) for s, t in itertools.permutations(a.domain, 2)]
     else:
         method = (*BOUNDS, *(a.method or (*ADVERSARIAL, *GENERALISING)))
-        others = len(a.domain) - 1
-        base = change(a.settings, method=method, unseen=True, batch_size=64 // others * others)
+        base = change(a.settings, method=method, unseen=True)
         runs = [(tuple(d for d in a.domain if d != t), t) for t in a.domain]
     seeds = range(base.seed, base.seed + a.seeds)
     return [change(base, source=s, target=t, seed=seed) for seed in seeds for s, t in runs]
@@ -105,10 +111,11 @@ class Trainer:
         self.streams += ("strong",) if method in domain_shift.CONSISTENT else ()
 
         def start(seed: jax.Array) -> State:
-            params = experiment.init(jax.random.key(seed))
+            drawn = flatten_dict(experiment.init(jax.random.key(seed)))
+            params = unflatten_dict(drawn | flatten_dict(experiment.pretrained))
             return State(jnp.zeros((), jnp.int32), seed, params, experiment.optimizer.init(params))
 
-        step = make_step(experiment.objective, experiment.optimizer)
+        step = make_step(experiment.objective, experiment.optimizer, accumulation=s.accumulation)
         self.start, self.advance = jax.jit(start), many_steps(step)
 
     def run(self, s: Settings, prepared: Prepared) -> History:
@@ -161,8 +168,8 @@ def results(a: Arguments) -> dict[tuple[Settings, str], History]:
 
 
 def chosen(history: History, criterion: str, score: str = "oracle") -> float:
-    """Accuracy on the target at the step that the criterion likes best."""
-    return max(history, key=lambda row: row[criterion])[score]
+    """Accuracy on the target at the step that the criterion likes best; the oracle: its highest."""
+    return max(history, key=lambda row: row[score if criterion == "oracle" else criterion])[score]
 
 
 def main(a: Arguments) -> None:
@@ -172,9 +179,11 @@ def main(a: Arguments) -> None:
     stage = list(dict.fromkeys(s for s, _ in found))
     seeds, first = sorted({s.seed for s in stage}), stage[0]
     statistics = "its statistics"
-    rows = [FLOOR, *([] if first.unseen else [statistics]), *first.method[2:], CEILING]
+    measured = "own statistics" in found[first, FLOOR][0]
+    rows = [FLOOR, *([statistics] if measured else []), *first.method[2:], CEILING]
     kind = "validation" if first.development else "test"
-    about = f"emoji, {first.labels}, {kind} things of the target, {first.steps} steps"
+    about = f"{' + '.join(a.domain)}, {kind} things of the target, {first.steps} steps"
+    about += f", {first.labels}" if {*a.domain} <= {*VENDORS} else ""
 
     def scores(row: str, criterion: str) -> np.ndarray:
         """Accuracy [seeds, pairs]."""

@@ -35,11 +35,10 @@ def l2_sp(anchor: Params, pattern: str = "", new_weight: float = 0.0) -> Objecti
     Raises:
         UserError: the pattern matches nothing, or a shape differs.
     """
-    start = {path: leaf for path, leaf in paths(anchor).items() if re.search(pattern, path)}
+    known = paths(anchor)
+    start = {path: leaf for path, leaf in known.items() if re.search(pattern, path)}
     if not start:
-        raise UserError(
-            f"l2_sp: no param matches {pattern!r}; they are like {list(paths(anchor))[:4]}"
-        )
+        raise UserError(f"l2_sp: no param matches {pattern!r}; they are like {list(known)[:4]}")
 
     def l2_sp(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Metrics]:
         moved = jnp.float32(0)
@@ -47,7 +46,7 @@ def l2_sp(anchor: Params, pattern: str = "", new_weight: float = 0.0) -> Objecti
         for path, leaf in paths(params).items():
             if path in start:
                 moved += jnp.square(_gap(path, leaf, start[path])).sum()
-            elif path not in paths(anchor):
+            elif new_weight and path not in known:
                 fresh += jnp.square(leaf.astype(jnp.float32)).sum()
         return (moved + new_weight * fresh) / 2, {"moved": jnp.sqrt(moved)}
 

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Literal
 
 from fusion_jax.data import concepts, emoji, folders, records
-from fusion_jax.data.pipeline import Source, Subset
+from fusion_jax.data.features import ChecksummedSource
+from fusion_jax.data.pipeline import Example, Subset, spread
 from fusion_jax.errors import UserError
 
-Splits = Mapping[str, tuple[Source, Sequence[int]]]
+Splits = Mapping[str, tuple[ChecksummedSource, Sequence[int]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +45,7 @@ def open_domain(
     labels: Literal["category", "subcategory"] = "category",
     folder: str | Path | None = None,
     most: int | None = None,
+    mirror: bool = True,
 ) -> Domain:
     """Opens a domain and deals its rows out.
 
@@ -55,7 +57,8 @@ def open_domain(
       seed: deals anew.
       labels: which label of emoji.
       folder: the emoji packages, if they are not to be fetched.
-      most: rows of each split, at most.
+      most: rows of each split, at most, from all over.
+      mirror: whether pictures may be mirrored; emoji say so each by itself.
 
     Raises:
       UserError: none of the three, or it is empty.
@@ -75,9 +78,29 @@ def open_domain(
         splits = {split: (source, members) for split, members in rows.items()}
     else:
         classes, splits = _open_tfds(name, seed)
-    if most is not None:
-        splits = {split: (source, rows[:most]) for split, (source, rows) in splits.items()}
+    if most is not None:  # a source of these alone, so that nothing else is read
+        few = {name: Subset(source, spread(rows, most)) for name, (source, rows) in splits.items()}
+        splits = {name: (subset, range(len(subset))) for name, subset in few.items()}
+    if not mirror:
+        splits = {split: (Unmirrored(source), rows) for split, (source, rows) in splits.items()}
     return Domain(name, classes, splits, label)
+
+
+@dataclasses.dataclass(frozen=True)
+class Unmirrored:
+    """A source whose pictures do not show the same when mirrored."""
+
+    source: ChecksummedSource
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, row: int) -> Example:
+        return {**self.source[row], "mirror": False}
+
+    @property
+    def checksum(self) -> str:
+        return f"{self.source.checksum} unmirrored"
 
 
 def _open_tfds(name: str, seed: int) -> tuple[tuple[str, ...], Splits]:

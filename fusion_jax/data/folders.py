@@ -63,7 +63,8 @@ def read(root: str | Path) -> Folder:
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; expected one with a folder for each class")
     start = root / "images" if (root / "images").is_dir() else root
-    classes = tuple(sorted(path.name for path in start.iterdir() if path.is_dir()))
+    folders = [path.name for path in start.iterdir() if path.is_dir()]
+    classes = tuple(sorted(name for name in folders if not name.startswith(".")))
     files, labels = [], []
     for label, name in enumerate(classes):
         found = sorted(p for p in (start / name).rglob("*") if p.suffix.lower() in SUFFIXES)

@@ -74,6 +74,17 @@ class Subset:
     def __getitem__(self, row: int) -> Example:
         return self.source[self.rows[row]]
 
+    @property
+    def checksum(self) -> str:
+        """Of a source that has one."""
+        return f"{self.source.checksum} rows {list(self.rows)}"
+
+
+def spread(rows: Sequence[Any], most: int | None) -> list[Any]:
+    """At most so many rows, evenly from all over: sources are often sorted by class."""
+    count = len(rows) if most is None else min(most, len(rows))
+    return [rows[i] for i in np.linspace(0, len(rows) - 1, count).astype(int)]
+
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:

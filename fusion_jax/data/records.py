@@ -300,6 +300,14 @@ def _text(value: Any) -> Any:
     return [each.decode() for each in value]
 
 
+def _builder(name: str, data_dir: str | Path | None) -> Any:
+    """Raises UserError for a name or a config that TFDS does not have, or cannot read."""
+    try:
+        return tfds.builder(name, data_dir=data_dir, file_format="array_record")
+    except (tfds.core.DatasetNotFoundError, ValueError) as error:
+        raise UserError(f"TFDS has no data set {name!r} ({str(error).splitlines()[0]})") from error
+
+
 def tfds_source(
     name: str,
     split: str,
@@ -326,11 +334,9 @@ def tfds_source(
         if url is not None:
             builder = remote.builder(url)
         else:
-            builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+            builder = _builder(name, data_dir)
             with needs_room(Path(builder.data_path)):
                 builder.download_and_prepare()
-    except tfds.core.DatasetNotFoundError as error:
-        raise UserError(f"TFDS has no data set {name!r} ({str(error).splitlines()[0]})") from error
     except ImportError as error:
         raise UserError(
             f"TFDS cannot prepare {name!r} without TensorFlow ({error}). Prepare it where that is"

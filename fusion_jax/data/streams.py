@@ -134,18 +134,19 @@ class Adaptation:
         return streams if strong is None else streams | {"strong": hidden | {"image": strong}}
 
 
-def check_batch(batch: Mapping[str, Any], domains: int) -> None:
+def check_batches(batches: Sequence[Mapping[str, Any]], domains: int) -> None:
     """Looks at "domain" and "label" [b] before a device sees them, where they only could give NaN.
 
     Raises:
-      UserError: a domain outside 0..domains-1; no label, or one class alone.
+      UserError: a domain outside 0..domains-1; no label, or one class alone in all of them.
     """
-    wrong = sorted(set(np.unique(batch["domain"]).tolist()) - set(range(domains)))
+    found, labels = (np.concatenate([b[name] for b in batches]) for name in ("domain", "label"))
+    wrong = sorted(set(np.unique(found).tolist()) - set(range(domains)))
     if wrong:
         raise UserError(f"domain indices {wrong} are outside 0..{domains - 1}")
-    classes = np.unique(batch["label"][batch["label"] >= 0]).tolist()
+    classes = np.unique(labels[labels >= 0]).tolist()
     if len(classes) < 2:
         raise UserError(
-            f"a batch of {len(batch['label'])} labelled rows has the classes {classes} alone, of "
-            "which nothing can be learned: give domains of two classes or more, or larger batches"
+            f"{len(labels)} labelled rows have the classes {classes} alone, of which nothing can "
+            "be learned: give domains of two classes or more, or larger batches"
         )

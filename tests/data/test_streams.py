@@ -14,7 +14,7 @@ from PIL import Image
 from fusion_jax.data import domains, emoji, folders
 from fusion_jax.data.arrays import ArrayBatches
 from fusion_jax.data.pipeline import Batches, Number
-from fusion_jax.data.streams import Adaptation, Balanced, Later, Streams, check_batch
+from fusion_jax.data.streams import Adaptation, Balanced, Later, Streams, check_batches
 from fusion_jax.errors import UserError
 from fusion_jax.training.step import State, make_step
 
@@ -103,11 +103,13 @@ def test_what_does_not_fit_is_told():
     with pytest.raises(UserError, match=r"different sizes \[2, 4\]"):
         Balanced([Batches(things(2, 0), rows, VALUE) for rows in (2, 4)])
     batch = {"domain": np.array([0, 1, 3]), "label": np.array([1, 1, 0])}
-    check_batch(batch, 4)
+    check_batches([batch], 4)
     with pytest.raises(UserError, match=r"indices \[3\] are outside 0\.\.1"):
-        check_batch(batch, 2)
-    with pytest.raises(UserError, match=r"3 labelled rows has the classes \[1\] alone"):
-        check_batch(batch | {"label": np.array([1, -1, 1])}, 4)
+        check_batches([batch], 2)
+    one = batch | {"label": np.array([1, -1, 1])}
+    with pytest.raises(UserError, match=r"6 labelled rows have the classes \[1\] alone"):
+        check_batches([one, one], 4)
+    check_batches([one, batch], 4)  # by chance: the next has another
 
 
 def test_arrays_are_batches_too():
@@ -161,13 +163,27 @@ def test_folders_as_domains(office):
     with pytest.raises(UserError, match=r"webcam lacks 'mug'\. Rename them alike"):
         domains.same_classes([amazon, webcam])
     assert domains.same_classes([amazon, amazon]) == amazon.classes
+    few = domains.open_domain(str(office / "amazon"), most=4)
+    train = few.subset("train")
+    assert len(train) == 4 and len({train[row]["label"] for row in range(4)}) == 3
+    assert len(few.splits["train"][0]) == 4  # nothing else is read
+    assert few.splits["train"][0].checksum != amazon.splits["train"][0].checksum
     few = domains.open_domain(str(office / "amazon"), most=0)
     with pytest.raises(UserError, match="amazon has no test examples"):
         few.subset("test")
     with pytest.raises(UserError, match="no pictures in folders"):
         folders.read(office / "amazon" / "images" / "bike")
-    with pytest.raises(UserError, match=f"no vendor of emoji .*{emoji.VENDORS[0]}"):
-        domains.open_domain("no_such_data_set")
+    for name in ("no_such_data_set", "./offce31/amazon", "Real World", "mnist/nope"):
+        with pytest.raises(UserError, match=f"no vendor of emoji .*{emoji.VENDORS[0]}"):
+            domains.open_domain(name)
+    (office / "amazon" / "images" / ".ipynb_checkpoints").mkdir()
+    assert domains.open_domain(str(office / "amazon")).classes == ("bike", "mug", "pen")
+
+
+def test_digits_are_not_mirrored(office):
+    for mirror in (True, False):
+        domain = domains.open_domain(str(office / "amazon"), mirror=mirror)
+        assert domain.subset("test")[0].get("mirror", True) == mirror
 
 
 def test_a_source_that_is_made_when_first_read_is_made_once():

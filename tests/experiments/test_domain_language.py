@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from experiments import adapt_with_knowledge, domain_language
+from experiments import adapt_with_knowledge, domain_language, domain_language_table
 from experiments.domain_language_table import forgotten_at
 from fusion_jax.__main__ import main
 from fusion_jax.data import dictionary
@@ -214,3 +214,25 @@ def test_forgetting_is_compared_at_equal_gain():
     assert forgotten_at(curve, 0.3) == pytest.approx(0.3)
     assert forgotten_at(curve, 0.1) == pytest.approx(0.05)
     assert np.isnan(forgotten_at(curve, 0.5))
+
+
+def test_curves_must_be_of_one_rhythm_and_gain_something(tmp_path, monkeypatch):
+    def trained(experiment, s, folder):
+        (folder / "report").mkdir()
+        (folder / "report" / "metrics.json").write_text('{"accuracy": 0.5}')
+        rows = [{"step": n, "gained": gained, "forgotten": 0.1} for n in (3, 6)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    monkeypatch.setattr(domain_language, "build", lambda s: None)
+    monkeypatch.setattr(domain_language_table.loop, "train", trained)
+    small = domain_language.Settings(steps=6, evaluate_every=3, phases=(0.0, 0.0, 1.0))
+    a = domain_language_table.Arguments("test", ("nothing",), seeds=1, settings=small)
+    gained = 2.0
+    assert list(domain_language_table.plans(a)) == ["nothing"]  # there is no DAPT to leave out
+    domain_language_table.main(dataclasses.replace(a, workdir=tmp_path / "a"))
+    often = dataclasses.replace(small, evaluate_every=2)
+    with pytest.raises(UserError, match="was evaluated 2 times, not every 2 steps"):
+        domain_language_table.main(dataclasses.replace(a, workdir=tmp_path / "a", settings=often))
+    gained = -1.0
+    with pytest.raises(UserError, match="nothing gained nothing on the task"):
+        domain_language_table.main(dataclasses.replace(a, workdir=tmp_path / "b"))

@@ -2,11 +2,14 @@
 
 import dataclasses
 import json
+import shutil
+from types import SimpleNamespace
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from PIL import Image
 
@@ -21,13 +24,15 @@ from experiments.domain_shift import (
     Settings,
     build,
     extra_params,
+    methods_of,
     model_of,
     objective_of,
     optimizer_of,
+    prepare,
 )
 from fusion_jax.__main__ import main
 from fusion_jax.data import domain_batches
-from fusion_jax.data.domains import open_domain
+from fusion_jax.data.domains import Domain, open_domain
 from fusion_jax.data.image import Pictures
 from fusion_jax.deployment.runtime.artifact import Artifact
 from fusion_jax.errors import UserError
@@ -182,6 +187,70 @@ def test_shot_adapts_without_the_source_and_with_its_classifier_held_still():
     assert differ(after(learned, 4, 1), after(learned, 4, 2)) == (False, True)
 
 
+def test_the_two_views_are_the_whole_picture_and_a_crop():
+    views = np.arange(24, dtype=np.float32).reshape(6, 2, 2)
+    arrays = {"image": views, "label": np.arange(6, dtype=np.int32)}
+    domain = Domain("a", ("x", "y"), {"train": ([], range(6))})
+    of = {("a", "train"): arrays}
+    made = domain_batches.FeatureBatches(of, np.zeros(2), np.ones(2))
+    batch = made.train(domain, 6, 0, strong=True)[0]
+    assert sorted(batch) == ["id", "image", "label", "strong"]
+    for view, name in enumerate(("image", "strong")):
+        np.testing.assert_array_equal(batch[name].values[:, 0], views[batch["id"], view])
+    assert "strong" not in made.train(domain, 6, 0)[0]
+    some = made.once(domain, "train", 3)[0]  # from all over, not the first of a sorted source
+    assert some["label"][some["id"] >= 0].tolist() == [0, 2, 5]
+
+
+def test_what_is_asked_for_is_what_is_chosen_plotted_and_exported():
+    assert methods_of(Settings(method=("source-only",)))[-1] == "source-only"
+    assert methods_of(Settings(method=("cdan",))) == [FLOOR, CEILING, "cdan"]
+
+
+def test_a_batch_holds_as_many_of_each_source_as_divide_evenly(drawn):
+    sources = tuple(str(drawn / hand) for hand in ("pencil", "brush", "chalk"))
+    s = Settings(source=sources[:2], target=sources[2], batch_size=17, mesh="data=8")
+    assert prepare(s).data[0]["source"]["domain"].tolist() == [0, 1] * 8
+    with pytest.raises(UserError, match=r"cannot hold 2 domains on 8 shares .* give 16 or more"):
+        prepare(dataclasses.replace(s, batch_size=15))
+
+
+def test_the_oracle_chooses_by_what_it_scores():
+    history = [{"source": 1.0, "oracle": 0.5, "own": 0.7}, {"source": 0.9, "oracle": 0.6, "own": 0}]
+    assert domain_shift_pairs.chosen(history, "oracle", "own") == 0.7
+    assert domain_shift_pairs.chosen(history, "oracle") == 0.6
+    assert domain_shift_pairs.chosen(history, "source") == 0.5
+
+
+def test_tables_of_pairs_from_scratch_and_of_too_few(drawn, tmp_path, capsys):
+    small = Settings(width=4, side=8, batch_size=8, steps=1, evaluate_every=1, bounds=False)
+    small = dataclasses.replace(small, backbone="scratch", most=6)
+    hands = tuple(str(drawn / hand) for hand in ("pencil", "brush"))
+    a = domain_shift_pairs.Arguments(
+        "pairs", method=("coral",), domain=hands, seeds=1, workdir=tmp_path, settings=small
+    )
+    domain_shift_pairs.main(a)
+    said = capsys.readouterr().out
+    assert "its statistics" not in said and f"Data: {hands[0]} + {hands[1]}, test things" in said
+    with pytest.raises(UserError, match="pairs takes 2 domains or more"):
+        domain_shift_pairs.main(dataclasses.replace(a, domain=hands[:1]))
+    with pytest.raises(UserError, match="leave-one-out takes 3 domains"):
+        domain_shift_pairs.main(dataclasses.replace(a, what="leave-one-out"))
+
+
+def test_pairs_start_from_the_pretrained_params(monkeypatch):
+    params = {"coral": {"tower": {"kernel": np.ones(2)}, "head": np.zeros(2)}}
+    experiment = SimpleNamespace(
+        init=lambda key: jax.tree.map(jnp.zeros_like, params),
+        pretrained={"coral": {"tower": {"kernel": np.full(2, 3.0)}}},
+        optimizer=optax.identity(),
+        objective=lambda params, batch, rng: (jnp.float32(0), {}),
+    )
+    monkeypatch.setattr(domain_shift_pairs.domain_shift, "build", lambda s: experiment)
+    made = domain_shift_pairs.Trainer(Settings(), "coral").start(0).params["coral"]
+    assert made["tower"]["kernel"].tolist() == [3, 3] and made["head"].tolist() == [0, 0]
+
+
 def test_tables_of_pairs_are_continued(drawn, tmp_path, capsys, monkeypatch):
     small = Settings(width=4, batch_size=16, steps=2, evaluate_every=1, bounds=False)
     hands = tuple(str(drawn / hand) for hand in ("pencil", "brush"))
@@ -212,7 +281,10 @@ def test_what_does_not_fit_is_told(drawn, tmp_path, capsys):
     assert "both a source and the target" in told("--source", str(drawn / "chalk"))
     assert "'night'] ... tell no categories" in told("--source", pencil, "--method", "rules")
     assert "has no train examples" in told("--source", pencil, "--most", "0")
-    assert "classes [0] alone" in told("--source", pencil, "--batch-size", "8", "--most", "3")
+    only = drawn / "only"
+    shutil.copytree(drawn / "pencil" / "day", only / "day")
+    (only / "night").mkdir()
+    assert "classes [0] alone" in told("--source", str(only))
     (drawn / "pencil" / "dusk").mkdir()
     try:
         assert "chalk lacks 'dusk'" in told("--source", pencil)
