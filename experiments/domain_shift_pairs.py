@@ -1,7 +1,7 @@
 """All ordered pairs of domains, several methods and seeds: the tables of domain_shift.
 
     python -m experiments.domain_shift_pairs methods          # which help: validation things alone
-    python -m experiments.domain_shift_pairs pairs            # then the four that helped most, tested
+    python -m experiments.domain_shift_pairs pairs            # the four that helped most, tested
     python -m experiments.domain_shift_pairs leave-one-out    # a domain never seen
 
 Every run's numbers go to results.jsonl in the workdir, and what is there is not run again. A
