@@ -206,8 +206,8 @@ def rdf(path: str | Path, format: str | None = None) -> Graph:
         wanted = predicate in (RDFS.comment, SKOS.definition) and value.language in (None, "en")
         if wanted and str(subject) in index:
             descriptions[index[str(subject)]] = str(value)
-    for number, key in enumerate(graph.entities):  # what has no label is called as its IRI ends
-        if not any(number in called for called in names.values()):
+    for number, key in enumerate(graph.entities):  # without an English label: as its IRI ends
+        if number not in names["en"]:
             names["en"][number] = [key.rstrip("/#").replace("#", "/").rpartition("/")[2]]
     per_entity = {
         language: tuple(tuple(called.get(i, ())) for i in range(len(graph.entities)))

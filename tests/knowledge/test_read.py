@@ -76,7 +76,7 @@ def test_rdf(tmp_path):
         @prefix skos: <http://www.w3.org/2004/02/skos/core#> .
         :Whale rdfs:subClassOf :Mammal ; rdfs:label "whale", "baleine"@fr ;
                skos:altLabel "cetacean"@en-GB ; rdfs:comment "It sings." ; :legs 0 .
-        :Mammal rdfs:subClassOf :Animal ."""
+        :Mammal rdfs:subClassOf :Animal ; rdfs:label "mammifère"@fr ."""
     )
     graph = read.rdf(path)
     whale = graph.entity("http://zoo.org/Whale")
@@ -84,6 +84,8 @@ def test_rdf(tmp_path):
     assert graph.names["en"][whale] == ("whale", "cetacean") and graph.find("Baleine") == (whale,)
     assert graph.descriptions[whale] == "It sings."
     assert graph.label(graph.entity("http://zoo.org/Animal")) == "Animal"
+    mammal = graph.entity("http://zoo.org/Mammal")
+    assert graph.label(mammal) == "Mammal" and graph.label(mammal, "fr") == "mammifère"
     path.write_text("@prefix : <http://zoo.org/> .\n:Whale :is :Mammal .\n:Whale :is\n")
     with pytest.raises(UserError, match=r"zoo\.ttl line \d: expected RDF"):
         read.rdf(path)
