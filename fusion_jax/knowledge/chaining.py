@@ -28,13 +28,16 @@ class Proof:
     premises: tuple["Proof", ...] = ()
 
     def parts(self) -> Iterator["Proof"]:
-        """The given facts and the rule steps, premises before what follows from them."""
-        waiting = [(self, False)]
+        """The given facts and the rule steps, premises before what follows from them; each once,
+        also if several steps rest on it.
+        """
+        waiting, seen = [(self, False)], set()
         while waiting:
             part, ready = waiting.pop()
-            if ready or part.rule is None:
+            if ready:
                 yield part
-            else:
+            elif id(part) not in seen:
+                seen.add(id(part))
                 waiting += [(part, True), *((each, False) for each in reversed(part.premises))]
 
     def given(self) -> list[Triple]:

@@ -112,6 +112,21 @@ def test_a_proof_may_be_longer_than_calls_may_nest():
     assert chaining.check(proof, chaining.with_relations(line, program))
 
 
+def test_a_step_on_which_several_others_rest_is_told_once():
+    doubled = "\n".join(f"r{n + 1}(?x, ?y) <= r{n}(?x, ?y), r{n}(?x, ?y)" for n in range(16))
+    world = graph.make(np.array([[0, 0, 1]]), ["a", "b"], ["r0"])
+    closure = chain(world, rules.parse_all(doubled))
+    proof = closure.proof(0, "r16", 1)
+    steps = list(itertools.islice(proof.parts(), 100))
+    assert [step.fact[1] for step in steps] == list(range(17))
+    assert [line.partition("(")[0] for line in proof.lines(closure.graph)] == [
+        f"r{n}" for n in range(1, 17)
+    ]
+    forged = dataclasses.replace(proof.premises[1], premises=(chaining.Proof((1, 0, 0)),) * 2)
+    one_is_wrong = dataclasses.replace(proof, premises=(proof.premises[0], forged))
+    assert not chaining.check(one_is_wrong, closure.graph)
+
+
 def test_derived_facts_carry_their_source_and_the_confidence_of_their_premises():
     world = dataclasses.replace(zoo(), confidence=np.array([1, 0.5, 1], np.float32))
     closure = chain(world, TRANSITIVE)
