@@ -365,7 +365,11 @@ def report(
 def assistant(s: Settings, params: Params) -> Answerer:
     """For `python -m fusion_jax ask --workdir ...`."""
     _, model, writer = assemble(s)
-    judge = Judge.of(model, writer, params, batch_size=1)
     singular = wordnet.exceptions() if s.graph is None else {}
-    answering = Recalling(judge) if s.injection == "knn" else judge
+    if s.injection == "knn":  # its settings are chosen as in the report, on fewer questions
+        held = [task for task in writer.world.tasks["validation"] if task.siblings][:24]
+        chosen = Recalling.chosen(Judge.of(model, writer, params), held)
+        answering = dataclasses.replace(chosen, asked=True)
+    else:
+        answering = Judge.of(model, writer, params, batch_size=1)
     return Answerer(answering, writer, Linker.of(writer.world.graph, singular=singular))

@@ -90,11 +90,14 @@ class Recalling:
 
     Attributes:
         weight, temperature: as in `Memory.mix`; states have unit length.
+        asked: whether the question itself is remembered too, and so answered with no where it does
+            not follow: right of facts that are all that is known, not of those that were cut.
     """
 
     judge: Judge
     weight: float = 0.5
     temperature: float = 0.03
+    asked: bool = False
 
     @classmethod
     def chosen(cls, judge: Judge, tasks: Sequence[Task]) -> "Recalling":
@@ -107,21 +110,23 @@ class Recalling:
     def __call__(self, asked: Asked) -> np.ndarray:
         """Log odds [n]."""
         world = self.judge.writer.world
-        said = {facts: remember(world, facts) for facts in dict.fromkeys(f for _, f in asked)}
+        own = [((t.thing, t.kind),) if self.asked else () for t, _ in asked]
+        about = [(facts, pairs) for (_, facts), pairs in zip(asked, own, strict=True)]
+        said = {each: remember(world, *each) for each in dict.fromkeys(about)}
         contexts = [(task, ()) for tasks in said.values() for task in tasks]
         keys = iter(self._unit(contexts)[0]) if contexts else iter(())
         memories = {
-            facts: Memory.of(
+            each: Memory.of(
                 np.array([next(keys) for _ in tasks]), np.array([int(t.answer) for t in tasks])
             )
-            for facts, tasks in said.items()
+            for each, tasks in said.items()
         }
         settings = {"weight": self.weight, "temperature": self.temperature}
         found = []
-        for hidden, odds, (_, facts) in zip(*self._unit(asked), asked, strict=True):
+        for hidden, odds, each in zip(*self._unit(asked), about, strict=True):
             no_yes = jax.nn.log_sigmoid(jnp.stack([-odds, odds]))[None]
-            mixed = np.asarray(memories[facts].mix(no_yes, jnp.asarray(hidden)[None], **settings))
-            found.append(odds if not said[facts] else mixed[0, 1] - mixed[0, 0])
+            mixed = np.asarray(memories[each].mix(no_yes, jnp.asarray(hidden)[None], **settings))
+            found.append(odds if not said[each] else mixed[0, 1] - mixed[0, 0])
         return np.array(found, np.float32)
 
     def _unit(self, asked: Asked) -> tuple[np.ndarray, np.ndarray]:
@@ -130,15 +135,18 @@ class Recalling:
         return hidden / np.linalg.norm(hidden, axis=1, keepdims=True), odds.astype(np.float32)
 
 
-def remember(world: World, facts: Facts) -> list[Task]:
-    """What the rules say of the things that the facts speak of, as questions with answers."""
+def remember(world: World, facts: Facts, also: Sequence[tuple[int, int]] = ()) -> list[Task]:
+    """What the rules say of the things that the facts speak of, as questions with answers.
+
+    `also`: pairs of a thing and a kind that are remembered besides.
+    """
     if not facts:
         return []
     closure = world.closure(facts)
     heads, tails = (dict.fromkeys(fact[end] for fact in facts) for end in (0, 2))
     return [
         Task(head, tail, closure.holds(head, "is_a", tail), ((head,), (head,)))
-        for head, tail in itertools.product(heads, tails)
+        for head, tail in dict.fromkeys((*itertools.product(heads, tails), *also))
         if head != tail
     ]
 

@@ -4,6 +4,7 @@ import json
 import re
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from flax.traverse_util import unflatten_dict
@@ -14,6 +15,7 @@ from experiments import knowledge_qa, knowledge_qa_table
 from fusion_jax.__main__ import main
 from fusion_jax.errors import UserError
 from fusion_jax.knowledge.questions import Task
+from fusion_jax.language.graph_answers import Recalling
 from fusion_jax.pretrained.checkpoint import shapes_of
 from fusion_jax.pretrained.load import family_of
 from fusion_jax.pretrained.save import save
@@ -98,6 +100,24 @@ def test_trains_reports_and_answers_with_facts_and_steps(world, tmp_path, capsys
     assert "serve --workdir" in capsys.readouterr().err.splitlines()[-1]
     assert main(["ask", "--workdir", str(run), "Is a carp a unicorn?"]) == 2
     assert "name a thing and a kind that the graph knows; found: carp" in capsys.readouterr().err
+
+
+def test_knn_says_no_with_the_settings_that_answer_validation_questions_best(world, monkeypatch):
+    held = []
+
+    def chosen(judge, tasks):
+        held.extend(tasks)
+        return Recalling(judge, weight=0.9, temperature=0.003)
+
+    monkeypatch.setattr(Recalling, "chosen", chosen)
+    files = {name: world / file for name, file in (("graph", "facts.tsv"), ("model", "model"))}
+    files |= {"asked": world / "asked.jsonl", "rules": world / "mine.rules"}
+    s = knowledge_qa.Settings(injection="knn", **files)
+    params = jax.jit(knowledge_qa.build(s).init)(jax.random.key(0))
+    answerer = knowledge_qa.assistant(s, params)
+    assert held == answerer.writer.world.tasks["validation"]
+    for kind, answer in (("fish", "Yes (0.9"), ("bird", "No (0.9")):
+        assert "".join(answerer.answer(f"Is a carp a {kind}?")).startswith(answer)
 
 
 @pytest.mark.parametrize("injection", ["cross", "ernie"])

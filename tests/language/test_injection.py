@@ -150,3 +150,12 @@ def test_an_answer_says_what_it_would_be_without_its_facts():
         first, *shown = "".join(answerer.answer("Is robin a kind of bird?")).splitlines()
         assert first == "Yes (0.95)."
         assert shown[-1:] == ([] if injection == "none" else ["Without these facts: No (0.73)."])
+
+
+def test_knn_answers_no_to_what_does_not_follow_from_all_that_is_known():
+    judge = Judge.of(PLAIN, writer_for("knn"), {"decoder": DECODER_PARAMS})
+    named = WORLD.graph.with_names("en", {i: [name] for i, name in enumerate(NAMES)})
+    recalling = Recalling(judge, weight=0.9, temperature=1e-3, asked=True)
+    answerer = Answerer(recalling, writer_for("knn"), Linker.of(named))
+    for kind, expected in (("bird", "Yes (0.9"), ("fish", "No (0.9")):
+        assert "".join(answerer.answer(f"Is robin a kind of {kind}?")).startswith(expected)
