@@ -241,8 +241,8 @@ for name in ("image", "text", "image+text", "audio+image+text"):
 # ## A new modality
 #
 # An encoder is a Linen module from `Tokens` to `Tokens`. Here is one for a time series, three
-# sensors at any number of moments: with it goes a pooled text-like second input that names half
-# of the answer. Only the public interface is used: `Tokens`, `Multimodal`, a fusion,
+# sensors at any number of moments: with it goes a second input, a hint that names half of the
+# answer. Only the public interface is used: `Tokens`, `Multimodal`, a fusion,
 # objectives, `Experiment`.
 
 # %%

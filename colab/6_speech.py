@@ -289,8 +289,7 @@ assert quick or right > 0.8
 #
 # `experiments/translation.py` and `experiments/dialogue.py` with settings far below their own, to
 # be done in minutes: French captions and recordings of the stamps into English; and spoken
-# questions. Their docstrings and the README say what the whole training gives; this much mostly
-# shows the way.
+# questions. What their whole training gives has not been measured yet; this much shows the way.
 
 # %%
 listen_steps = 300  # @param {type:"integer"}

@@ -1,7 +1,6 @@
 """How fast is a language model here, against Hugging Face transformers and PEFT in PyTorch?
 
-    pip install peft accelerate
-    python -m experiments.benchmarks.language_model            (needs the test extra: torch)
+    python -m experiments.benchmarks.language_model            (needs the test extra: torch, peft)
 
 SmolLM2-135M-Instruct, the same GGUF file, float32, the same batch, CPU, in one run: each job is
 timed here and there in turn, and the best of several runs counts. PyTorch gets the better of eager

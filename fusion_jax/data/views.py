@@ -14,6 +14,7 @@ from fusion_jax.data.audio import Waveforms
 from fusion_jax.data.features import ChecksummedSource
 from fusion_jax.data.image import Augment
 from fusion_jax.data.pipeline import Padded, Source
+from fusion_jax.errors import UserError
 from fusion_jax.tokens import Tokens
 
 
@@ -134,7 +135,15 @@ def as_trained_on(tokens: Tokens, mean: jax.Array, deviation: jax.Array) -> Toke
 
 
 def standardized(of: Padded, source: Source, rows: Sequence[int]) -> Standardized:
-    """Over all tokens of the first alternative of these rows."""
-    found = [of(source[row], None) for row in rows]
-    tokens = np.concatenate([each for each in found if each is not None]).astype(np.float32)
+    """Over all tokens of the first alternative of these rows.
+
+    Raises UserError if none of them has any.
+    """
+    found = [each for row in rows if (each := of(source[row], None)) is not None]
+    if not found:
+        raise UserError(
+            f"no row to train on has {of.field!r}: give some that do, or leave the {of.field} out "
+            "(experiments/vqa.py takes pictures and text alone)"
+        )
+    tokens = np.concatenate(found).astype(np.float32)
     return Standardized(of, tokens.mean(0), tokens.std(0) + 1e-3)

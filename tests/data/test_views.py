@@ -8,7 +8,9 @@ import soundfile
 
 from fusion_jax.data import features
 from fusion_jax.data.audio import Waveforms
-from fusion_jax.data.views import DECIBELS, SPEEDS, SoundViews
+from fusion_jax.data.pipeline import Padded
+from fusion_jax.data.views import DECIBELS, SPEEDS, SoundViews, standardized
+from fusion_jax.errors import UserError
 from fusion_jax.tokens import Tokens
 
 RATE, SECONDS = 16_000, 0.5
@@ -85,3 +87,10 @@ def test_a_frozen_tower_hears_each_once(views, tmp_path):
     assert np.array_equal(frozen[1]["audio"][:, 0], abs(Tones()[1]["audio"]))
     for name, sound in enumerate(heard(views, 2)):
         assert np.array_equal(frozen[2]["audio"][str(name)][:, 0], abs(sound))
+
+
+def test_a_modality_that_no_training_row_has_is_told():
+    source = [{"audio": None}, {"audio": np.ones((2, 3), np.float32)}]
+    assert standardized(Padded("audio", (2, 3)), source, [0, 1]).mean.tolist() == [1, 1, 1]
+    with pytest.raises(UserError, match="no row to train on has 'audio'"):
+        standardized(Padded("audio", (2, 3)), source, [0])
