@@ -109,12 +109,26 @@ def from_graph(scorer: Scorer, encoder: Any, graph: Graph) -> Computed:
     """Entity vectors, and with CompGCN relations' too, are what an encoder makes of the graph.
 
     Args:
-        scorer: any; its dim must be the encoder's width.
+        scorer: any; its dim must be the encoder's width. With CompGCN one whose relations have
+            vectors as wide as entities': not RotatE or TuckER.
         encoder: RGCN or CompGCN; it reads the training facts.
         graph: the graph.
     """
     if encoder.width != scorer.dim or scorer.multiple != 1:
         raise UserError(f"an encoder of width {encoder.width} for a scorer of dim {scorer.dim}")
+    relations = 2 * len(graph.relations)
+    for part in (encoder, scorer):
+        if part.relations != relations:
+            raise UserError(
+                f"{type(part).__name__} for {part.relations} relations, but the graph has"
+                f" {relations} with their reciprocals"
+            )
+    wanted = jax.eval_shape(scorer.init, jax.random.key(0))["relation"].shape[1]
+    if isinstance(encoder, CompGCN) and encoder.width != wanted:
+        raise UserError(
+            f"CompGCN makes relations' vectors of width {encoder.width}, and"
+            f" {type(scorer).__name__} takes {wanted}: give an RGCN, or another scorer"
+        )
     edges = Edges.of_graph(graph)
     mask = jnp.ones((1, scorer.entities), bool)
     whole = encoder.encode if isinstance(encoder, CompGCN) else encoder.__call__

@@ -12,7 +12,7 @@ from fusion_jax.evaluation.ranking import link_prediction
 from fusion_jax.knowledge.batches import Facts
 from fusion_jax.knowledge.entities import Texts, described, from_graph, from_text
 from fusion_jax.knowledge.graph import make
-from fusion_jax.knowledge.scorers import ComplEx, DistMult
+from fusion_jax.knowledge.scorers import ComplEx, DistMult, RotatE, TuckER
 from fusion_jax.objectives.knowledge import one_vs_all
 
 
@@ -79,6 +79,22 @@ def test_graph_encoders_train_a_scorer(kind):
     np.testing.assert_allclose(scorer.score(params, h, r, h), every[jnp.arange(4), h], atol=1e-4)
     with pytest.raises(UserError, match="width 8 for a scorer of dim 16"):
         from_graph(plain, kind(width=8, relations=6), graph)
+    with pytest.raises(UserError, match="for 3 relations, but the graph has 6"):
+        from_graph(plain, kind(width=16, relations=3), graph)
+
+
+@pytest.mark.parametrize("scorer", [RotatE, TuckER])
+def test_relations_of_another_width_come_from_no_encoder(scorer):
+    graph = make([[0, 0, 1]], ["a", "b"], ["in"])
+    plain = scorer(entities=2, relations=2, dim=16)
+    with pytest.raises(UserError, match=f"width 16, and {scorer.__name__} takes .* give an RGCN"):
+        from_graph(plain, CompGCN(width=16, relations=2, layers=1), graph)
+    whole = from_graph(plain, RGCN(width=16, relations=2, layers=1), graph)
+    scores = jax.eval_shape(
+        lambda key: whole.score_all(whole.init(key), jnp.zeros(1, int), jnp.zeros(1, int)),
+        jax.random.key(0),
+    )
+    assert scores.shape == (1, 2)
 
 
 def test_texts_of_entities():
