@@ -120,10 +120,18 @@ class Assistant:
                     question = before + "".join(map("".join, zip(said, after, strict=True)))
         return question
 
+    def read(self, media: Mapping[str, Sequence[Path | Tokens]]) -> dict[str, list[Tokens]]:
+        """Each file as one item of a prompt; what was read before stays as it is."""
+        return {
+            name: [each if isinstance(each, Tokens) else self.readers[name](each) for each in some]
+            for name, some in media.items()
+            if some
+        }
+
     def reply(
         self,
         messages: Sequence[Message],
-        media: Mapping[str, Sequence[Path]],
+        media: Mapping[str, Sequence[Path | Tokens]],
         *,
         max_tokens: int = 256,
         sampling: Sampling | None = None,
@@ -135,7 +143,8 @@ class Assistant:
 
         Args:
             messages: {"role", "content"} as `marked` and `reply` gave them before.
-            media: {name: files of all messages, in the order of their marks}.
+            media: {name: files of all messages, or what `read` gave of them, in the order of
+                their marks}.
             draft: a smaller model that guesses ahead: the same words sooner, see `speculative`.
         """
         prompt, decoder, params = self.prompt(self.ids(messages, media), media)
@@ -162,7 +171,7 @@ class Assistant:
             )
         return text_stream(self.chat.tokenizer, (rows[0] for rows in chunks), stops)
 
-    def ids(self, messages: Sequence[Message], media: Mapping[str, Sequence[Path]]) -> list[int]:
+    def ids(self, messages: Sequence[Message], media: Mapping[str, Sequence[Any]]) -> list[int]:
         """What the model reads of messages; raises as `Layout.encode`."""
         layout = self.layout
         if layout is not None:
@@ -174,15 +183,13 @@ class Assistant:
         return self.chat.prompt(messages, layout)
 
     def prompt(
-        self, ids: list[int], media: Mapping[str, Sequence[Path]]
+        self, ids: list[int], media: Mapping[str, Sequence[Path | Tokens]]
     ) -> tuple[Prompt, Decoder, dict[str, Any]]:
         """Those ids with the files read, and the decoder that goes on from them."""
         if not isinstance(self.model, FusedLM):
             return Prompt.of([ids]), self.model, self.params
         batch: dict[str, Tokens] = {"text": pad([ids], bucket(len(ids)), left=True)}
-        for name, files in media.items():
-            if files:
-                batch[name] = joined([self.readers[name](file) for file in files])
+        batch |= {name: joined(items) for name, items in self.read(media).items()}
         return self._run({"params": self.params}, batch), self.model.decoder, self.params["decoder"]
 
     def with_senses(self, other: "Assistant") -> "Assistant":

@@ -15,12 +15,14 @@ from typing import TextIO
 from fusion_jax.errors import UserError
 from fusion_jax.language.ask import Assistant, named
 from fusion_jax.language.sampling import Sampling
+from fusion_jax.tokens import Tokens
 
 HELP = """Type a question and Enter. /image FILE and /audio FILE go with what you type next, or are
 the whole turn if you then press Enter alone. /new forgets what was said, /quit or Ctrl-D ends."""
 
-Turn = tuple[dict[str, str], Mapping[str, Sequence[Path]], str]
-"""What was asked, its files, and the answer."""
+Items = Mapping[str, Sequence[Tokens]]
+Turn = tuple[dict[str, str], Items, str]
+"""What was asked, what its files held when it was, and the answer."""
 
 
 class Conversation:
@@ -39,46 +41,47 @@ class Conversation:
     def say(self, text: str, media: Mapping[str, Sequence[Path]] | None = None) -> Iterator[str]:
         """The answer in pieces. The oldest turns are forgotten when they no longer fit.
 
-        A turn that fails is not remembered, and forgets none.
+        Files are read now and never again. A turn that fails is not remembered, and forgets none.
 
         Raises:
             UserError: as `Assistant.answer`.
         """
         media = media or {}
         said = {"role": "user", "content": self.assistant.marked(text, media)}
-        kept, messages, files = self._that_fit(said, media)
+        items = self.assistant.read(media)
+        kept, messages, every = self._that_fit(said, items)
         pieces = []
         for piece in self.assistant.reply(
-            messages, files, max_tokens=self.max_tokens, sampling=self.sampling
+            messages, every, max_tokens=self.max_tokens, sampling=self.sampling
         ):
             pieces.append(piece)
             yield piece
-        self.turns = [*kept, (said, media, "".join(pieces))]
+        self.turns = [*kept, (said, items, "".join(pieces))]
 
     def _that_fit(
-        self, said: dict[str, str], media: Mapping[str, Sequence[Path]]
-    ) -> tuple[list[Turn], list[dict[str, str]], dict[str, list[Path]]]:
+        self, said: dict[str, str], items: Items
+    ) -> tuple[list[Turn], list[dict[str, str]], dict[str, list[Tokens]]]:
         """As many of the latest turns as the context holds beside an answer; their messages and
-        files, and those of this one.
+        items, and those of this one.
         """
         room = self.assistant.decoder.context_length or sys.maxsize
         kept = list(self.turns)
         while True:
             messages: list[dict[str, str]] = []
-            files: dict[str, list[Path]] = {}
-            for asked, had, answer in [*kept, (said, media, "")]:
+            every: dict[str, list[Tokens]] = {}
+            for asked, had, answer in [*kept, (said, items, "")]:
                 messages += [asked, {"role": "assistant", "content": answer}]
                 for name, some in had.items():
-                    files.setdefault(name, []).extend(some)
+                    every.setdefault(name, []).extend(some)
             messages.pop()
             try:
-                if len(self.assistant.ids(messages, files)) + self.max_tokens <= room:
-                    return kept, messages, files
+                if len(self.assistant.ids(messages, every)) + self.max_tokens <= room:
+                    return kept, messages, every
             except UserError:
                 if not kept:
                     raise
             if not kept:
-                return kept, messages, files  # the model itself says that this is too long
+                return kept, messages, every  # the model itself says that this is too long
             del kept[0]
 
 

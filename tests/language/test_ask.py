@@ -169,6 +169,30 @@ def test_turns_follow_each_other_and_the_oldest_are_forgotten(assistant, tmp_pat
     )
 
 
+def test_a_turn_keeps_what_its_file_held(assistant, tmp_path):
+    """Each turn recorded over the same file: what was said before is not what is said now."""
+    file, others = tmp_path / "question", [tmp_path / "first", tmp_path / "second"]
+    opened = []
+
+    def once(path):
+        opened.append(path.read_bytes())
+        return read(path)
+
+    template = "{% for m in messages %}{{ m.content }} w3 {% endfor %}"
+    chat_of = Chat(assistant.chat.tokenizer, template, {}, ())
+    recorded = dataclasses.replace(assistant, chat=chat_of, readers={"image": once})
+    talked, whole = Conversation(recorded, max_tokens=4), ""
+    for other, content in zip(others, (b"abcdef", b"zyxwvu"), strict=True):
+        file.write_bytes(content)
+        other.write_bytes(content)
+        whole += "<image> w3 " + "".join(talked.say("", {"image": [file]})) + " w3 "
+    file.unlink()
+    last = "".join(talked.say("w6 w7"))
+    assert opened == [b"abcdef", b"zyxwvu"]
+    plain = {"role": "user", "content": f"{whole}w6 w7 w3 "}
+    assert last == "".join(assistant.reply([plain], {"image": others}, max_tokens=4))
+
+
 def test_a_turn_that_fails_forgets_nothing(assistant):
     talked = Conversation(assistant, max_tokens=4)
     talked.turns = before = [({"role": "user", "content": "w5"}, {}, "w6")]
