@@ -76,6 +76,11 @@ def load(folder: str | Path | None = None) -> Graph:
                 f"{folder / 'data.noun'} line {line}: expected a synset (offset, file number, type,"
                 f" words, pointers | gloss), got {text[:60]!r}"
             ) from None
+        if offset in offsets:
+            raise UserError(
+                f"{folder / 'data.noun'} line {line}: a line before has the offset {offset} too,"
+                f" expected one for each synset"
+            )
         entity = offsets[offset] = len(offsets)
         glosses.append(gloss.strip())
         for symbol, target, kind in zip(pointers[::4], pointers[1::4], pointers[2::4], strict=True):
@@ -123,12 +128,16 @@ def _senses(path: Path, offsets: dict[str, int]) -> dict[str, tuple[int, ...]]:
 
 def _keys(lemmas: list[list[str]], senses: dict[str, tuple[int, ...]]) -> list[str]:
     """NLTK's keys: the first word of a synset and which of the word's meanings it is."""
-    keys: dict[str, None] = {}
+    keys = []
     for entity, (first, *_) in enumerate(lemmas):
-        number = senses[normalize(first)].index(entity) + 1
-        key = f"{first.replace(' ', '_').lower()}.n.{number:02d}"
-        keys[key] = None
-    return list(keys)
+        meanings = senses.get(normalize(first), ())
+        if entity not in meanings:
+            raise UserError(
+                f"index.noun does not give {first!r} the meaning that data.noun gives it; expected"
+                f" both files of one WordNet"
+            )
+        keys.append(f"{first.replace(' ', '_').lower()}.n.{meanings.index(entity) + 1:02d}")
+    return keys
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

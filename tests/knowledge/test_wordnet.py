@@ -43,3 +43,24 @@ def test_tells_the_damaged_line(folder, tmp_path):
     (tmp_path / "data.noun").unlink()
     with pytest.raises(UserError, match="no such file"):
         wordnet.load(tmp_path)
+
+
+def test_each_synset_has_its_own_offset_and_its_words_in_the_index(tmp_path):
+    data = ["00000001 03 n 01 animal 0 000 | it lives", "00000002 05 n 01 whale 0 000 | it sings"]
+    data += ["00000003 05 n 01 Whale 0 001 @ 00000001 n 0000 | very large"]
+    index = ["animal n 1 0 1 0 00000001", "whale n 2 1 @ 2 0 00000003 00000002"]
+
+    def load(data, index):
+        for name, lines in (("data.noun", data), ("index.noun", index)):
+            (tmp_path / name).write_text("  1 the licence\n" + "\n".join(lines) + "\n")
+        return wordnet.load(tmp_path)
+
+    graph = load(data, index)
+    assert graph.entities == ("animal.n.01", "whale.n.02", "whale.n.01")
+    assert graph.triples.tolist() == [[2, graph.relation("hypernym"), 0]]
+    with pytest.raises(UserError, match=r"data\.noun line 3: .* has the offset 00000001 too"):
+        load([data[0], *data], index)
+    with pytest.raises(UserError, match=r"index\.noun does not give 'whale' the meaning"):
+        load(data, [index[0], "whale n 1 1 @ 1 0 00000003"])
+    with pytest.raises(UserError, match="does not give 'animal'"):
+        load(data, index[1:])
