@@ -31,6 +31,7 @@ from fusion_jax.deployment.runtime.conversation import TextOf
 from fusion_jax.deployment.runtime.generation import Generator, Writing
 from fusion_jax.deployment.runtime.host import Host, Limits, Served
 from fusion_jax.deployment.runtime.metrics import Metrics
+from fusion_jax.deployment.runtime.prediction import Predictor
 from fusion_jax.deployment.runtime.server import Server
 from fusion_jax.deployment.runtime.waiting import Job, Line
 
@@ -64,6 +65,10 @@ def png(seed=0):
 
 def ask(text="w5", **how):
     return {"model": "talker", "messages": [{"role": "user", "content": text}], **how}
+
+
+def tensor(name="text", shape=(1, 3), datatype="INT32", data=(3, 4, 5), **more):
+    return {"name": name, "shape": list(shape), "datatype": datatype, "data": list(data), **more}
 
 
 @pytest.fixture(scope="module")
@@ -294,18 +299,20 @@ def test_a_full_line_refuses_and_a_cancelled_stream_stops(client):
     assert late.status_code in (429, 504)
 
 
-def leave(talker, route, content, limit=4):
-    """What a client that goes away at once leaves in the line of a server that does nothing."""
-    generator = Generator(Artifact(talker))
-    worker = types.SimpleNamespace(line=Line(limit), close=lambda _: None)
-    host = types.SimpleNamespace(served=Served(generator.artifact, generator, worker))
-    messages = [
-        {"type": "http.request", "body": json.dumps(content).encode(), "more_body": False},
-        {"type": "http.disconnect"},
-    ]
-    sent = []
+def standing(model, limit=4):
+    """A model whose worker does nothing, so that its line keeps what came."""
+    line = Line(limit)
+    return Served(model.artifact, model, types.SimpleNamespace(line=line, close=line.close))
+
+
+def post_and_leave(host, route, content, before_the_body=lambda: None):
+    """The status that a client gets that goes away as soon as it has sent its request."""
+    body = {"type": "http.request", "body": json.dumps(content).encode(), "more_body": False}
+    messages, sent = [body, {"type": "http.disconnect"}], []
 
     async def receive():
+        if messages[0] is body:
+            before_the_body()
         return messages.pop(0)
 
     async def send(message):
@@ -313,7 +320,7 @@ def leave(talker, route, content, limit=4):
 
     scope = {"type": "http", "method": "POST", "path": route, "headers": [], "query_string": b""}
     asyncio.run(Server(host, Metrics()).app()(scope, receive, send))
-    return list(worker.line._jobs), sent[0]["status"]
+    return sent[0]["status"]
 
 
 def test_a_client_that_goes_away_leaves_nothing_to_be_written(talker):
@@ -324,8 +331,57 @@ def test_a_client_that_goes_away_leaves_nothing_to_be_written(talker):
         ("/v2/models/talker/infer", {"inputs": [prompts]}, 9),  # more than may wait: one request
         ("/v1/occlusion", ask() | {"answer": "w6"}, 1),
     ):
-        jobs, status = leave(talker, route, content)
-        assert status == 499 and [job.cancelled for job in jobs] == [True] * count
+        host = types.SimpleNamespace(served=standing(Generator(Artifact(talker))))
+        assert post_and_leave(host, route, content) == 499
+        jobs = host.served.worker.line._jobs
+        assert [job.cancelled for job in jobs] == [True] * count
+
+
+def exchange_in(old, new, moment):
+    """A host that takes another model while a request's body comes or its work is made, and what
+    is to be done before the body comes."""
+    host = types.SimpleNamespace(served=old)
+
+    def swap():
+        host.served = new
+        old.worker.line.close()
+
+    def made(*given, **how):
+        swap()
+        return type(old.model).writing(old.model, *given, **how)
+
+    if moment == "made":
+        old.model.writing = made
+    return host, swap if moment == "read" else lambda: None
+
+
+@pytest.mark.parametrize("moment", ["read", "made"])
+@pytest.mark.parametrize(
+    ("route", "content"),
+    [
+        ("/v1/chat/completions", ask()),
+        ("/v2/models/talker/infer", {"inputs": [tensor("prompt", (1,), "BYTES", ["w5"])]}),
+        ("/v1/occlusion", ask() | {"answer": "w6"}),
+    ],
+)
+def test_a_model_that_is_exchanged_gets_no_ids_of_the_one_before(talker, route, content, moment):
+    old, new = (standing(Generator(Artifact(talker))) for _ in range(2))
+    new.model.conversation.template = "w9 {{ messages[0].content }}"
+    host, before = exchange_in(old, new, moment)
+    assert post_and_leave(host, route, content, before) == 499
+    assert [job.work.ids for job in new.worker.line._jobs] == [[9, 5]]
+    assert not old.worker.line._jobs
+
+
+def test_a_model_that_is_exchanged_gets_pictures_of_its_own_size(predicts):
+    old, new = (standing(Predictor(Artifact(predicts))) for _ in range(2))
+    new.model.readers["image"].spec = {"kind": "image", "size": 16}
+    host, before = exchange_in(old, new, "read")
+    data = [base64.b64encode(png()).decode()]
+    content = {"inputs": [tensor("image", (1,), "BYTES", data)]}
+    assert post_and_leave(host, "/v2/models/predicts/infer", content, before) == 499
+    [job] = new.worker.line._jobs
+    assert [row["image"].shape for row in job.work] == [(16, 16, 3)]
 
 
 def test_a_request_of_many_prompts_is_taken_whole_or_not_at_all(client):
@@ -438,10 +494,6 @@ def test_triton_client(address, classifier):
     only = [triton.InferRequestedOutput("logits", binary_data=False)]
     found = client.infer("predicts", inputs(True), outputs=only)
     assert [each["name"] for each in found.get_response()["outputs"]] == ["logits"]
-
-
-def tensor(name="text", shape=(1, 3), datatype="INT32", data=(3, 4, 5), **more):
-    return {"name": name, "shape": list(shape), "datatype": datatype, "data": list(data), **more}
 
 
 TENSORS = {

@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from . import exchange
 from .artifact import BadInput
-from .generation import Generator
+from .chat_protocol import ChatRequest
+from .generation import Generator, Writing
 from .media import Reader
 from .prediction import Predictor
 
@@ -212,6 +214,60 @@ def _encoded(value: bytes) -> bytes:
         return base64.b64decode(value, validate=True)
     except (binascii.Error, ValueError):
         return value
+
+
+HOW = ("max_tokens", "temperature", "top_p", "seed", "stop")
+"""The parameters of the chat route that a request may have."""
+
+
+def _chat(parameters: Mapping[str, Any]) -> ChatRequest:
+    how = {name: parameters[name] for name in HOW if name in parameters}
+    message = {"role": "user", "content": ""}
+    return exchange.valid(ChatRequest, {"model": "", "messages": [message], **how})
+
+
+def writings(
+    generator: Generator, given: Mapping[str, np.ndarray], parameters: Mapping[str, Any]
+) -> list[Writing]:
+    """Each prompt as a row.
+
+    Raises:
+        BadInput: no prompts; other inputs or parameters that do not fit; prompts that are too long.
+    """
+    prompts = given.get("prompt")
+    if prompts is None or prompts.dtype != object:
+        raise BadInput("a language model wants the input prompt, BYTES [rows]")
+    media = [{}] * prompts.size
+    if others := {name: values for name, values in given.items() if name != "prompt"}:
+        media = rows_of(generator.readers, others)
+    if len(media) != prompts.size or not prompts.size:
+        raise BadInput("each prompt may have one item of each of the other inputs")
+    chat = _chat(parameters)
+    return [
+        generator.writing(
+            [
+                {
+                    "role": "user",
+                    "content": prompt.decode(errors="replace"),
+                    "media": list(items.items()),
+                }
+            ],
+            chat.max_tokens,
+            temperature=chat.temperature or 0.0,
+            top_p=1.0 if chat.top_p is None else chat.top_p,
+            seed=(chat.seed or 0) % 2**32,
+        )
+        for prompt, items in zip(prompts.ravel(), media, strict=True)
+    ]
+
+
+def texts(
+    generator: Generator, written: Sequence[Writing], parameters: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+    """What was written of each prompt, as the output "text"."""
+    stops = _chat(parameters).stops
+    found = [generator.text_of(each, stops).push(each.written, last=True) for each in written]
+    return {"text": _objects([text.encode() for text in found])}
 
 
 def answer(

@@ -140,25 +140,50 @@ class Server:
     async def _body(self, request: Request) -> bytes:
         return await exchange.body(request, self.body_bytes, self.read_seconds)
 
-    def _served(self, request: Request) -> Served:
-        served = self.host.served
+    def _named(self, request: Request, served: Served) -> Served:
+        """Raises BadInput unless the request's path names that model."""
         name = request.path_params["model"]
         version = request.path_params.get("version", served.artifact.version)
         if (name, version) != (served.artifact.name, served.artifact.version):
             raise BadInput(f"no model {name} {version}; there is {served.artifact.name}", 404)
         return served
 
-    def _submit(self, served: Served, deadline: float, *works: Any, size: int = 1) -> list[Answer]:
-        """All of them, or none. Raises BadInput."""
-        answers = [Answer(work, deadline, size) for work in works]
+    def _check(self, deadline: float) -> None:
+        """Whether a request may come, before its body is read. Raises BadInput."""
+        served = self.host.served
         try:
-            served.worker.line.put(*(answer.job for answer in answers))
+            served.worker.line.check(deadline)
         except BadInput as error:
-            # The model was exchanged in this very moment: the next one takes it.
-            if error.status == 503 and served is not self.host.served and not self.stopping:
-                return self._submit(self.host.served, deadline, *works, size=size)
-            raise
-        return answers
+            if not self._exchanged(served, error):
+                raise
+
+    async def _submit(
+        self, deadline: float, work: Callable[[Served], Sequence[Any]]
+    ) -> tuple[Served, list[Answer]]:
+        """All that `work` makes for the model that is served now, or none of it.
+
+        Ids, vectors and pictures are of the model that they were made for: they are made anew where
+        it is exchanged before its line has taken them.
+
+        Raises:
+            BadInput: `work` did, or the line takes no more.
+        """
+        while True:
+            served = self.host.served
+            works = await run_in_threadpool(work, served)
+            size = 1 if isinstance(served.model, Generator) else len(works[0])
+            answers = [Answer(each, deadline, size) for each in works]
+            try:
+                served.worker.line.put(*(answer.job for answer in answers))
+            except BadInput as error:
+                if not self._exchanged(served, error):
+                    raise
+            else:
+                return served, answers
+
+    def _exchanged(self, served: Served, error: BadInput) -> bool:
+        """Whether its line was closed because another model took its place in this very moment."""
+        return error.status == 503 and served is not self.host.served and not self.stopping
 
     # ------------------------------------------------------------ Open Inference Protocol, v2
 
@@ -174,28 +199,36 @@ class Server:
         return JSONResponse(about)
 
     async def model(self, request: Request) -> Response:
-        served = self._served(request)
+        served = self._named(request, self.host.served)
         return JSONResponse(inference_protocol.metadata(served.artifact.manifest, served.model))
 
     async def model_ready(self, request: Request) -> Response:
-        served = self._served(request)
+        served = self._named(request, self.host.served)
         return JSONResponse({"name": served.artifact.name, "ready": True})
 
     async def infer(self, request: Request) -> Response:
         """Predictions, or answers to prompts."""
-        served, deadline = self._served(request), exchange.deadline(request, self.answer_seconds)
-        served.worker.line.check(deadline)
+        self._named(request, self.host.served)
+        deadline = exchange.deadline(request, self.answer_seconds)
+        self._check(deadline)
         body = await self._body(request)
         length = request.headers.get(inference_protocol.LENGTH_HEADER)
         head, binary = inference_protocol.split(body, length)
         asked = exchange.parsed(inference_protocol.InferRequest, head)
         given = await run_in_threadpool(inference_protocol.arrays, asked, binary)
+
+        def work(served: Served) -> Sequence[Any]:
+            model = self._named(request, served).model
+            if isinstance(model, Generator):
+                return inference_protocol.writings(model, given, asked.parameters)
+            return [inference_protocol.rows_of(model.readers, given)]
+
+        served, answers = await self._submit(deadline, work)
+        found = await self._unless_gone(request, answers)
         if isinstance(served.model, Generator):
-            outputs = await self._write_all(request, served, given, asked.parameters, deadline)
+            outputs = inference_protocol.texts(served.model, found, asked.parameters)
         else:
-            rows = await run_in_threadpool(inference_protocol.rows_of, served.model.readers, given)
-            answers = self._submit(served, deadline, rows, size=len(rows))
-            [outputs] = await self._unless_gone(request, answers)
+            [outputs] = found
             if served.model.classes:
                 best = outputs["logits"].argmax(axis=-1)
                 names = [served.model.classes[index].encode() for index in best]
@@ -205,52 +238,6 @@ class Server:
         headers = {} if length is None else {inference_protocol.LENGTH_HEADER: str(length)}
         kind = "application/json" if length is None else "application/octet-stream"
         return Response(content, media_type=kind, headers=headers)
-
-    async def _write_all(
-        self,
-        request: Request,
-        served: Served,
-        given: dict[str, np.ndarray],
-        how: dict[str, Any],
-        deadline: float,
-    ) -> dict[str, np.ndarray]:
-        """Each prompt's answer; the parameters are those of the chat route."""
-        generator = served.model
-        prompts = given.pop("prompt", None)
-        if prompts is None or prompts.dtype != object:
-            raise BadInput("a language model wants the input prompt, BYTES [rows]")
-        media = [{}] * prompts.size
-        if given:
-            media = await run_in_threadpool(inference_protocol.rows_of, generator.readers, given)
-        if len(media) != prompts.size or not prompts.size:
-            raise BadInput("each prompt may have one item of each of the other inputs")
-        names = ("max_tokens", "temperature", "top_p", "seed", "stop")
-        how = {name: how[name] for name in names if name in how}
-        writings, readers = [], []
-        for prompt, items in zip(prompts.ravel(), media, strict=True):
-            text = {"role": "user", "content": prompt.decode(errors="replace")}
-            chat = exchange.valid(
-                chat_protocol.ChatRequest, {"model": "", "messages": [text], **how}
-            )
-            message = {**text, "media": list(items.items())}
-            writing = await run_in_threadpool(
-                generator.writing,
-                [message],
-                chat.max_tokens,
-                temperature=chat.temperature or 0.0,
-                top_p=1.0 if chat.top_p is None else chat.top_p,
-                seed=(chat.seed or 0) % 2**32,
-            )
-            writings.append(writing)
-            readers.append(generator.text_of(writing, chat.stops))
-        answers = self._submit(served, deadline, *writings)
-        written = await self._unless_gone(request, answers)
-        found = np.empty(len(written), object)
-        found[:] = [
-            reader.push(writing.written, last=True).encode()
-            for reader, writing in zip(readers, written, strict=True)
-        ]
-        return {"text": found}
 
     async def _unless_gone(
         self, request: Request, answers: Sequence[Answer], result: Awaitable[Any] | None = None
@@ -284,12 +271,15 @@ class Server:
 
     async def chat(self, request: Request) -> Response:
         """An answer, whole or as it is written."""
-        served, deadline = self.host.served, exchange.deadline(request, self.answer_seconds)
-        served.worker.line.check(deadline)
+        deadline = exchange.deadline(request, self.answer_seconds)
+        self._check(deadline)
         asked = exchange.parsed(chat_protocol.ChatRequest, await self._body(request))
-        _chats(served, asked.model)
-        writing = await run_in_threadpool(chat_protocol.writing_of, asked, served.model)
-        [answer] = self._submit(served, deadline, writing)
+
+        def work(served: Served) -> Sequence[Any]:
+            return [chat_protocol.writing_of(asked, _chats(served, asked.model))]
+
+        served, [answer] = await self._submit(deadline, work)
+        writing = answer.job.work
         about = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -317,14 +307,19 @@ class Server:
 
     async def occlusion(self, request: Request) -> Response:
         """Which input an answer rests on."""
-        served, deadline = self.host.served, exchange.deadline(request, self.answer_seconds)
-        served.worker.line.check(deadline)
+        deadline = exchange.deadline(request, self.answer_seconds)
+        self._check(deadline)
         asked = exchange.parsed(occlusion.OcclusionRequest, await self._body(request))
-        _chats(served, asked.model)
-        writings = await run_in_threadpool(occlusion.writings, asked, served.model)
-        answers = self._submit(served, deadline, *writings.values())
-        await self._unless_gone(request, answers)
-        return JSONResponse(occlusion.report(writings))
+        names: list[str] = []
+
+        def work(served: Served) -> Sequence[Any]:
+            writings = occlusion.writings(asked, _chats(served, asked.model))
+            names[:] = writings
+            return list(writings.values())
+
+        _, answers = await self._submit(deadline, work)
+        written = await self._unless_gone(request, answers)
+        return JSONResponse(occlusion.report(dict(zip(names, written, strict=True))))
 
     # ----------------------------------------------------------------------------- about it all
 
@@ -342,9 +337,10 @@ class Server:
         return JSONResponse(document(self.host.served.artifact.name))
 
 
-def _chats(served: Served, model: str) -> None:
-    """Raises BadInput unless the model is of that name and chats."""
+def _chats(served: Served, model: str) -> Generator:
+    """The model. Raises BadInput unless it is of that name and chats."""
     if not isinstance(served.model, Generator):
         raise BadInput(f"{served.artifact.name} does not chat: use its /infer", 404)
     if model != served.artifact.name:
         raise BadInput(f"no model {model!r}; there is {served.artifact.name}", 404)
+    return served.model
