@@ -50,7 +50,7 @@ from fusion_jax.language.ask import Assistant
 from fusion_jax.language.hearing import Dictation, Turn, Turns, open_hearing
 from fusion_jax.language.listener import Spelling
 from fusion_jax.language.spoken import SpokenLM
-from fusion_jax.language.translate import instruction
+from fusion_jax.language.translate import WRITTEN, instruction
 from fusion_jax.language.tuned import TRAINED
 from fusion_jax.objectives.recognition import answer_and_spell
 from fusion_jax.pretrained.load import load
@@ -99,8 +99,10 @@ class Settings(Base):
     """Of each recording of training: as it is, then at other speeds and in noise of 0 to 20 dB."""
     spelled: int = 32
     """Most word pieces of a recording that is learned to be spelled."""
-    written: int = 24
-    """Most ids of a translation in the report."""
+    heard: int = 48
+    """Most vectors of a recording that is to be translated; training turns have room for 24."""
+    written: int = WRITTEN
+    """Most ids of a translation in the report; `translate` has --max-tokens for it."""
     most: int = 30
     """Test items of each language, at most."""
     stamps: Path | None = None
@@ -108,7 +110,8 @@ class Settings(Base):
     published: tuple[str, ...] = ()
     """Published sets in place of them, in their own splits: "covost2 CV/fr covost_v2.fr_en.tsv",
     "must_c MUSTC/en-de", and, to be written down only, "common_voice CV/fr" and "librispeech
-    LibriSpeech". Give --seconds, --length, --spelled and the languages that fit them."""
+    LibriSpeech". Give --seconds, --length, --spelled, --heard, --written and the languages
+    that fit them."""
     pairs: tuple[str, ...] = ("fr-es", "es-fr", "fr-ru", "ru-ca", "ro-el", "da-fr")
     """From which language to which the report also measures; those it has no captions of are left
     out."""
@@ -291,7 +294,7 @@ def assemble(s: Settings) -> tuple[Corpus, SpokenLM]:
     ids = [in_pieces(checkpoint.tokenizer, corpus.utterances[u].text) for u in rows]
     spelling = Spelling(ids, checkpoint.params["embedding"]["embedding"])
     ranks = {s.lora: s.lora_rank} if s.lora_rank else {}
-    model = SpokenLM.of(checkpoint, hearing, spelling, ranks=ranks, template=PLAIN)
+    model = SpokenLM.of(checkpoint, hearing, spelling, ranks=ranks, template=PLAIN, heard=s.heard)
     return corpus, model
 
 
@@ -358,7 +361,7 @@ def assistant(s: Settings, params: Params) -> Assistant:
     data = (
         f"trained on {len(corpus.rows['train'])} captions of {named(s)} in {', '.join(languages)}"
     )
-    answers = model.assistant(params, data, most=40)
+    answers = model.assistant(params, data)
     return dataclasses.replace(answers, languages=languages)
 
 

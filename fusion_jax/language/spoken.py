@@ -38,8 +38,10 @@ class SpokenLM:
         tuned: the model; its connector of sound is `listener`.
         published: the params that it starts from.
         hearing, spelling: what it hears, and the word pieces that its listener spells.
-        chat, layout: how turns become ids.
+        chat, layout: how turns of training become ids.
         config, checksum: of the language model.
+        heard: most vectors of a recording when it is asked, where a turn has more room than the
+            `listener.most` of training: 30 s are about 80 words.
     """
 
     tuned: Tuned
@@ -51,6 +53,7 @@ class SpokenLM:
     layout: Layout
     config: Mapping[str, Any]
     checksum: str
+    heard: int = 80
     batch_size: int = 20
 
     @classmethod
@@ -62,6 +65,7 @@ class SpokenLM:
         *,
         ranks: Mapping[str, int],
         template: str | None = None,
+        heard: int = 80,
         **listener: Any,
     ) -> "SpokenLM":
         """Around that checkpoint.
@@ -69,6 +73,7 @@ class SpokenLM:
         Args:
             ranks: of LoRA, {pattern of the decoder's paths: rank}.
             template: of chats, if not the checkpoint's own.
+            heard: see the attribute.
             listener: further attributes of the `Listener`.
         """
         connector = Listener(checkpoint.module.width, len(spelling.pieces), **listener)
@@ -89,6 +94,7 @@ class SpokenLM:
             layout,
             checkpoint.config,
             checkpoint.checksum,
+            heard,
         )
 
     def init(self, key: jax.Array) -> Params:
@@ -132,11 +138,11 @@ class SpokenLM:
             contents: what is asked, with `<audio>` where the utterance of the row stands.
         """
         asked = list(zip(contents, rows, strict=True))
+        model, layout = self.asked
         prompts = {
-            each: self.chat.prompt([{"role": "user", "content": each[0]}], self.layout)
-            for each in asked
+            each: self.chat.prompt([{"role": "user", "content": each[0]}], layout) for each in asked
         }
-        decoder, stops = self.tuned.model.decoder, self.chat.stop_ids
+        decoder, stops = model.decoder, self.chat.stop_ids
 
         def answer(asked: Sequence[tuple[str, int | None]], text: Tokens) -> list[list[int]]:
             rows = [row for _, row in asked]
@@ -152,8 +158,14 @@ class SpokenLM:
         return [found[each] for each in asked]
 
     @cached_property
+    def asked(self) -> tuple[FusedLM, Layout]:
+        """The model as it is asked, here and through `assistant`, and its layout."""
+        model = self.tuned.model.clone(connectors={"audio": self.listener.clone(most=self.heard)})
+        return model, model.layout(jax.random.key(0), {"audio": self.hearing.items([None])})
+
+    @cached_property
     def _prompt(self) -> Any:
-        apply = self.tuned.model.apply
+        apply = self.asked[0].apply
         return jax.jit(lambda params, given: apply({"params": params}, given, method="prompt"))
 
     def own_answers(self, questions: Sequence[str], max_tokens: int) -> list[list[int]]:
@@ -172,16 +184,9 @@ class SpokenLM:
         """Ids of an answer as text."""
         return self.chat.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
 
-    def assistant(self, params: Params, data: str, most: int = 80) -> Assistant:
-        """The trained model for files and whoever asks about them.
-
-        Args:
-            params: as trained.
-            most: vectors that it may hear of a recording: 30 s are about 80 words.
-        """
-        listener = self.listener.clone(most=most)
-        model = self.tuned.model.clone(connectors={"audio": listener})
-        layout = model.layout(jax.random.key(0), {"audio": self.hearing.items([None])})
+    def assistant(self, params: Params, data: str) -> Assistant:
+        """The trained model, of params as trained, for files and whoever asks about them."""
+        model, layout = self.asked
         encode = self.hearing.published.module.apply
         encoder = Encoder(
             lambda params, sound: (encode({"params": params}, sound), None),

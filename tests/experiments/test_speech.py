@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import inspect
 import io
 import json
 import sys
@@ -230,7 +231,7 @@ def test_the_nearest_caption_is_of_training(corpus):
 
 
 def test_a_run_says_between_which_languages_it_translates(monkeypatch):
-    model = SimpleNamespace(assistant=lambda params, data, most: Assistant(None, params, None))
+    model = SimpleNamespace(assistant=lambda params, data: Assistant(None, params, None))
     corpus = translation.Corpus({0: {"fr": "Un", "en": "One"}}, {"train": [0]}, [], {})
     monkeypatch.setattr(translation, "assemble", lambda s: (corpus, model))
     told = translation.assistant(translation.Settings(languages=("en", "fr", "de")), {})
@@ -244,6 +245,11 @@ def test_instructions_and_what_is_no_source():
         translate(("a", "b"), Path("nowhere"), "en")
     with pytest.raises(UserError, match="0 texts and 2 files"):
         translate(("a.ogg", "b.wav"), Path("nowhere"), "en")
+
+
+def test_the_command_may_write_what_the_report_measures():
+    default = inspect.signature(translate).parameters["max_tokens"].default
+    assert default == translation.Settings.written
 
 
 def test_a_language_that_was_not_trained_on_is_refused(monkeypatch):
