@@ -81,6 +81,8 @@ def paired_p_value(one: Sequence[str], other: Sequence[str], true: Sequence[str]
     """
     _check(one, true)
     _check(other, true)
+    if list(one) == list(other):
+        return 1.0  # sacrebleu counts differences above 0, of which there are none
     named = [("one", list(one)), ("other", list(other))]
     metrics = {"chrF": sacrebleu.CHRF(references=[list(true)])}
     test = PairedTest(named, metrics, references=None, test_type="bs", n_samples=RESAMPLES)

@@ -60,6 +60,7 @@ def test_a_model_that_hardly_writes_is_scored():
 def test_systems_are_compared_on_the_same_sentences():
     alike, worse = sentences(2, wrong=0.3), sentences(3, wrong=0.6)
     assert paired_p_value(WRITTEN, worse, TRUE) < 0.01 < paired_p_value(WRITTEN, alike, TRUE)
+    assert paired_p_value(WRITTEN, WRITTEN, TRUE) == 1
 
 
 def test_case_and_punctuation_do_not_count_as_errors():
