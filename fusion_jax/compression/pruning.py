@@ -48,7 +48,7 @@ def sparsegpt(
         block: inputs among which zeros are chosen together.
     """
     share, pattern = parse_sparsity(sparsity)
-    if pattern is None and share == 0:
+    if share == 0:
         return kernel
     weights, hessian = np.array(kernel, np.float64), np.array(gram, np.float64)
     dead = np.diag(hessian) == 0

@@ -71,7 +71,8 @@ def test_nothing_pruned_is_the_identity_and_bad_sparsity_is_refused():
     for sparsity in (0.0, "4:4"):
         np.testing.assert_array_equal(magnitude(kernel, sparsity), kernel)
         np.testing.assert_array_equal(wanda(kernel, sparsity, GRAM), kernel)
-        np.testing.assert_allclose(sparsegpt(kernel, sparsity, GRAM), kernel, atol=1e-6)
+        unread = GRAM * (np.arange(12) > 0) * (np.arange(12)[:, None] > 0)
+        np.testing.assert_array_equal(sparsegpt(kernel, sparsity, unread), kernel)
     for sparsity in (1.0, -0.1, "4:2", "two:four"):
         with pytest.raises(UserError, match="sparsity"):
             magnitude(kernel, sparsity)
