@@ -43,7 +43,7 @@ def compress(
     workdir: Path,
     recipe: tyro.conf.UseAppendAction[tuple[str, ...]],
     output: Path | None = None,
-    quality: str = r"accuracy|/picture$",
+    quality: str = r"accuracy|MRR|/picture$|chrF.*/(text|speech|both|fused)$",
     batches: int = 4,
     student: tuple[str, ...] = (),
 ) -> dict[str, dict[str, float]]:
@@ -57,7 +57,8 @@ def compress(
             distil-0.5, which keeps half of its layers (or of the width) and trains what is left
             to say what the run says, on the run's data.
         output: the new workdir (default: beside the old one, its name and the recipes).
-        quality: regular expression of the report's metrics that are shown; their mean is plotted.
+        quality: regular expression of the report's metrics that are shown; their mean is plotted,
+            more being better: no error rates.
         batches: of training data, that recipes look at.
         student: settings of distil that differ from the run's, like steps=300 learning-rate=1e-4;
             with the recipe distil, which keeps all, they say what the student is: width=96.
@@ -66,7 +67,8 @@ def compress(
         {"as trained" or the recipes: {what was measured: number}}.
 
     Raises:
-        UserError: an unknown recipe; no checkpoint; an output that exists.
+        UserError: an unknown recipe; no checkpoint; an output that exists; a report without such
+            metrics.
     """
     if not recipe:
         raise UserError("which --recipe? give one or more, like --recipe int8")
@@ -88,6 +90,14 @@ def compress(
     params = loop.restore_params(experiment, settings, workdir)
     trained = small = dataclasses.replace(trained, params=params)
     scratch = output.with_name(f"{output.name}-unfinished")
+    known = _quality(experiment, params, workdir)
+    shown = [name for name in known if re.search(quality, name)]
+    if known and not shown:
+        kinds = "; ".join(sorted({name.partition("/")[0] for name in known}))
+        raise UserError(
+            f"--quality {quality!r} is in no metric that {workdir} reports: name some where more "
+            f"is better. They begin with {kinds}"
+        )
     for number, (name, model, apply) in enumerate(zip(recipe, models, applied, strict=True)):
         loop.say(f"{name} ...")
         examples = [small.experiment.data[i] for i in range(batches)]
@@ -111,7 +121,7 @@ def compress(
         rows = {
             "as trained": {"file MB": _stored(workdir, params) / 1e6}
             | _costs(before, params, experiment.data[0])
-            | _quality(experiment, params, workdir, draft),
+            | known,
             "+".join(past["recipes"]): {"file MB": (draft / storage.FILE).stat().st_size / 1e6}
             | _costs(after, small.params, small.experiment.data[0]),
         }
@@ -120,8 +130,6 @@ def compress(
         for row in rows.values():
             row["of float32"] = row["file MB"] * 1e6 / full
         write_file(draft / NUMBERS, json.dumps({"source": past["source"], "rows": rows}, indent=1))
-        shown = [name for name in rows["as trained"] if re.search(quality, name)]
-        shown = shown or [name for name in rows["as trained"] if name not in COSTS]
         _pareto(draft / "report" / "pareto.png", past["source"], rows, shown, output.parent)
     shutil.rmtree(scratch, ignore_errors=True)
     _show(rows, shown, str(workdir), settings.seed)
@@ -198,17 +206,13 @@ def _costs(objective: Objective, params: Params, batch: Mapping[str, Any]) -> di
     return {"ms a batch": 1000 * statistics.median(times[1:]), "peak MB": peak / 1e6}
 
 
-def _quality(
-    experiment: experiments.Experiment, params: Params, workdir: Path, draft: Path
-) -> dict[str, float]:
+def _quality(experiment: experiments.Experiment, params: Params, workdir: Path) -> dict[str, float]:
     """What the experiment reports of the params as they came: known, or measured now."""
     known = workdir / "report" / "metrics.json"
     if known.exists():
         return json.loads(known.read_text())
-    before = draft / "before"
-    before.mkdir()
     with running():
-        return loop.report(experiment, params, before)
+        return loop.report(experiment, params, workdir)
 
 
 def _show(rows: dict[str, dict[str, float]], shown: list[str], data: str, seed: int) -> None:

@@ -165,7 +165,7 @@ def test_a_model_without_words_is_taught_too_and_resumes(tmp_path, monkeypatch):
     flags = ["--steps", "20", "--no-tensorboard", "--checkpoint-every", "5"]
     assert main(["train", str(TINY), "--workdir", str(run), *flags]) == 0
     command = ["compress", "--workdir", str(run), "--recipe", "distil-0.5", "--batches", "1"]
-    command += ["--student", "checkpoint-every=5"]
+    command += ["--student", "checkpoint-every=5", "--quality", "fit"]
     steps = []
     put = loop.put_batch
 

@@ -1,6 +1,8 @@
 """The command from end to end, on a small experiment of its own."""
 
+import inspect
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from fusion_jax.__main__ import main
 from fusion_jax.compression.quantization import dense_params
 from fusion_jax.compression.recipes import Calibration, parse
 from fusion_jax.compression.storage import FILE, read
+from fusion_jax.compression.workdir import compress
 from fusion_jax.errors import UserError
 from fusion_jax.training import experiment as experiments
 from fusion_jax.training import loop
@@ -60,6 +63,13 @@ def test_a_smaller_workdir_is_written_and_opens_again(trained, capsys):
     assert main(["train", str(SOURCE), "--workdir", str(smaller)]) == 2
 
 
+def test_error_rates_are_no_quality():
+    quality = inspect.signature(compress).parameters["quality"].default
+    better = ["answer/spoken, chrF/fused", "Into English, chrF/fr/both", "test/MRR"]
+    worse = ["wer/spoken/fused", "Written down, character errors/fr/listener", "test/mean rank"]
+    assert [name for name in better + worse if re.search(quality, name)] == better
+
+
 def test_training_sees_the_numbers_that_a_recipe_leaves(trained):
     workdir, experiment, _ = trained
     aware = workdir.with_name("aware")
@@ -86,6 +96,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(trained, tmp_path, capsys)
         "holds no run": ["--workdir", str(tmp_path / "nowhere"), "--recipe", "int8"],
         "exists already": ["--workdir", str(workdir), "--recipe=int8", "--output", str(tmp_path)],
         "not a share": ["--workdir", str(workdir), "--recipe", "prune-1.5"],
+        "They begin with test": ["--workdir", str(workdir), "--recipe", "int8"],
     }
     for message, arguments in cases.items():
         before = {path for path in workdir.parent.iterdir()} | {p for p in tmp_path.iterdir()}
