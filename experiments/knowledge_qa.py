@@ -320,7 +320,7 @@ def report(
         known = trust.examples(world, world.tasks["train"], s.seed)
         keep = trust.Filter.chosen(
             world,
-            trust.fitted(world.graph, *known, entities),
+            trust.fitted(world, *known, entities),
             [facts for name, facts in retrieve(world, held).items() if "wrong" in name],
             lambda facts: hits(answering(list(zip(held, facts, strict=True))) > 0, held),
         )

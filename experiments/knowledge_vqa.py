@@ -198,7 +198,7 @@ def measure(
     table: dict[str, dict[str, float]] = {}
     asked: dict[tuple[str, str], list[tuple[str, int | None]]] = {}
     for name, told in retrieved(s, seen, cases).items():
-        table[name] = {"looking Y up in the facts": looked_up(cases, told)}
+        table[name] = {"looking Y up in the facts": looked_up(seen.world, cases, told)}
         questions = written(seen, cases, told)
         asked[name, "picture"] = [(each.text, each.row) for each in questions]
         if name in ("no facts", "linked facts"):

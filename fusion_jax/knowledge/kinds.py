@@ -14,7 +14,7 @@ import dataclasses
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -44,13 +44,27 @@ class Quartet:
         return [*asked, (second, other, True), (second, kind, False)]
 
 
-def parents(graph: Graph, relations: Sequence[str]) -> dict[int, tuple[int, ...]]:
-    """{entity: what it is a kind of by one fact of these relations}."""
-    numbers = [graph.relation(name) for name in relations]
+def steps(graph: Graph, ways: Mapping[str, bool]) -> dict[tuple[int, int], tuple[int, int, int]]:
+    """{(entity, what it is a kind of by one fact): the fact}.
+
+    `ways`: {relation: whether its facts make the head a kind of the tail, else the tail of the
+    head}.
+    """
+    numbers = {graph.relation(name): forwards for name, forwards in ways.items()}
+    found: dict[tuple[int, int], tuple[int, int, int]] = {}
+    for fact in graph.triples[np.isin(graph.triples[:, 1], list(numbers))].tolist():
+        head, relation, tail = fact
+        ends = (head, tail) if numbers[relation] else (tail, head)
+        found.setdefault(ends, (head, relation, tail))
+    return found
+
+
+def parents(pairs: Iterable[tuple[int, int]]) -> dict[int, tuple[int, ...]]:
+    """{entity: what it is directly a kind of}, of pairs of the two, see `steps`."""
     found: dict[int, list[int]] = defaultdict(list)
-    for head, _, tail in graph.triples[np.isin(graph.triples[:, 1], numbers)].tolist():
-        found[head].append(tail)
-    return {entity: tuple(dict.fromkeys(tails)) for entity, tails in found.items()}
+    for entity, kind in pairs:
+        found[entity].append(kind)
+    return {entity: tuple(dict.fromkeys(above)) for entity, above in found.items()}
 
 
 def ancestors(up: Mapping[int, Sequence[int]], entity: int) -> dict[int, tuple[int, ...]]:

@@ -98,22 +98,19 @@ class Seen:
         """What the rules conclude on two entities at most, as it stands in a prompt."""
         label, lines = self.world.graph.label, []
         for entity, facts in told[:2]:
-            names = ", ".join(map(label, follows(entity, facts)[: self.hops]))
+            names = ", ".join(map(label, follows(self.world, entity, facts)[: self.hops]))
             lines += [f"{label(entity)} {KIND_OF} {names}. "] if names else []
         return "".join(lines)
 
 
-def follows(entity: int, facts: Facts) -> list[int]:
+def follows(world: World, entity: int, facts: Facts) -> list[int]:
     """The kinds that it is of by these facts, the nearest first."""
-    up: dict[int, list[int]] = {}
-    for head, _, tail in facts:
-        up.setdefault(head, []).append(tail)
-    return list(kinds.ancestors(up, entity))
+    return list(kinds.ancestors(kinds.parents(map(world.ends, facts)), entity))
 
 
-def looked_up(cases: Sequence[Case], told: Sequence[Sequence[Told]]) -> float:
+def looked_up(world: World, cases: Sequence[Case], told: Sequence[Sequence[Told]]) -> float:
     """The share of questions that the facts answer rightly without a model."""
-    found = [any(kind in follows(*each) for each in on[:2])
+    found = [any(kind in follows(world, *each) for each in on[:2])
              for (_, kind, _), on in zip(cases, told, strict=True)]  # fmt: skip
     return float((np.array(found) == np.array([answer for _, _, answer in cases])).mean())
 
@@ -187,10 +184,12 @@ def misled(seen: Seen, cases: Sequence[Case], seed: int) -> dict[str, list[list[
 
 def _as_if(seen: Seen, entity: int, other: int) -> Told:
     """Facts by which the entity is of those of the other's kinds that it is not of."""
-    true = {entity, *kinds.ancestors(seen.world.up, entity)}
+    world = seen.world
+    true = {entity, *kinds.ancestors(world.up, entity)}
     false = [chain for kind, chain in seen.chains(other).items() if kind not in true]
-    steps = (fact for chain in false for fact in seen.world.steps(chain))
-    return entity, tuple(dict.fromkeys((entity if h == other else h, r, t) for h, r, t in steps))
+    steps = (fact for chain in false for fact in world.steps(chain))
+    moved = (world.about(entity, f) if world.ends(f)[0] == other else f for f in steps)
+    return entity, tuple(dict.fromkeys(moved))
 
 
 def quality_filter(
@@ -203,17 +202,25 @@ def quality_filter(
     Args:
         asked: what it will be asked about.
     """
+    world = seen.world
     ways = [[on[0] for on in told] for told in misled(seen, train, seed).values()]
     true = {fact for thing, _, _ in train for fact in seen.facts(seen.noun(thing))[1]}
-    false = {f for way in ways for thing, facts in way for f in facts if f[0] == thing} - true
+    false = {
+        fact
+        for way in ways
+        for thing, facts in way
+        for fact in facts
+        if world.ends(fact)[0] == thing
+    } - true
     ends = {end for _, facts in asked for head, _, tail in facts for end in (head, tail)}
-    sure = trust.fitted(seen.world.graph, tuple(sorted(true)), tuple(sorted(false)), ends)
+    sure = trust.fitted(world, tuple(sorted(true)), tuple(sorted(false)), ends)
 
     def right(kept: Sequence[Facts]) -> float:
-        return looked_up(train, [[(on[0], facts)] for on, facts in zip(ways[0], kept, strict=True)])
+        told = [[(on[0], facts)] for on, facts in zip(ways[0], kept, strict=True)]
+        return looked_up(world, train, told)
 
     found = [[facts for _, facts in way] for way in ways]
-    return trust.Filter.chosen(seen.world, sure, found, right)
+    return trust.Filter.chosen(world, sure, found, right)
 
 
 def written(seen: Seen, cases: Sequence[Case], told: Sequence[Sequence[Told]]) -> list[Question]:

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ from fusion_jax.knowledge.chaining import Closure, chain
 from fusion_jax.knowledge.graph import Graph
 
 Chains = tuple[tuple[int, ...], tuple[int, ...]]
-Facts = tuple[tuple[int, int, int], ...]
+Fact = tuple[int, int, int]
+Facts = tuple[Fact, ...]
 Up = Mapping[int, Sequence[int]]
 KIND_OF = "is a kind of"
 STRANGERS = 1600  # training questions from whose things wrong facts are taken
@@ -36,11 +36,20 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """The graph, the rules, and what is asked."""
+    """The graph, the rules, and what is asked.
+
+    Attributes:
+        ways: {relation: whether its facts make the head a kind of the tail, else the tail of the
+            head}, for those from which rules conclude is_a.
+        links: {(entity, what it is directly a kind of): the fact that says so}.
+        up: what each entity is directly a kind of.
+        tasks: by split.
+    """
 
     graph: Graph
     program: tuple[rules.Rule, ...]
-    relations: tuple[str, ...]
+    ways: Mapping[str, bool]
+    links: Mapping[tuple[int, int], Fact]
     up: Up
     tasks: Mapping[str, Sequence[Task]]
 
@@ -53,27 +62,23 @@ class World:
     ) -> "World":
         """`ask` makes the questions, given what is directly a kind of what.
 
-        What makes an is_a are the relations of the graph from which rules conclude one.
+        What makes an is_a are the relations of the graph from which rules conclude one, see `ways`.
 
         Raises:
             UserError: there is none.
         """
-        leading, found = set(), {"is_a"}
-        while not found <= leading:
-            leading |= found
-            used = [rule for rule in program if rule.head and rule.head.relation in leading]
-            found = {atom.relation for rule in used for atom in rule.body}
-        relations = tuple(name for name in graph.relations if name in leading)
-        if not relations:
+        # A rule about what the graph lacks can conclude nothing.
+        known = {*graph.relations, *(rule.head.relation for rule in program if rule.head)}
+        usable = tuple(r for r in program if {atom.relation for atom in r.body} <= known)
+        found = {name: way for name, way in ways(usable).items() if name in graph.relations}
+        if not found:
             raise UserError(
                 f"no rule speaks of a relation of the graph ({', '.join(graph.relations)}): write "
                 "rules that conclude is_a from them"
             )
-        # A rule about what the graph lacks can conclude nothing.
-        known = {*graph.relations, *(rule.head.relation for rule in program if rule.head)}
-        usable = tuple(r for r in program if {atom.relation for atom in r.body} <= known)
-        up = kinds.parents(graph, relations)
-        return cls(graph, usable, relations, up, ask(up))
+        links = kinds.steps(graph, found)
+        up = kinds.parents(links)
+        return cls(graph, usable, found, links, up, ask(up))
 
     def facts(self, task: Task, condition: str, rng: np.random.Generator) -> Facts:
         """What a retriever found, in any order.
@@ -91,19 +96,24 @@ class World:
             if rng.random() < 0.5:
                 strangers = self.tasks["train"][:STRANGERS]
                 stray = self.steps(strangers[int(rng.integers(len(strangers)))].chains[0])
-            own = tuple((task.thing, *fact[1:]) for fact in stray[:1]) + stray[1:]
+            own = tuple(self.about(task.thing, fact) for fact in stray[:1]) + stray[1:]
         facts = own + other
         return tuple(facts[i] for i in rng.permutation(len(facts)))
 
     def steps(self, chain: Sequence[int]) -> Facts:
-        """The facts of a chain, each with the relation that it has in the graph."""
-        return tuple((head, self._relation_of[head, tail], tail) for head, tail in pairwise(chain))
+        """The facts of a chain, as they stand in the graph."""
+        return tuple(self.links[pair] for pair in pairwise(chain))
 
-    @cached_property
-    def _relation_of(self) -> dict[tuple[int, int], int]:
-        numbers = [self.graph.relation(name) for name in self.relations]
-        kept = self.graph.triples[np.isin(self.graph.triples[:, 1], numbers)]
-        return {(head, tail): relation for head, relation, tail in kept[::-1].tolist()}
+    def ends(self, fact: Fact) -> tuple[int, int]:
+        """What the fact makes directly a kind of what: (entity, kind)."""
+        head, relation, tail = fact
+        return (head, tail) if self.ways[self.graph.relations[relation]] else (tail, head)
+
+    def about(self, entity: int, fact: Fact) -> Fact:
+        """The same said of another entity."""
+        head, relation, tail = fact
+        forwards = self.ends(fact) == (head, tail)
+        return (entity, relation, tail) if forwards else (head, relation, entity)
 
     def closure(self, facts: Facts) -> Closure:
         """What follows from some facts."""
@@ -132,6 +142,54 @@ class World:
     def follows(self, task: Task, facts: Facts) -> bool:
         """Whether the rules conclude it from the facts."""
         return task.kind in self.conclusions(task, facts)
+
+
+def ways(program: Sequence[rules.Rule]) -> dict[str, bool]:
+    """{relation: whether its facts make the head a kind of the tail, else the tail of the head}.
+
+    Those from which rules conclude is_a: from one fact, perhaps by way of other relations. Other
+    rules for is_a may join such facts end to end, as transitivity does.
+
+    Raises:
+        UserError: a rule for is_a that reads its facts in another way.
+    """
+    found = {"is_a": True}
+    for relation in (waiting := ["is_a"]):
+        for rule in program:
+            if rule.head and rule.head.relation == relation and len(rule.body) == 1:
+                for name, forwards in _way(rule) or ():
+                    waiting += [name] if name not in found else []
+                    found.setdefault(name, forwards == found[relation])
+    for rule in program:
+        if rule.head and (upwards := found.get(rule.head.relation)) is not None:
+            way = _way(rule)
+            if way is None or any(found.get(n) != (forwards == upwards) for n, forwards in way):
+                raise UserError(
+                    f"{rule.where or rule}: to find facts for a question, a rule for is_a must "
+                    "lead from its first variable to its second, either by one fact (as is_a(?x, "
+                    "?y) <= hypernym(?x, ?y) or is_a(?x, ?y) <= narrower(?y, ?x)) or through facts "
+                    "each of which makes an is_a by a rule of its own, always in one direction; "
+                    f"got {rule}"
+                )
+    return found
+
+
+def _way(rule: rules.Rule) -> list[tuple[str, bool]] | None:
+    """The relations on the way from the head's first variable to its second, if that is the body.
+
+    Each with whether it is gone from its first variable to its second.
+    """
+    way, passed, left = [], [rule.head.first], list(rule.body)
+    while left:
+        atom = next((a for a in left if passed[-1] in (a.first, a.second)), None)
+        if atom is None:
+            return None
+        left.remove(atom)
+        forwards = atom.first == passed[-1]
+        passed.append(atom.second if forwards else atom.first)
+        way.append((atom.relation, forwards))
+    plain = len({*passed}) == len(passed) and all(term.startswith("?") for term in passed)
+    return way if plain and passed[-1] == rule.head.second else None
 
 
 def tasks_of(found: Mapping[str, Sequence[kinds.Quartet]]) -> dict[str, list[Task]]:

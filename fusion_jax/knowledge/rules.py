@@ -52,12 +52,14 @@ class Rule:
         body: at least one atom.
         confidence: how sure the rule makes its head, in 0..1; of mined rules the PCA confidence.
         support: how many facts it predicts rightly, if it was mined.
+        where: the file and line that it was read from.
     """
 
     head: Atom | None
     body: tuple[Atom, ...]
     confidence: float = 1.0
     support: int | None = None
+    where: str = dataclasses.field(default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.body:
@@ -130,10 +132,11 @@ def parse_all(text: str, where: str = "rules") -> list[Rule]:
     for number, line in enumerate(text.split("\n"), start=1):
         line = _without_comment(line).strip()
         if line:
+            here = f"{where} line {number}"
             try:
-                rules.append(parse(line))
+                rules.append(dataclasses.replace(parse(line), where=here))
             except UserError as error:
-                raise UserError(f"{where} line {number}: {error}") from None
+                raise UserError(f"{here}: {error}") from None
     return rules
 
 

@@ -1,7 +1,7 @@
 """How far to trust a retrieved fact "X is a kind of Z": what texts say of both, and the rules.
 
     true, wrong = examples(world, world.tasks["train"], seed)
-    sure = fitted(world.graph, true, wrong, asked)  # facts -> confidence in 0..1
+    sure = fitted(world, true, wrong, asked)        # (X, Z) pairs -> confidence in 0..1
     keep = Filter(world, sure, threshold=0.3)
     keep(facts)                                     # those that are sure and contradict nothing
 
@@ -19,16 +19,16 @@ import numpy as np
 
 from fusion_jax.knowledge import quality
 from fusion_jax.knowledge.entities import text_features
-from fusion_jax.knowledge.graph import Graph
 from fusion_jax.knowledge.questions import STRANGERS, Facts, Task, World
 
+Pairs = Sequence[tuple[int, int]]
 THRESHOLDS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 _COMMON = frozenset(["of", "or", "and", "a", "an", "the", "in", "to", "for", "with", "that", "by"])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Trust:
-    """Facts -> how sure each is, float [n].
+    """Pairs of an entity and a kind that it may be of -> how sure each is, float [n].
 
     Attributes:
         place: {entity: its row}.
@@ -47,13 +47,13 @@ class Trust:
     scale: np.ndarray = dataclasses.field(default_factory=lambda: np.ones(5))
     weights: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(6))
 
-    def __call__(self, facts: Facts) -> np.ndarray:
-        scores = (self.scores(facts) - self.center) / self.scale
+    def __call__(self, pairs: Pairs) -> np.ndarray:
+        scores = (self.scores(pairs) - self.center) / self.scale
         return 1 / (1 + np.exp(-(scores @ self.weights[:-1] + self.weights[-1])))
 
-    def scores(self, facts: Facts) -> np.ndarray:
+    def scores(self, pairs: Pairs) -> np.ndarray:
         """What each of the five says, [n, 5]."""
-        rows = np.array([(self.place[head], self.place[tail]) for head, _, tail in facts])
+        rows = np.array([(self.place[entity], self.place[kind]) for entity, kind in pairs], int)
         head, tail = rows.reshape(-1, 2).T
         said = [
             (len(self.texts[x] & self.names[z]) / max(len(self.names[z]), 1),
@@ -69,13 +69,14 @@ def examples(world: World, tasks: Sequence[Task], seed: int) -> tuple[Facts, Fac
     """True facts for the first of these questions, and wrong ones about their things."""
     rng, tasks = np.random.default_rng([seed, 3]), tasks[:STRANGERS]
     true = tuple(f for t in tasks for f in world.facts(t, "true", rng))
-    return true, tuple(f for t in tasks for f in world.facts(t, "wrong", rng) if f[0] == t.thing)
+    wrong = ((t.thing, f) for t in tasks for f in world.facts(t, "wrong", rng))
+    return true, tuple(f for thing, f in wrong if world.ends(f)[0] == thing)
 
 
-def fitted(graph: Graph, true: Facts, wrong: Facts, asked: Collection[int]) -> Trust:
+def fitted(world: World, true: Facts, wrong: Facts, asked: Collection[int]) -> Trust:
     """Told apart by these facts, for any about their entities and those of `asked`."""
-    ends = {entity for head, _, tail in (*true, *wrong) for entity in (head, tail)}
-    entities = sorted(ends.union(asked))
+    graph, pairs = world.graph, [world.ends(fact) for fact in (*true, *wrong)]
+    entities = sorted({*asked, *(end for pair in pairs for end in pair)})
     labels = [graph.label(e) for e in entities]
     glosses = [graph.descriptions[e].split(";")[0] for e in entities]
     names = [_words(" ".join(graph.names["en"][e])) for e in entities]
@@ -88,7 +89,7 @@ def fitted(graph: Graph, true: Facts, wrong: Facts, asked: Collection[int]) -> T
         rarity={word: float(np.log(len(texts) / n)) for word, n in count.items()},
         vectors=(text_features(labels), text_features(glosses)),
     )
-    scores = raw.scores((*true, *wrong))
+    scores = raw.scores(pairs)
     center, scale = scores.mean(0), scores.std(0) + 1e-6
     right = np.arange(len(scores)) < len(true)
     weights = _logistic((scores - center) / scale, right)
@@ -129,7 +130,7 @@ class Filter:
     def __call__(self, facts: Facts) -> Facts:
         if not facts:
             return facts
-        sure = self.trust(facts)
+        sure = self._sure(facts)
         keep = sure >= self.threshold
         if keep.any() and any(rule.head is None for rule in self.world.program):
             nothing = self.world.graph.select(np.zeros(0, int))
@@ -137,9 +138,12 @@ class Filter:
             keep[keep] = quality.consistent(graph, self.world.program)
         return tuple(fact for fact, kept in zip(facts, keep.tolist(), strict=True) if kept)
 
+    def _sure(self, facts: Facts) -> np.ndarray:
+        return self.trust([self.world.ends(fact) for fact in facts])
+
     def told(self, true: Facts, wrong: Facts) -> str:
         """How many of some facts it takes for sure, in words."""
-        right, false = (float((self.trust(f) >= self.threshold).mean()) for f in (true, wrong))
+        right, false = (float((self._sure(f) >= self.threshold).mean()) for f in (true, wrong))
         return (
             f"quality filter, threshold {self.threshold}: it takes {right:.3f} of the true facts "
             f"for sure and {false:.3f} of the wrong ones"

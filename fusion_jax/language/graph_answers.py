@@ -11,7 +11,6 @@ import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import jax
@@ -19,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fusion_jax.errors import UserError
-from fusion_jax.knowledge import kinds, retrieval
+from fusion_jax.knowledge import kinds
 from fusion_jax.knowledge.chaining import sentence
 from fusion_jax.knowledge.linking import Linker, Mention
 from fusion_jax.knowledge.questions import Facts, Task, World, hits, meaning, retrieve
@@ -143,11 +142,11 @@ def remember(world: World, facts: Facts, also: Sequence[tuple[int, int]] = ()) -
     if not facts:
         return []
     closure = world.closure(facts)
-    heads, tails = (dict.fromkeys(fact[end] for fact in facts) for end in (0, 2))
+    things, above = map(dict.fromkeys, zip(*map(world.ends, facts), strict=True))
     return [
-        Task(head, tail, closure.holds(head, "is_a", tail), ((head,), (head,)))
-        for head, tail in dict.fromkeys((*itertools.product(heads, tails), *also))
-        if head != tail
+        Task(thing, kind, closure.holds(thing, "is_a", kind), ((thing,), (thing,)))
+        for thing, kind in dict.fromkeys((*itertools.product(things, above), *also))
+        if thing != kind
     ]
 
 
@@ -180,11 +179,7 @@ class Answerer:
         shortest = chain_to.get(kind) or max(
             (c for c in chain_to.values() if len(c) <= 3), key=len, default=(thing,)
         )
-        rows = retrieval.expand(world.graph, shortest[:-1], 1, world.relations)
-        used = set(pairwise(shortest))
-        facts = tuple(
-            tuple(fact) for fact in world.graph.triples[rows].tolist() if (fact[0], fact[2]) in used
-        )
+        facts = world.steps(shortest)
         task = Task(thing, kind, True, ((thing, kind), (thing, kind)))
         odds, without = map(float, self.judge([(task, facts), (task, ())]))
         yield f"{verdict(odds)}.\n"

@@ -171,7 +171,8 @@ class Writer:
             said = ", ".join(label(kind) for kind in used)
             before = f"{label(task.thing)} {KIND_OF} {said}.\n"
         if self.injection == "prompt" and used:
-            lines = (f"{label(head)} {KIND_OF} {label(tail)}." for head, _, tail in used)
+            pairs = map(self.world.ends, used)
+            lines = (f"{label(entity)} {KIND_OF} {label(kind)}." for entity, kind in pairs)
             before = " ".join(lines) + "\n"
         text = before + self.world.question(task)
         written = self.chat.tokenizer.encode(text, add_special_tokens=False)

@@ -30,7 +30,7 @@ def taxonomy(
 
 WORLD = taxonomy()
 FRACTIONS = {"train": 0.5, "validation": 0.2, "test": 0.3}
-UP = kinds.parents(WORLD, ["hypernym"])
+UP = kinds.parents(kinds.steps(WORLD, {"hypernym": True}))
 FOUND = kinds.quartets(WORLD, UP, things_of_kind=4, fractions=FRACTIONS)
 
 

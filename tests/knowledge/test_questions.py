@@ -44,7 +44,7 @@ def test_all_four_questions_get_the_same_facts_and_cut_ones_never_name_the_kind(
 
 
 def test_kinds_are_what_rules_conclude_and_each_fact_has_its_own_relation():
-    assert WORLD.relations == ("hypernym", "sort_of")
+    assert WORLD.ways == {"hypernym": True, "sort_of": True}
     assert WORLD.up[6] == (7,)
     assert set(found(RIGHT, "true")[1]) == {tuple(fact) for fact in FACTS[:4]}
     wrong = {WORLD.facts(RIGHT, "wrong", np.random.default_rng(seed)) for seed in range(20)}
@@ -91,12 +91,60 @@ def test_a_graph_without_a_rule_is_told():
         World.of(GRAPH, rules.parse_all("never <= part_of(?x, ?y), part_of(?y, ?x)"), lambda up: {})
 
 
+INVERTED = World.of(
+    graph.make(
+        np.array([(1, 0, 0), (1, 1, 0), (2, 2, 1), (4, 0, 3), (4, 3, 5), (0, 4, 8)]),
+        NAMES,
+        ["narrower", "part_of", "broader_than", "broader", "has"],
+    ),
+    rules.parse_all(
+        """
+        is_a(?x, ?y) <= narrower(?y, ?x)
+        narrower(?x, ?y) <= broader_than(?x, ?y)
+        is_a(?x, ?y) <= broader(?x, ?y)
+        is_a(?x, ?z) <= is_a(?y, ?z), narrower(?y, ?x)
+        """
+    ),
+    lambda up: questions.tasks_of(dict.fromkeys(QUARTETS, QUARTETS["test"])),
+)
+
+
+def test_a_fact_is_read_in_the_direction_in_which_a_rule_reads_it():
+    """A thrush's narrower term is robin."""
+    assert INVERTED.up == {0: (1,), 1: (2,), 3: (4,), 4: (5,)}
+    assert INVERTED.steps((0, 1, 2)) == ((1, 0, 0), (2, 2, 1))
+    robin_fish = INVERTED.tasks["test"][1]
+    wrong = [INVERTED.facts(robin_fish, "wrong", np.random.default_rng(i)) for i in range(9)]
+    facts = next(facts for facts in wrong if (4, 0, 0) in facts)
+    assert set(facts) == {(4, 0, 0), (4, 3, 5), (4, 0, 3)}
+    assert INVERTED.follows(robin_fish, facts)
+    assert not INVERTED.follows(robin_fish, INVERTED.steps((0, 1, 2)))
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "is_a(?x, bird) <= has(?x, wing)",
+        "is_a(?x, ?y) <= part_of(?z, ?x), hypernym(?z, ?y)",
+        "is_a(?x, ?z) <= part_of(?x, ?y), hypernym(?y, ?z)",
+        "is_a(?x, ?y) <= hypernym(?y, ?x)",
+        "is_a(?x, ?z) <= hypernym(?x, ?y), hypernym(?z, ?y)",
+        "is_a(?x, ?y) <= hypernym(?x, ?y), part_of(?y, ?y)",
+    ],
+)
+def test_a_rule_that_no_chain_of_facts_follows_is_told(rule):
+    program = rules.parse_all(f"is_a(?x, ?y) <= hypernym(?x, ?y)\n{rule}", "mine.rules")
+    graph_with = graph.make(np.array(FACTS), NAMES, ["hypernym", "part_of", "has"])
+    with pytest.raises(UserError, match=r"^mine.rules line 2: to find facts") as error:
+        World.of(graph_with, program, lambda up: {})
+    assert rule in str(error.value)
+
+
 def asked(path, *rows):
     """Questions of one's own: (thing, kind, answer, split)."""
     keys = ("thing", "kind", "answer", "split")
     path.write_text("".join(json.dumps(dict(zip(keys, row, strict=True))) + "\n" for row in rows))
-    up = kinds.parents(GRAPH, ["hypernym", "sort_of"])
-    tasks = questions.read_tasks(path, GRAPH, up, 2, ("train", "test"))
+    tasks = questions.read_tasks(path, GRAPH, WORLD.up, 2, ("train", "test"))
     return {
         split: [tuple([NAMES[e] for e in chain] for chain in task.chains) for task in found]
         for split, found in tasks.items()

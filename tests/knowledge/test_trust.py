@@ -21,16 +21,17 @@ TRUST = Trust(
     weights=np.array([4.0, 0, 0, 0, 0, -2.0]),
 )
 ROBIN_THRUSH, THRUSH_BIRD, ROBIN_SCREW = (0, 0, 1), (1, 0, 2), (0, 0, 7)
+PAIRS = [(0, 1), (0, 7)]  # the first and the last
 
 
 def test_scores_are_what_names_glosses_and_vectors_say():
-    named, shared, *alike = TRUST.scores((ROBIN_THRUSH, ROBIN_SCREW)).T
+    named, shared, *alike = TRUST.scores(PAIRS).T
     assert named.tolist() == [1, 0]  # the robin's gloss names the thrush
     assert shared.tolist() == [2, 2]  # "thrush"; "a"
     name, gloss = VECTORS, VECTORS + 1
     expected = [a[0] @ b[1] for a, b in ((name, name), (gloss, name), (gloss, gloss))]
     np.testing.assert_allclose([column[0] for column in alike], expected)
-    np.testing.assert_allclose(TRUST((ROBIN_THRUSH, ROBIN_SCREW)), 1 / (1 + np.exp([-2, 2])))
+    np.testing.assert_allclose(TRUST(PAIRS), 1 / (1 + np.exp([-2, 2])))
 
 
 def test_the_filter_drops_what_is_unsure_and_what_breaks_a_rule():
@@ -79,11 +80,11 @@ def test_it_is_fitted_on_facts_of_training_questions(monkeypatch):
     world = dataclasses.replace(WORLD, graph=graph)
     monkeypatch.setattr(trust, "text_features", lambda texts: VECTORS[: len(texts)])
     known = trust.examples(world, world.tasks["train"], seed=0)
-    fitted = trust.fitted(graph, *known, set(range(9)))
+    fitted = trust.fitted(world, *known, set(range(9)))
     assert set(fitted.place) == set(range(9)) and fitted.texts[0] == {"robin", "thrush", "red",
                                                                       "breast"}  # fmt: skip
-    true = fitted(((6, 0, 7), (7, 0, 8), (3, 0, 4), (4, 0, 5)))
-    assert true.mean() > fitted(((6, 0, 4), (3, 0, 7))).mean()
+    true = fitted([(6, 7), (7, 8), (3, 4), (4, 5)])
+    assert true.mean() > fitted([(6, 4), (3, 7)]).mean()
 
 
 @pytest.mark.parametrize("text", ["Whales", "the WHALE of", "whale, whales"])

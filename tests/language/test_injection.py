@@ -18,7 +18,7 @@ from fusion_jax.language.graph_answers import Answerer, Judge, Recalling, rememb
 from fusion_jax.language.injection import INJECTIONS, Writer, fuse, states, untrained
 from fusion_jax.language.prompt import pad
 from fusion_jax.objectives.generative import stay_close
-from tests.knowledge.test_questions import NAMES, RIGHT, WORLD, WRONG, found
+from tests.knowledge.test_questions import INVERTED, NAMES, RIGHT, WORLD, WRONG, found
 from tests.language import tiny
 
 WORDS = ["<unk>", "Yes", "No", "Is", "is", "a", "kind", "of", "?", ".", ",", *NAMES]
@@ -58,6 +58,11 @@ def test_how_facts_are_written():
     crossed = writer_for("cross")(RIGHT, FACTS)
     assert crossed["facts"].shape == (2, 2 * tiny.WIDTH) and crossed["text"][0] == -1
     assert said(writer_for("knn"), FACTS) == question
+    inverted = INVERTED.steps((0, 1, 2))
+    told = said(writer_for("prompt", INVERTED), inverted)
+    assert told == f"robin is a kind of thrush . thrush is a kind of bird . {question}"
+    memory = {(NAMES[t.thing], NAMES[t.kind]): t.answer for t in remember(INVERTED, inverted)}
+    assert memory == {("robin", "thrush"): True, ("robin", "bird"): True, ("thrush", "bird"): True}
 
 
 def test_facts_that_do_not_fit_are_left_out_the_farthest_first():
