@@ -255,7 +255,8 @@ class Answerer:
         if len(files) != 1 or (media or {}).get("audio"):
             raise UserError("ask about one picture: --image FILE")
         seen, world = self.seen, self.seen.world
-        kinds_named = [mention.entities[0] for mention in content(question, seen.linker)]
+        named = content(question, seen.linker, world.graph)
+        kinds_named = [mention.entities[0] for mention in named]
         if not kinds_named:
             raise UserError(f"{question!r} names no kind that the graph knows")
         guessed = self.assistant.words["image"](files[0]) if self.assistant.words else ""

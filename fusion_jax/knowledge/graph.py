@@ -142,13 +142,16 @@ class Graph:
 
     @cached_property
     def meanings(self) -> dict[str, dict[str, tuple[int, ...]]]:
-        """{language: {normalized name: entities, the commonest meaning first}}, of all names."""
+        """{language: {normalized name: entities, the commonest meaning first}}.
+
+        Of all names in which there is a letter or digit.
+        """
         found: dict[str, dict[str, tuple[int, ...]]] = {}
         for language, names in self.names.items():
             called: dict[str, list[int]] = {}
             for entity, own in enumerate(names):
-                for name in own:
-                    called.setdefault(normalize(name), []).append(entity)
+                for name in filter(None, map(normalize, own)):
+                    called.setdefault(name, []).append(entity)
             ordered = self.senses.get(language, {})
             found[language] = {
                 name: tuple(dict.fromkeys((*ordered.get(name, ()), *entities)))
@@ -162,6 +165,18 @@ class Graph:
         wanted = normalize(name)
         hits = (self.meanings.get(each, {}).get(wanted, ()) for each in languages)
         return tuple(dict.fromkeys(entity for entities in hits for entity in entities))
+
+    def as_spelled(self, text: str, entities: Sequence[int]) -> list[int]:
+        """Those first with whose name, as it is spelled, a text begins; the longest first.
+
+        So C++ goes before C, and turkey before Turkey, though all that `find` reads is alike.
+        """
+
+        def spelled(entity: int) -> int:
+            called = (name for own in self.names.values() for name in own[entity])
+            return max((len(name) for name in called if text.startswith(name)), default=0)
+
+        return sorted(entities, key=spelled, reverse=True)
 
     # -------------------------------------------------------------------------------- adjacency
 

@@ -209,9 +209,9 @@ def read_tasks(
 ) -> dict[str, list[Task]]:
     """The user's own questions, a JSON object a line, by split.
 
-    {"thing": "whale", "kind": "mammal", "answer": true, "split": "train"}; things and kinds by
-    name or key. The other thing of a question is that of the next one of its split whose chain
-    leads to what the question's own thing is not.
+    {"thing": "whale", "kind": "mammal", "answer": true, "split": "train"}; things and kinds by key,
+    else by name, where one that is spelled so goes before others. The other thing of a question is
+    that of the next one of its split whose chain leads to what the question's own thing is not.
 
     Raises:
         UserError: a malformed line (file, line, what was expected), a split without questions or
@@ -219,9 +219,12 @@ def read_tasks(
     """
     rows: dict[str, list[tuple[int, int, bool]]] = {split: [] for split in splits}
 
+    keys = set(graph.entities)
+
     def entity(name: Any) -> int:
-        found = graph.find(str(name))
-        return found[0] if found else graph.entity(str(name))
+        name = str(name)
+        found = () if name in keys else graph.as_spelled(name, graph.find(name))
+        return found[0] if found else graph.entity(name)
 
     for number, row in read_jsonl(path):
         try:

@@ -20,6 +20,7 @@ import numpy as np
 from fusion_jax.errors import UserError
 from fusion_jax.knowledge import kinds
 from fusion_jax.knowledge.chaining import sentence
+from fusion_jax.knowledge.graph import Graph
 from fusion_jax.knowledge.linking import Linker, Mention
 from fusion_jax.knowledge.questions import Facts, Task, World, hits, meaning, retrieve
 from fusion_jax.language.injection import Params, Writer, states
@@ -29,13 +30,18 @@ Asked = Sequence[tuple[Task, Facts]]
 _FORM = re.compile("is|are|be|was|were|an?|the|any|some|all|do|does|kinds?|sort|type|of|this")
 
 
-def content(question: str, linker: Linker) -> list[Mention]:
-    """What a question is about: its names without words of its form.
+def content(question: str, linker: Linker, graph: Graph) -> list[Mention]:
+    """What a question is about: its names without words of its form, as they are spelled first.
 
     WordNet knows things of these names too (the vitamin a).
     """
-    found = linker(question)
-    return [each for each in found if not _FORM.fullmatch(question[each.start : each.end].lower())]
+    return [
+        dataclasses.replace(
+            found, entities=tuple(graph.as_spelled(question[found.start :], found.entities))
+        )
+        for found in linker(question)
+        if not _FORM.fullmatch(question[found.start : found.end].lower())
+    ]
 
 
 @dataclasses.dataclass(eq=False)
@@ -170,7 +176,7 @@ class Answerer:
         if any((media or {}).values()):
             raise UserError("this model answers questions about names, without files")
         world = self.writer.world
-        mentions = content(question, self.linker)
+        mentions = content(question, self.linker, world.graph)
         if len(mentions) < 2:
             found = ", ".join(question[m.start : m.end] for m in mentions) or "none"
             raise UserError(f"name a thing and a kind that the graph knows; found: {found}")

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -5,7 +6,9 @@ import pytest
 
 from fusion_jax.errors import UserError
 from fusion_jax.knowledge import graph, kinds, questions, rules
+from fusion_jax.knowledge.linking import Linker
 from fusion_jax.knowledge.questions import World
+from fusion_jax.language.graph_answers import content
 
 NAMES = ["robin", "thrush", "bird", "trout", "salmonid", "fish", "bolt", "screw", "fastener"]
 FACTS = [(0, 0, 1), (1, 2, 2), (3, 0, 4), (4, 2, 5), (6, 0, 7), (7, 0, 8), (6, 1, 2)]
@@ -149,6 +152,26 @@ def asked(path, *rows):
         split: [tuple([NAMES[e] for e in chain] for chain in task.chains) for task in found]
         for split, found in tasks.items()
     }
+
+
+def test_a_name_is_the_entity_of_that_key_then_of_that_spelling(tmp_path):
+    names = ["Turkey", "turkey", "C", "C++", "language", "bird", "land", "+"]
+    facts = [(0, 0, 6), (1, 0, 5), (2, 0, 4), (3, 0, 4)]
+    spelled = graph.make(np.array(facts), names, ["is_a"], names={"en": [(n,) for n in names]})
+    keyed = dataclasses.replace(spelled, entities=[f"Q{i}" for i in range(len(names))])
+    path = tmp_path / "asked.jsonl"
+    rows = [("turkey", "bird"), ("Turkey", "land"), ("C++", "language"), ("C", "Language")]
+    for known in (spelled, keyed):
+        up = kinds.parents(kinds.steps(known, {"is_a": True}))
+        text = [{"thing": thing, "kind": kind, "answer": True} for thing, kind in rows]
+        path.write_text("".join(json.dumps(row) + "\n" for row in text))
+        tasks = questions.read_tasks(path, known, up, 2, ("train",))["train"]
+        assert [(t.thing, t.kind) for t in tasks] == [(1, 5), (0, 6), (3, 4), (2, 4)]
+    path.write_text(json.dumps({"thing": "???", "kind": "bird", "answer": True}))
+    with pytest.raises(UserError, match=r"'\?\?\?' is unknown"):
+        questions.read_tasks(path, keyed, up, 2, ("train",))
+    said = content("Is C++ a language, or Turkey a bird?", Linker.of(spelled), spelled)
+    assert [names[mention.entities[0]] for mention in said] == ["C++", "language", "Turkey", "bird"]
 
 
 def test_the_other_thing_is_of_the_same_split_and_of_another_kind(tmp_path):
