@@ -315,7 +315,7 @@ def report(
     held = [task for task in world.tasks["validation"] if task.siblings][: s.questions // 2]
     answering = Recalling.chosen(judge, held) if s.injection == "knn" else judge
     found = retrieve(world, own) if s.injection != "none" else {"no facts": [()] * len(own)}
-    if s.asked is None and s.injection != "none":
+    if s.injection != "none":
         entities = {e for task in (*held, *own) for chain in task.chains for e in chain}
         known = trust.examples(world, world.tasks["train"], s.seed)
         keep = trust.Filter.chosen(

@@ -217,16 +217,15 @@ def retrieved(s: Settings, seen: Seen, cases: Sequence[Case]) -> dict[str, list[
     if not s.knowledge:
         return {"no facts": [[] for _ in cases]}
     found, wrong = facts_for(seen, cases, s.seed), misled(seen, cases, s.seed)
-    if s.graph is None:
-        doubtful = {"true facts": found["true facts"], **wrong}
-        about = {each for told in doubtful.values() for [each] in told}
-        keep = quality_filter(seen, ask_about(seen, seen.train, False, s.seed), about, s.seed)
-        print(f"quality filter, threshold {keep.threshold}\n")
-        wrong |= {
-            f"{name}, filtered": [[(entity, keep(facts))] for [(entity, facts)] in told]
-            for name, told in doubtful.items()
-        }
-    return found | wrong
+    doubtful = {"true facts": found["true facts"], **wrong}
+    about = {each for told in doubtful.values() for [each] in told}
+    keep = quality_filter(seen, ask_about(seen, seen.train, False, s.seed), about, s.seed)
+    print(f"quality filter, threshold {keep.threshold}\n")
+    filtered = {
+        f"{name}, filtered": [[(entity, keep(facts))] for [(entity, facts)] in told]
+        for name, told in doubtful.items()
+    }
+    return found | wrong | filtered
 
 
 # ----------------------------------------------------------------------------------------- asking

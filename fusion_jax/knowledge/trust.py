@@ -74,12 +74,19 @@ def examples(world: World, tasks: Sequence[Task], seed: int) -> tuple[Facts, Fac
 
 
 def fitted(world: World, true: Facts, wrong: Facts, asked: Collection[int]) -> Trust:
-    """Told apart by these facts, for any about their entities and those of `asked`."""
+    """Told apart by these facts, for any about their entities and those of `asked`.
+
+    An entity without a name is called as its key says; one without a gloss has its name alone.
+    """
     graph, pairs = world.graph, [world.ends(fact) for fact in (*true, *wrong)]
     entities = sorted({*asked, *(end for pair in pairs for end in pair)})
     labels = [graph.label(e) for e in entities]
-    glosses = [graph.descriptions[e].split(";")[0] for e in entities]
-    names = [_words(" ".join(graph.names["en"][e])) for e in entities]
+    said, called = graph.descriptions, graph.names.get("en", ())
+    glosses = [said[e].split(";")[0] if len(said) else "" for e in entities]
+    names = [
+        _words(" ".join((called[e] if len(called) else ()) or (label,)))
+        for e, label in zip(entities, labels, strict=True)
+    ]
     texts = [own | _words(gloss) for own, gloss in zip(names, glosses, strict=True)]
     count = Counter(word for words in texts for word in words)
     raw = Trust(
@@ -87,8 +94,13 @@ def fitted(world: World, true: Facts, wrong: Facts, asked: Collection[int]) -> T
         names=names,
         texts=texts,
         rarity={word: float(np.log(len(texts) / n)) for word, n in count.items()},
-        vectors=(text_features(labels), text_features(glosses)),
+        vectors=(
+            text_features(labels),
+            text_features([gloss or label for gloss, label in zip(glosses, labels, strict=True)]),
+        ),
     )
+    if not pairs:  # nothing to learn from: each fact is as sure as not
+        return raw
     scores = raw.scores(pairs)
     center, scale = scores.mean(0), scores.std(0) + 1e-6
     right = np.arange(len(scores)) < len(true)
@@ -143,7 +155,9 @@ class Filter:
 
     def told(self, true: Facts, wrong: Facts) -> str:
         """How many of some facts it takes for sure, in words."""
-        right, false = (float((self._sure(f) >= self.threshold).mean()) for f in (true, wrong))
+        right, false = (
+            (self._sure(f) >= self.threshold).sum() / max(len(f), 1) for f in (true, wrong)
+        )
         return (
             f"quality filter, threshold {self.threshold}: it takes {right:.3f} of the true facts "
             f"for sure and {false:.3f} of the wrong ones"
@@ -159,7 +173,8 @@ def _words(text: str) -> frozenset[str]:
 def _logistic(x: np.ndarray, y: np.ndarray, penalty: float = 1.0, rounds: int = 20) -> np.ndarray:
     """Newton's method; true and false examples count the same in all. [k + 1], the bias last."""
     x = np.concatenate([x, np.ones((len(x), 1))], axis=1)
-    share = np.where(y, 0.5 / y.mean(), 0.5 / (1 - y.mean()))
+    true = y.mean()
+    share = np.where(y, 0.5 / (true or 1.0), 0.5 / (1 - true or 1.0))
     weights = np.zeros(x.shape[1])
     for _ in range(rounds):
         p = 1 / (1 + np.exp(-x @ weights))

@@ -14,6 +14,7 @@ from tokenizers.models import WordLevel
 from experiments import knowledge_qa, knowledge_qa_table
 from fusion_jax.__main__ import main
 from fusion_jax.errors import UserError
+from fusion_jax.knowledge import trust
 from fusion_jax.knowledge.questions import Task
 from fusion_jax.language.graph_answers import Recalling
 from fusion_jax.pretrained.checkpoint import shapes_of
@@ -80,7 +81,8 @@ def flags(world, run, injection):
     return [*map(str, [*mine, *settings, "--workdir", run])]
 
 
-def test_trains_reports_and_answers_with_facts_and_steps(world, tmp_path, capsys):
+def test_trains_reports_and_answers_with_facts_and_steps(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(trust, "text_features", lambda texts: np.ones((len(texts), 2)))
     run = tmp_path / "run"
     command = ["train", "experiments/knowledge_qa.py", *flags(world, run, "kbert")]
     assert main([*command, "--rule-weight", "1"]) == 0
@@ -91,6 +93,7 @@ def test_trains_reports_and_answers_with_facts_and_steps(world, tmp_path, capsys
     numbers = json.loads((run / "report" / "metrics.json").read_text())
     assert numbers["true facts/follows from the facts"] == 1
     assert numbers["cut below Y/follows from the facts"] == 0.5
+    assert "30% wrong, filtered/kbert" in numbers
     assert main(["ask", "--workdir", str(run), "Is a carp a fish?"]) == 0
     said = capsys.readouterr().out
     assert said.startswith(("Yes (", "No ("))

@@ -61,6 +61,7 @@ def flags(tmp_path_factory, save_tiny):
 
 def test_trains_reports_and_answers(flags, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FUSION_JAX_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(trust, "text_features", lambda texts: np.ones((len(texts), 2)))
     run = tmp_path / "run"
     assert main(["train", "experiments/knowledge_vqa.py", *flags, "--workdir", str(run)]) == 0
     numbers = json.loads((run / "report" / "metrics.json").read_text())
@@ -68,6 +69,7 @@ def test_trains_reports_and_answers(flags, tmp_path, monkeypatch, capsys):
     assert numbers["no facts/looking Y up in the facts"] == 0.5
     assert numbers["no facts/no picture"] == 0.5  # each kind is asked with yes as often as with no
     assert 0 <= numbers["linked facts/picture"] <= 1
+    assert "50% wrong, filtered/picture" in numbers
     question = ["ask", "--workdir", str(run), "--max-tokens", "2"]
     picture = flags[1].replace("mine.jsonl", "3.png")
     capsys.readouterr()

@@ -87,6 +87,22 @@ def test_it_is_fitted_on_facts_of_training_questions(monkeypatch):
     assert true.mean() > fitted([(6, 4), (3, 7)]).mean()
 
 
+def test_a_graph_without_names_and_glosses_is_filtered_too(monkeypatch):
+    read = []
+    monkeypatch.setattr(trust, "text_features", lambda t: read.append(t) or VECTORS[: len(t)])
+    true, wrong = trust.examples(WORLD, WORLD.tasks["train"], seed=0)
+    few = dataclasses.replace(GRAPH, names={"en": [("a red bird",)] + [()] * 8, "fr": [()] * 9})
+    for known, called in ((GRAPH, "robin"), (few, "a red bird")):
+        fitted = trust.fitted(dataclasses.replace(WORLD, graph=known), true, wrong, set(range(9)))
+        assert fitted.texts == fitted.names == [trust._words(n) for n in (called, *NAMES[1:])]
+        assert read[-1] == read[-2] == [called, *NAMES[1:]]
+    assert fitted([(6, 7), (7, 8), (3, 4)]).mean() > fitted([(6, 4), (3, 7)]).mean()
+    for some, share in ((true, 1.0), ((), 0.0)):  # no wrong fact to learn from, or none at all
+        fitted = trust.fitted(WORLD, some, (), set(range(9)))
+        told = Filter(WORLD, fitted, 0.55).told(some, ())
+        assert f"takes {share:.3f} of the true facts for sure and 0.000" in told
+
+
 @pytest.mark.parametrize("text", ["Whales", "the WHALE of", "whale, whales"])
 def test_words_are_singular(text):
     assert trust._words(text) == {"whale"}
