@@ -89,9 +89,17 @@ from fusion_jax.data.streams import Later, Streams
 from fusion_jax.errors import UserError
 from fusion_jax.evaluation.table import print_table
 from fusion_jax.evaluation.words import bag_of_words
-from fusion_jax.knowledge import kinds, read, rules, trust, wordnet
+from fusion_jax.knowledge import kinds, trust, wordnet
 from fusion_jax.knowledge.linking import Linker
-from fusion_jax.knowledge.questions import Task, World, hits, read_tasks, retrieve, tasks_of
+from fusion_jax.knowledge.questions import (
+    Task,
+    World,
+    hits,
+    open_knowledge,
+    read_tasks,
+    retrieve,
+    tasks_of,
+)
 from fusion_jax.language.graph_answers import Answerer, Judge, Recalling
 from fusion_jax.language.injection import (
     TRAINED,
@@ -109,11 +117,6 @@ from fusion_jax.training.experiment import Experiment
 from fusion_jax.training.settings import Settings as Base
 from fusion_jax.training.settings import runtime
 
-RULES = """
-is_a(?x, ?y) <= hypernym(?x, ?y)
-is_a(?x, ?y) <= instance_hypernym(?x, ?y)
-is_a(?x, ?z) <= is_a(?x, ?y), is_a(?y, ?z)
-"""
 FRACTIONS = {"train": 0.55, "validation": 0.15, "test": 0.3}
 MIX = {"true": 0.35, "cut": 0.35, "wrong": 0.15, "none": 0.15}
 """What is retrieved in training, see `World.facts`."""
@@ -145,7 +148,7 @@ class Settings(Base):
     """Your own questions, JSONL: {"thing": "whale", "kind": "mammal", "answer": true, "split":
     "train"}, by key or name; split is train, validation or test, each with things of two kinds."""
     rules: Path | None = None
-    """A rule file that concludes is_a, for your own relations."""
+    """A rule file that concludes is_a, from relations and about entities that the graph has."""
     questions: int = runtime(240)
     """How many are asked in the report, and half as many of the easy ones; 0: no report."""
     development: bool = runtime(False)
@@ -159,8 +162,7 @@ def read_world(s: Settings) -> World:
     """WordNet and questions about it, or the user's own."""
     if (s.graph is None) != (s.asked is None):
         raise UserError("your own knowledge takes both settings: --graph and --asked")
-    program = rules.read(s.rules) if s.rules else rules.parse_all(RULES)
-    graph = wordnet.load() if s.graph is None else read.tsv(s.graph)
+    graph, program = open_knowledge(s.graph, s.rules)
     if s.asked is not None:
         return World.of(
             graph, program, lambda up: read_tasks(s.asked, graph, up, s.hops, FRACTIONS)

@@ -60,7 +60,6 @@ from fusion_jax.data.streams import Later
 from fusion_jax.encoders.projection import Project
 from fusion_jax.errors import UserError
 from fusion_jax.evaluation.table import print_table
-from fusion_jax.knowledge import read, rules, wordnet
 from fusion_jax.knowledge.linking import Linker
 from fusion_jax.knowledge.pictured import (
     Case,
@@ -73,7 +72,7 @@ from fusion_jax.knowledge.pictured import (
     quality_filter,
     written,
 )
-from fusion_jax.knowledge.questions import World
+from fusion_jax.knowledge.questions import World, open_knowledge
 from fusion_jax.language.answers import Asked, PictureLM, Writing, on_items
 from fusion_jax.language.ask import Assistant
 from fusion_jax.language.graph_answers import content, explain
@@ -88,11 +87,6 @@ from fusion_jax.training.partition import Params
 from fusion_jax.training.settings import Settings as Base
 from fusion_jax.training.settings import runtime
 
-RULES = """
-is_a(?x, ?y) <= hypernym(?x, ?y)
-is_a(?x, ?y) <= instance_hypernym(?x, ?y)
-is_a(?x, ?z) <= is_a(?x, ?y), is_a(?y, ?z)
-"""
 ROOT = "physical_entity.n.01"
 """What pictures show are kinds of it."""
 MIX = {"linked facts": 0.4, "true facts": 0.3, "facts on another": 0.1, "no facts": 0.2}
@@ -137,8 +131,7 @@ class Settings(Base):
 def assemble(s: Settings) -> tuple[Seen, list[Thing], str, PictureLM]:
     """What is known, what is tested, what to call it, and the model."""
     pictures = open_pictures(s.stamps, s.table, None, seed=s.seed, development=s.development)
-    graph = wordnet.load() if s.graph is None else read.tsv(s.graph)
-    program = rules.read(s.rules) if s.rules else rules.parse_all(RULES)
+    graph, program = open_knowledge(s.graph, s.rules)
     world = World.of(graph, program, lambda up: {})
     rows = [thing.row for thing in pictures.train]
     sight = open_sight(pictures.source, s.tower, rows=rows, views=VIEWS, guesses=s.guesses)

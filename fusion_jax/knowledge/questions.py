@@ -11,7 +11,7 @@ import numpy as np
 from fusion_jax.data.concepts import normalize
 from fusion_jax.data.lines import read_jsonl
 from fusion_jax.errors import UserError
-from fusion_jax.knowledge import kinds, rules
+from fusion_jax.knowledge import kinds, read, rules, wordnet
 from fusion_jax.knowledge.chaining import Closure, chain
 from fusion_jax.knowledge.graph import Graph
 
@@ -21,6 +21,11 @@ Facts = tuple[Fact, ...]
 Up = Mapping[int, Sequence[int]]
 KIND_OF = "is a kind of"
 STRANGERS = 1600  # training questions from whose things wrong facts are taken
+RULES = """
+is_a(?x, ?y) <= hypernym(?x, ?y)
+is_a(?x, ?y) <= instance_hypernym(?x, ?y)
+is_a(?x, ?z) <= is_a(?x, ?y), is_a(?y, ?z)
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,10 +72,7 @@ class World:
         Raises:
             UserError: there is none.
         """
-        # A rule about what the graph lacks can conclude nothing.
-        known = {*graph.relations, *(rule.head.relation for rule in program if rule.head)}
-        usable = tuple(r for r in program if {atom.relation for atom in r.body} <= known)
-        found = {name: way for name, way in ways(usable).items() if name in graph.relations}
+        found = {name: way for name, way in ways(program).items() if name in graph.relations}
         if not found:
             raise UserError(
                 f"no rule speaks of a relation of the graph ({', '.join(graph.relations)}): write "
@@ -78,7 +80,7 @@ class World:
             )
         links = kinds.steps(graph, found)
         up = kinds.parents(links)
-        return cls(graph, usable, found, links, up, ask(up))
+        return cls(graph, tuple(program), found, links, up, ask(up))
 
     def facts(self, task: Task, condition: str, rng: np.random.Generator) -> Facts:
         """What a retriever found, in any order.
@@ -142,6 +144,32 @@ class World:
     def follows(self, task: Task, facts: Facts) -> bool:
         """Whether the rules conclude it from the facts."""
         return task.kind in self.conclusions(task, facts)
+
+
+def open_knowledge(facts: Path | None, rule_file: Path | None) -> tuple[Graph, list[rules.Rule]]:
+    """A graph and rules that conclude is_a from it: the user's files, else WordNet and `RULES`.
+
+    Of `RULES` those are left out that speak of what a graph lacks; they can conclude nothing.
+
+    Raises:
+        UserError: a malformed line of a file; a rule of the file that names a relation that neither
+            the graph nor another rule gives, or an entity that the graph lacks (file, line).
+    """
+    graph = wordnet.load() if facts is None else read.tsv(facts)
+    program = rules.read(rule_file) if rule_file else rules.parse_all(RULES)
+    known = {*graph.relations, *(rule.head.relation for rule in program if rule.head)}
+    if not rule_file:
+        return graph, [r for r in program if known.issuperset(atom.relation for atom in r.body)]
+    for rule in program:
+        try:
+            for atom in rule.body if rule.head is None else (rule.head, *rule.body):
+                if atom.relation not in known:
+                    graph.relation(atom.relation)
+                for key in {atom.first, atom.second}.difference(atom.variables):
+                    graph.entity(key)
+        except UserError as error:
+            raise UserError(f"{rule.where}: {error}") from None
+    return graph, program
 
 
 def ways(program: Sequence[rules.Rule]) -> dict[str, bool]:

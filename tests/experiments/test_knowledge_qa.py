@@ -152,6 +152,7 @@ def test_malformed_questions_name_file_and_line(world, tmp_path, capsys):
         ("--graph", facts, "robin\tis_a\n", "line 1: expected"),
         ("--rules", mine, "is_a(?x, ?y) <= is_a(?x, ?z)\n", "?y"),
         ("--rules", mine, "is_a(?x ?y)\n", "line 1"),
+        ("--rules", mine, "is_a(?x, ?y) <= hypernim(?x, ?y)\n", "line 1: relation 'hypernim'"),
     ):
         file.write_text(content)
         other = [*command, "--overwrite"]

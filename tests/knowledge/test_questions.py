@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -17,7 +18,6 @@ PROGRAM = rules.parse_all(
     """
     is_a(?x, ?y) <= hypernym(?x, ?y)
     is_a(?x, ?y) <= sort_of(?x, ?y)
-    is_a(?x, ?y) <= unknown(?x, ?y)
     is_a(?x, ?z) <= is_a(?x, ?y), is_a(?y, ?z)
     never <= part_of(?x, ?y), is_a(?x, ?y)
     is_in(?x, ?y) <= part_of(?x, ?y)
@@ -87,6 +87,29 @@ def test_more_wrong_facts_include_the_fewer():
 def test_meanings_are_those_nearest_to_each_other():
     assert questions.meaning(WORLD, (6, 0), (2, 5)) == (0, 2)
     assert questions.meaning(WORLD, (6,), (2, 8)) == (6, 8)
+
+
+def test_only_built_in_rules_may_speak_of_what_a_graph_lacks(tmp_path):
+    facts, mine = tmp_path / "facts.tsv", tmp_path / "mine.rules"
+    facts.write_text("robin\tinstance_hypernym\tthrush\n")
+    known, program = questions.open_knowledge(facts, None)
+    assert [str(rule) for rule in program] == [
+        "is_a(?x, ?y) <= instance_hypernym(?x, ?y)",
+        "is_a(?x, ?z) <= is_a(?x, ?y), is_a(?y, ?z)",
+    ]
+    assert World.of(known, program, lambda up: {}).ways == {"instance_hypernym": True}
+    good = "is_a(?x, ?y) <= instance_hypernym(?x, ?y)\nnever <= is_a(robin, ?x), is_a(?x, robin)\n"
+    for bad, message in (
+        ("is_a(?x, ?y) <= hypernim(?x, ?y)", "relation 'hypernim' is unknown to the graph"),
+        ("never <= is_a(?x, ?y), part_of(?x, ?y)", "relation 'part_of' is unknown"),
+        ("never <= is_a(?x, unicorn)", "entity 'unicorn' is unknown to the graph"),
+        ("is_a(unicorn, ?y) <= is_a(robin, ?y)", "entity 'unicorn' is unknown to the graph"),
+    ):
+        mine.write_text(good)
+        assert len(questions.open_knowledge(facts, mine)[1]) == 2
+        mine.write_text(f"{good}# by hand\n{bad}\n")
+        with pytest.raises(UserError, match=f"^{re.escape(str(mine))} line 4: {message}"):
+            questions.open_knowledge(facts, mine)
 
 
 def test_a_graph_without_a_rule_is_told():
