@@ -142,6 +142,9 @@ class Settings(Base):
     """Of the divergence from the published model on plain English; 0: nothing holds it."""
     hops: int = 2
     """Facts in the longest chain from a thing to its kind."""
+    length: int | None = None
+    """Tokens of a training row; longer questions are left out, and of longer facts the last. None:
+    what nine of ten need that are made of WordNet; for long names give more."""
     graph: Path | None = None
     """Your own facts (TSV: head, relation, tail) in place of WordNet; with it, --asked."""
     asked: Path | None = None
@@ -234,12 +237,26 @@ def assemble(s: Settings) -> tuple[Any, LoRA, Writer]:
     """The checkpoint, the model fused around it, and what writes its questions."""
     checkpoint = load(s.model)
     model = LoRA(fuse(checkpoint.module, s.injection))
-    return checkpoint, model, Writer.of(checkpoint, read_world(s), s.injection)
+    return checkpoint, model, Writer.of(checkpoint, read_world(s), s.injection, s.length)
 
 
 def stream(s: Settings, writer: Writer) -> Streams:
-    """Training batches: questions, and perhaps plain English and chains of questions."""
-    tasks = [task for task in writer.world.tasks["train"] if writer.fits(task)]
+    """Training batches: questions, and perhaps plain English and chains of questions.
+
+    Raises:
+        UserError: no question has room in a row.
+    """
+    asked = writer.world.tasks["train"]
+    tasks = [task for task in asked if writer.fits(task)]
+    if len(tasks) < len(asked):
+        longest = max(map(writer.size, asked))
+        said = (
+            f"{len(asked) - len(tasks):,} of {len(asked):,} training questions do not fit into "
+            f"rows of {writer.length} tokens: with --length {longest} all do"
+        )
+        if not tasks:
+            raise UserError(said)
+        print(f"{said}\n")
     transforms = writer.transforms(writer.length)
     streams: dict[str, Any] = {
         "asked": Batches(

@@ -72,32 +72,38 @@ class Writer:
         chat: the model's tokenizer.
         injection: one of INJECTIONS.
         table: the model's token embeddings [v, width], of which names' vectors are made.
+        row: tokens of a training row; None: as `LENGTHS` says.
     """
 
     world: World
     chat: Chat
     injection: str
     table: np.ndarray
+    row: int | None = None
 
     @classmethod
-    def of(cls, checkpoint: Any, world: World, injection: str) -> "Writer":
+    def of(cls, checkpoint: Any, world: World, injection: str, row: int | None = None) -> "Writer":
         """For a published decoder, as `pretrained.load` gave it."""
         table = np.asarray(whole(checkpoint.params["embedding"]["embedding"]), np.float32)
-        return cls(world, Chat.of(checkpoint), injection, table)
+        return cls(world, Chat.of(checkpoint), injection, table, row)
 
     @property
     def length(self) -> int:
         """Tokens of a training row."""
-        return LENGTHS.get(self.injection, 14)
+        return LENGTHS.get(self.injection, 14) if self.row is None else self.row
 
     @property
     def answers(self) -> dict[bool, int]:
         """The one token that says yes, and no."""
         return {said: self.chat.encode(word)[0] for said, word in ((True, " Yes"), (False, " No"))}
 
+    def size(self, task: Task) -> int:
+        """Tokens of the question itself with its answer."""
+        return len(self._written(task, (), task.answer)["text"])
+
     def fits(self, task: Task) -> bool:
         """Whether the question itself, with its answer, has room in a training row."""
-        return len(self._written(task, (), task.answer)["text"]) <= self.length
+        return self.size(task) <= self.length
 
     def transforms(self, length: int) -> dict[str, Padded]:
         """The fields of an example, as `Batches` collates them."""

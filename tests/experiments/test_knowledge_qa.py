@@ -132,6 +132,24 @@ def test_what_is_not_text_is_trained(world, tmp_path, injection):
     assert expected in (run / "params.json").read_text()
 
 
+def test_questions_that_are_too_long_are_counted_and_may_be_kept(world, capsys):
+    files = {name: world / file for name, file in (("graph", "facts.tsv"), ("model", "model"))}
+    files |= {"asked": world / "asked.jsonl", "rules": world / "mine.rules"}
+    said = []
+    for length in (None, 24, 7):
+        s = knowledge_qa.Settings(injection="none", length=length, keep_weight=0.0, **files)
+        writer = knowledge_qa.assemble(s)[2]
+        if length == 7:
+            with pytest.raises(UserError, match=r"6 of 6 training .* 7 tokens: with --length 24"):
+                knowledge_qa.stream(s, writer)
+            continue
+        batch = knowledge_qa.stream(s, writer)[0]["asked"]
+        assert batch["text"].values.shape == (16, length or 14)
+        said.append(capsys.readouterr().out)
+    assert "2 of 6 training questions do not fit into rows of 14 tokens" in said[0]
+    assert "--length 24" in said[0] and said[1] == ""
+
+
 def test_malformed_questions_name_file_and_line(world, tmp_path, capsys):
     command = flags(world, tmp_path / "run", "none")
     path = tmp_path / "asked.jsonl"
