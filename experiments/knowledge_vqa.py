@@ -251,8 +251,7 @@ class Answerer:
         kinds_named = [mention.entities[0] for mention in named]
         if not kinds_named:
             raise UserError(f"{question!r} names no kind that the graph knows")
-        guessed = self.assistant.words["image"](files[0]) if self.assistant.words else ""
-        told = list(map(seen.facts, seen.named(guessed)[:2])) if self.knowledge else []
+        told = list(map(seen.facts, seen.linked_file(files[0])[:2])) if self.knowledge else []
         asked = f"Is this a kind of {world.graph.label(kinds_named[-1])}?"
         text = seen.said(told) + asked
         yield from self.assistant.answer(text, {"image": files}, **settings)

@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 from collections.abc import Collection, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -74,9 +75,18 @@ class Seen:
         """Entities that a picture is linked to."""
         if self.sight.guesses is not None:
             return self.named(self.sight.describe(row))
+        return self._alike(self.sight.pooled([row])[0], row)
+
+    def linked_file(self, file: Path) -> list[int]:
+        """Entities that a picture file is linked to."""
+        if self.sight.guesses is not None:
+            return self.named(self.sight.describe_file(file))
+        return self._alike(self.sight.read(file).values[0, 0].mean(axis=0))
+
+    def _alike(self, pooled: np.ndarray, but: int | None = None) -> list[int]:
+        """The noun of the training picture that looks most alike, of all but one row's."""
         rows, nouns, vectors = self._known
-        own = self.sight.pooled([row])[0]
-        return [nouns[int(np.argmax(np.where(rows == row, -np.inf, vectors @ own)))]]
+        return [nouns[int(np.argmax(np.where(rows == but, -np.inf, vectors @ pooled)))]]
 
     @cached_property
     def _known(self) -> tuple[np.ndarray, list[int], np.ndarray]:

@@ -1,6 +1,7 @@
 """Pictures with knowledge from its command, on tiny checkpoints, a small table and graph."""
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -74,7 +75,10 @@ def test_trains_reports_and_answers(flags, tmp_path, monkeypatch, capsys):
     picture = flags[1].replace("mine.jsonl", "3.png")
     capsys.readouterr()
     assert main([*question, "Is this a night?", "--image", picture]) == 0
-    assert "\nWithout the picture: " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert re.search(r"is_a\(noun\d*[13579], day[a-h]\)", said)  # it looks like those of the day
+    assert "\nWithout these facts: " in said
+    assert "\nWithout the picture: " in said
     for bad, message in (
         (["Is this a night?"], "one picture"),
         (["Is this a unicorn?", "--image", picture], "names no kind"),
@@ -95,6 +99,9 @@ class Sight:
 
     def describe(self, row):
         return f"noun{row}, unheard of.\n"
+
+    def describe_file(self, file):
+        return self.describe(int(file.stem))
 
 
 @pytest.fixture(scope="module")
@@ -139,19 +146,19 @@ def test_questions_are_balanced_and_facts_are_those_of_what_was_guessed(seen):
     assert written(seen, test[:1], [[]])[0].text == bare
 
     # It repeats what it is asked, and of how many pictures; the tower guesses the test's thing.
+    file = Path(f"{thing.row}.png")
     repeats = SimpleNamespace(
-        words={"image": lambda file: f"{thing.noun}, unheard of.\n"},
         answer=lambda text, media: iter([f"{text} {len(media['image'])}"]),
     )
     answerer = knowledge_vqa.Answerer(seen, repeats, knowledge=True)
-    first, *shown = "".join(answerer.answer(bare, {"image": [Path("a.png")]})).splitlines()
+    first, *shown = "".join(answerer.answer(bare, {"image": [file]})).splitlines()
     assert first == f"{expected} 1" and shown[0] == "Facts:"
     assert shown[-2:] == [
         f"Without these facts: {bare} 1",
         f"Without the picture: {expected} 0",
     ]
     answerer = knowledge_vqa.Answerer(seen, repeats, knowledge=False)
-    unaided = "".join(answerer.answer(bare, {"image": [Path("a.png")]}))
+    unaided = "".join(answerer.answer(bare, {"image": [file]}))
     assert unaided == f"{bare} 1\nWithout the picture: {bare} 0"
 
 
