@@ -15,8 +15,12 @@ mix of true, cut, wrong and no facts. Retrieved are two chains, one of X and one
 
 `--injection none|prompt|chained|cross|kbert|ernie|knn` says how they enter: see
 fusion_jax/language/injection.py; all but prompt use what the rules conclude on the question's own
-subject. `--rule-weight` asks the model's own answers to keep transitivity, beside any of them. A
-quality filter (fusion_jax/knowledge/trust.py) drops facts that glosses and names speak against; its
+subject. So under "true facts" the rules take the step, and copying is enough: Y stands in what is
+used just where yes is right (the report looks it up there, and in all facts, where it tells
+nothing). Only "cut" asks for more than what is written.
+
+`--rule-weight` asks the model's own answers to keep transitivity, beside any of them. A quality
+filter (fusion_jax/knowledge/trust.py) drops facts that glosses and names speak against; its
 threshold is chosen on validation questions. `--keep-weight` draws the model towards what it said
 before on docstrings; the loss on Python's reference before and after is printed.
 
@@ -351,6 +355,7 @@ def report(
         asked = list(zip(own, facts, strict=True))
         row = table[name] = {}
         row["name of Y is in the facts"] = hits([world.looked_up(*each) for each in asked], own)
+        row["name of Y is in what is used"] = hits([writer.looked_up(*each) for each in asked], own)
         row["follows from the facts"] = hits([world.follows(*each) for each in asked], own)
         if name in ("no facts", "true facts"):
             row["as it came"] = hits(published(asked) > 0, own)

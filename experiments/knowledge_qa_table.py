@@ -99,8 +99,9 @@ def tabulate(done: list[dict[str, Any]]) -> None:
             row, _, column = metric.rpartition("/")
             column = name if column == injection else column
             if name in (column, "chained"):  # the baselines, once
-                values = [mine[seed][metric] for seed in seeds]
-                table.setdefault(row, {}).setdefault(column, values)
+                values = [mine[seed].get(metric) for seed in seeds]
+                if None not in values:  # not of a log in which some rows are older
+                    table.setdefault(row, {}).setdefault(column, values)
     print_table("Is X a kind of Y?", table, "WordNet, unseen things and kinds", seeds)
 
 

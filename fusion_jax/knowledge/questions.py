@@ -138,8 +138,12 @@ class World:
 
     def looked_up(self, task: Task, facts: Facts) -> bool:
         """Whether the kind's name stands anywhere in the facts: an answer without a step."""
+        return self.named(task, [end for head, _, tail in facts for end in (head, tail)])
+
+    def named(self, task: Task, entities: Sequence[int]) -> bool:
+        """Whether one of them has the name of the kind that is asked about."""
         name = normalize(self.graph.label(task.kind))
-        return any(name == normalize(self.graph.label(e)) for h, _, t in facts for e in (h, t))
+        return any(name == normalize(self.graph.label(entity)) for entity in entities)
 
     def follows(self, task: Task, facts: Facts) -> bool:
         """Whether the rules conclude it from the facts."""

@@ -128,10 +128,8 @@ class Writer:
         Raises:
             UserError: the question alone is longer.
         """
-        used: Sequence[Any] = facts
-        if self.injection != "prompt":
-            silent = self.injection in ("none", "knn")
-            used = () if silent else self.world.conclusions(task, facts)[:MOST]
+        silent = self.injection in ("none", "knn")
+        used = () if silent else self.used(task, facts)
         while True:
             example = self._written(task, used, answer)
             if most is None or len(example["text"]) <= most:
@@ -139,6 +137,18 @@ class Writer:
             if not used:
                 raise UserError(f"{self.world.question(task)!r} takes more than {most} tokens")
             used = used[:-1]
+
+    def used(self, task: Task, facts: Facts) -> Sequence[Any]:
+        """What is used of the facts: all in a prompt, else what follows on the subject."""
+        if self.injection == "prompt":
+            return facts
+        return self.world.conclusions(task, facts)[:MOST]
+
+    def looked_up(self, task: Task, facts: Facts) -> bool:
+        """Whether the kind's name is in what is used of the facts: an answer by copying alone."""
+        if self.injection == "prompt":
+            return self.world.looked_up(task, facts)
+        return self.world.named(task, self.used(task, facts))
 
     def plain(self, ids: Sequence[int]) -> Example:
         """Any text without facts; each token counts."""

@@ -92,6 +92,8 @@ def test_trains_reports_and_answers_with_facts_and_steps(world, tmp_path, monkey
     assert "rules_broken" in rows and "plain/stay_close" in rows
     numbers = json.loads((run / "report" / "metrics.json").read_text())
     assert numbers["true facts/follows from the facts"] == 1
+    assert numbers["true facts/name of Y is in what is used"] == 1
+    assert numbers["true facts/name of Y is in the facts"] == 0.5
     assert numbers["cut below Y/follows from the facts"] == 0.5
     assert "30% wrong, filtered/kbert" in numbers
     assert main(["ask", "--workdir", str(run), "Is a carp a fish?"]) == 0

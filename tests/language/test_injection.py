@@ -65,6 +65,17 @@ def test_how_facts_are_written():
     assert memory == {("robin", "thrush"): True, ("robin", "bird"): True, ("thrush", "bird"): True}
 
 
+def test_copying_from_what_is_used_is_right_where_the_rules_took_the_step():
+    cut = found(RIGHT, "cut")[1]
+    tasks = WORLD.tasks["test"]
+    for injection in ("chained", "knn"):
+        writer = writer_for(injection)
+        assert [writer.looked_up(task, FACTS) for task in tasks] == [True, False, True, False]
+        assert not any(writer.looked_up(task, cut) for task in tasks)
+    told = writer_for("prompt")
+    assert all(told.looked_up(task, FACTS) for task in tasks) and not told.looked_up(RIGHT, cut)
+
+
 def test_facts_that_do_not_fit_are_left_out_the_farthest_first():
     writer = writer_for("kbert")
     assert len(writer(RIGHT, FACTS, True, 14)["text"]) == 13  # one branch of two
