@@ -55,7 +55,14 @@ def all_distances(query: jax.Array, table: jax.Array, norm: int = 2) -> jax.Arra
 
 @jax.custom_vjp
 def _all_l1(query: jax.Array, table: jax.Array) -> jax.Array:
-    return jnp.abs(query[:, None] - table[None]).sum(axis=-1)
+    """A dim at a time: nothing of [b, e, d] is held, and each step is long rows of simple sums."""
+
+    def add(total: jax.Array, dim: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        q, t = dim
+        return total + jnp.abs(q[:, None] - t[None]), None
+
+    zero = jnp.zeros((len(query), len(table)), query.dtype)
+    return jax.lax.scan(add, zero, (query.T, table.T), unroll=8)[0]
 
 
 def _all_l1_forward(query: jax.Array, table: jax.Array) -> tuple[jax.Array, Any]:
@@ -63,13 +70,16 @@ def _all_l1_forward(query: jax.Array, table: jax.Array) -> tuple[jax.Array, Any]
 
 
 def _all_l1_backward(saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[Any, Any]:
-    """Two sums, each on its own and over the last axis: so XLA never holds [b, e, d]."""
-
-    def half(x: jax.Array, y: jax.Array, g: jax.Array) -> jax.Array:
-        return (jnp.sign(x[:, :, None] - y.T[None]) * g[:, None]).sum(axis=-1)
-
     query, table = saved
-    return half(query, table, g), half(*jax.lax.optimization_barrier((table, query, g.T)))
+    ones = jnp.ones(len(table), g.dtype)
+
+    def dim(_: None, pair: tuple[jax.Array, jax.Array]) -> tuple[None, Any]:
+        q, t = pair
+        signs = jnp.sign(q[:, None] - t[None]) * g
+        return None, (jnp.matmul(signs, ones, precision="highest"), -signs.sum(axis=0))
+
+    _, (query, table) = jax.lax.scan(dim, None, (query.T, table.T))
+    return query.T, table.T
 
 
 _all_l1.defvjp(_all_l1_forward, _all_l1_backward)
