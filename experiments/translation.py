@@ -18,6 +18,7 @@ import dataclasses
 import io
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -458,7 +459,7 @@ def report(
         if len(scores) > 1:
             about = f"recordings of things never trained on; views of each in training: {s.views}"
             show(f"{NOISY} to en in white noise", measure, scores, about)
-    out: dict[str, dict[str, Score]] = {}
+    out: dict[str, dict[str, dict[str, Score]]] = {"chrF": {}, "BLEU": {}}
     said: dict[str, dict[str, Score]] = {}
     for lang in [lang for lang in s.languages if lang != "en"]:
         rows = [r for r in corpus.rows["held"] if {"en", lang} <= set(corpus.captions[r])][: s.most]
@@ -466,13 +467,15 @@ def report(
             continue
         written = everyone([(row, "en", None) for row in rows], lang, ["text"])
         truth = [corpus.captions[row][lang] for row in rows]
-        out[lang] = {way: chrf(texts, truth) for way, texts in written.items()}
+        for measure, score in {"chrF": chrf, "BLEU": partial(bleu, language=lang)}.items():
+            out[measure][lang] = {way: score(texts, truth) for way, texts in written.items()}
         spoken = [(r, "en", None) for r in rows if (r, "en", None) in corpus.spoken]
         if len(spoken) >= FEWEST:
             said[lang] = {way: chrf(*pairs(spoken, lang, way)) for way in WAYS}
-    if out:
-        about = f"at most {s.most} captions a language of things never seen"
-        show("From English", "chrF", out, about)
+    about = f"at most {s.most} captions a language of things never seen"
+    for measure, scores in out.items():
+        if scores:
+            show("From English", measure, scores, about)
     if said:
         show("From spoken English", "chrF", said, f"{about}, those with a recording")
     between: dict[str, dict[str, Score]] = {}

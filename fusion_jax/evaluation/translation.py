@@ -1,6 +1,6 @@
 """Written against true sentences: BLEU and chrF by sacrebleu, word errors by jiwer, with intervals.
 
-    scores = by_language(written, true, languages, {"chrF": chrf, "BLEU": bleu})
+    scores = {"French": {"chrF": chrf(written, true), "BLEU": bleu(written, true)}}
     print(format_scores("To English", scores, "stamps, test concepts"))
 
 A measure is `measure(written, true) -> Score`. Its 95% interval is over resamplings of sentences
@@ -8,7 +8,6 @@ with replacement: what other sentences of the same kind would give, for one trai
 """
 
 import dataclasses
-import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -38,9 +37,6 @@ class Score:
 
     def __str__(self) -> str:
         return f"{self.value:.1f} [{self.low:.1f}, {self.high:.1f}]"
-
-
-Measure = Callable[[Sequence[str], Sequence[str]], Score]
 
 
 def bleu(written: Sequence[str], true: Sequence[str], language: str = "en") -> Score:
@@ -88,31 +84,6 @@ def paired_p_value(one: Sequence[str], other: Sequence[str], true: Sequence[str]
     test = PairedTest(named, metrics, references=None, test_type="bs", n_samples=RESAMPLES)
     _, scores = test()
     return float(scores["chrF2"][1].p_value)
-
-
-def by_language(
-    written: Sequence[str],
-    true: Sequence[str],
-    languages: Sequence[str],
-    measures: Mapping[str, Measure],
-) -> dict[str, dict[str, Score]]:
-    """{language: {measure: Score}}, languages sorted, then "all" sentences together.
-
-    BLEU takes each language's own tokenizer, and 13a for all.
-    """
-    if len(languages) != len(true):
-        raise UserError(f"{len(languages)} languages were given for {len(true)} sentences")
-    groups = {name: [i for i, each in enumerate(languages) if each == name] for name in languages}
-    rows = {**{name: groups[name] for name in sorted(groups)}, "all": list(range(len(true)))}
-    return {
-        language: {
-            name: (functools.partial(bleu, language=language) if measure is bleu else measure)(
-                [written[i] for i in chosen], [true[i] for i in chosen]
-            )
-            for name, measure in measures.items()
-        }
-        for language, chosen in rows.items()
-    }
 
 
 def format_scores(title: str, scores: Mapping[str, Mapping[str, Score]], data: str) -> str:

@@ -190,9 +190,18 @@ class Knowing:
 
 def test_the_report_leaves_out_what_there_is_none_of(corpus, tmp_path, monkeypatch, capsys):
     s = translation.Settings(languages=("en", "fr", "da", "ru"), most=12)
+    measured = []
+
+    def bleu(written, true, language="en"):
+        measured.append(language)
+        return translation.chrf(written, true)
+
+    monkeypatch.setattr(translation, "bleu", bleu)
     few = {**corpus.rows, "train": corpus.rows["train"][:60]}  # the nearest of them is sought
     corpus = dataclasses.replace(corpus, rows=few)
     found = translation.report(s, corpus, Knowing(corpus), {}, tmp_path)
+    assert set(measured) == {"en", "fr", "da", "ru"}  # each by its own tokens
+    assert "From English, BLEU/ru/nearest caption" in found
     row = "Into English, chrF/all that were heard"
     assert found[f"{row}/speech"] == found[f"{row}/copy the source"] > 0
     assert found[f"{row}/text"] == found[f"{row}/both"] == 0
