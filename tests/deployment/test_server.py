@@ -31,6 +31,7 @@ from fusion_jax.deployment.runtime.conversation import TextOf
 from fusion_jax.deployment.runtime.generation import Generator, Writing
 from fusion_jax.deployment.runtime.host import Host, Limits, Served
 from fusion_jax.deployment.runtime.metrics import Metrics
+from fusion_jax.deployment.runtime.occlusion import OcclusionRequest
 from fusion_jax.deployment.runtime.prediction import Predictor
 from fusion_jax.deployment.runtime.server import Server
 from fusion_jax.deployment.runtime.waiting import Job, Line
@@ -172,6 +173,10 @@ def picture(url):
 BAD = {
     "no JSON": (b"{", 400),
     "deep JSON": (b"[" * 100_000, 400),
+    "half a character": (
+        rb'{"model": "talker", "messages": [{"role": "user", "content": "hi \ud83d"}]}',
+        400,
+    ),
     "no messages": (ask() | {"messages": []}, 400),
     "no words": (ask(max_tokens=-1), 400),
     "gigantic answer": (ask(max_tokens=10**6), 400),
@@ -260,6 +265,32 @@ def test_sizes_beyond_all_numbers_are_refused():
         request = inference_protocol.InferRequest(inputs=[tensor(shape=shape, data=())])
         with pytest.raises(BadInput, match="0 values for the shape"):
             inference_protocol.arrays(request, b"")
+
+
+def nested(depth):
+    """JSON of a tensor whose only string lies in so many lists."""
+    data = "[" * depth + '"w5"' + "]" * depth
+    head = '{"inputs": [{"name": "prompt", "shape": [1], "datatype": "BYTES", "data": '
+    return f"{head}{data}}}]}}".encode()
+
+
+def test_what_is_no_text_and_what_is_too_deep_is_refused():
+    half = (
+        rb'{"model": "m", "messages": [{"role": "user", "content": "w5"}], "answer": "hi \ud83d"}'
+    )
+    with pytest.raises(BadInput, match="Invalid JSON: unexpected end of hex"):
+        exchange.parsed(OcclusionRequest, half)
+    with pytest.raises(BadInput, match="Invalid JSON: recursion limit"):
+        exchange.parsed(inference_protocol.InferRequest, nested(600))
+    request = exchange.parsed(inference_protocol.InferRequest, nested(100))
+    assert inference_protocol.arrays(request, b"")["prompt"].tolist() == [b"w5"]
+
+
+@pytest.mark.parametrize("length", ["\xb2", "1" * 5000, "-1", "", "4"])
+def test_a_length_that_is_none_is_refused(length):
+    with pytest.raises(BadInput, match="the body has 3 bytes"):
+        inference_protocol.split(b"{} ", length)
+    assert inference_protocol.split(b"{} ", "2") == (b"{}", b" ")
 
 
 @pytest.mark.parametrize("name", ["rows", "queue", "context"])

@@ -1,8 +1,9 @@
 """What is read of requests, within limits, and how errors are told."""
 
 import asyncio
-import json
+import re
 import time
+from collections.abc import Callable
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -14,8 +15,8 @@ from .artifact import BadInput
 
 async def body(request: Request, most: int, seconds: float) -> bytes:
     """All of it. Raises BadInput: longer than `most` bytes, or not here in time."""
-    declared = request.headers.get("content-length", "0")
-    if declared.isdigit() and int(declared) > most:
+    declared = whole_number(request.headers.get("content-length", ""))
+    if declared is not None and declared > most:
         raise BadInput(f"a body of {declared} bytes; at most {most} are read", 413)
 
     async def read() -> bytes:
@@ -55,20 +56,27 @@ async def disconnected(request: Request) -> None:
 
 def parsed(kind: type[BaseModel], content: bytes) -> Any:
     """JSON as that kind of request. Raises BadInput."""
-    try:
-        return valid(kind, json.loads(content))
-    except (ValueError, RecursionError) as error:
-        raise BadInput(f"the body is not JSON: {error}") from error
+    return _valid(lambda: kind.model_validate_json(content))
 
 
 def valid(kind: type[BaseModel], content: Any) -> Any:
+    """What was parsed as that kind of request. Raises BadInput."""
+    return _valid(lambda: kind.model_validate(content))
+
+
+def _valid(read: Callable[[], Any]) -> Any:
     try:
-        return kind.model_validate(content)
+        return read()
     except ValidationError as error:
         # Of a union, the member that has the type that was given.
         told = min(error.errors(include_url=False), key=lambda each: each["type"].endswith("_type"))
         names = (each for each in map(str, told["loc"]) if each.isalnum() or each.isidentifier())
         raise BadInput(f"{'.'.join(names) or 'the body'}: {told['msg']}") from error
+
+
+def whole_number(header: str) -> int | None:
+    """What a header says as digits; None where it does not."""
+    return int(header) if re.fullmatch("[0-9]{1,18}", header) else None
 
 
 def failure(path: str, message: str, status: int) -> Response:

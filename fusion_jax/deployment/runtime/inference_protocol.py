@@ -65,9 +65,10 @@ def split(body: bytes, header_length: str | None) -> tuple[bytes, bytes]:
     """The JSON and the bytes after it."""
     if header_length is None:
         return body, b""
-    if not header_length.isdigit() or int(header_length) > len(body):
-        raise BadInput(f"{LENGTH_HEADER} {header_length!r}; the body has {len(body)} bytes")
-    return body[: int(header_length)], body[int(header_length) :]
+    size = exchange.whole_number(header_length)
+    if size is None or size > len(body):
+        raise BadInput(f"{LENGTH_HEADER} {header_length[:20]!r}; the body has {len(body)} bytes")
+    return body[:size], body[size:]
 
 
 def arrays(request: InferRequest, binary: bytes) -> dict[str, np.ndarray]:
@@ -125,7 +126,7 @@ def _from_json(tensor: InputTensor) -> np.ndarray:
         flat = _flatten(tensor.data)
         if not all(isinstance(item, str) for item in flat):
             raise BadInput(f"input {tensor.name}: BYTES in JSON are strings")
-        return _objects([item.encode(errors="replace") for item in flat])
+        return _objects([item.encode() for item in flat])
     dtype = np.dtype(_dtype(tensor))
     try:
         values = np.array(tensor.data)
