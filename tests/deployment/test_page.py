@@ -331,6 +331,19 @@ def test_the_microphone_is_heard(page):
     assert page.see(f"{LAST}.dataset.done") == "true", page.see(f"{LAST}.textContent")
 
 
+def test_a_second_recording_is_not_cut_by_the_limit_of_the_first(page):
+    page.see("later = [], heard = [], kept = [setTimeout, add], true")
+    page.see("setTimeout = (run) => later.push(run), add = (file) => heard.push(file), true")
+    page.see("record()")
+    page.see("record()")  # stops it, before its limit
+    page.wait("heard.length === 1")
+    page.see("record()")
+    states = page.see("later.map((run) => (run(), recorder.state))")
+    page.wait("heard.length === 2")
+    page.see("[setTimeout, add] = kept, true")
+    assert states == ["recording", "inactive"]
+
+
 def test_files_that_do_not_fit_are_told_and_a_renamed_picture_is_a_picture(page, files):
     for name, message in {
         "long.flac": "lasts 3 s, and at most 0.5 s",
