@@ -274,6 +274,22 @@ def nested(depth):
     return f"{head}{data}}}]}}".encode()
 
 
+def edited(folder, place, **changes):
+    """A copy of an artifact whose manifest says something else."""
+    shutil.copytree(folder, place)
+    manifest = json.loads((place / "model.json").read_text()) | changes
+    (place / "model.json").write_text(json.dumps(manifest))
+    return place
+
+
+def test_a_model_that_answers_nothing_is_served(talker, tmp_path):
+    """Whatever it would say, it stops."""
+    folder = edited(talker, tmp_path / "silent", stop_ids=list(range(100)))
+    opened = Served.open(folder, Limits(rows=1, warm=16), Metrics().count)
+    opened.worker.close()
+    assert not opened.model.active
+
+
 def test_what_is_no_text_and_what_is_too_deep_is_refused():
     half = (
         rb'{"model": "m", "messages": [{"role": "user", "content": "w5"}], "answer": "hi \ud83d"}'

@@ -63,7 +63,8 @@ class Served:
             length = 8
             while (length := 2 * length) <= limits.warm:  # the prompts' lengths that are compiled
                 model.join(Writing([1] * length, np.zeros((0, model.width), np.float32), 3))
-                model.step()
+                if model.active:  # a model may end its answer before it begins
+                    model.step()
                 if len(model.active) == model.rows:
                     model.leave(model.active[0])
             while model.active:
