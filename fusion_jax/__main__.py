@@ -188,7 +188,11 @@ def export(arguments: list[str]) -> None:
 
 def serve(arguments: list[str]) -> None:
     """Serves an exported model or a trained run over HTTP."""
-    from fusion_jax.deployment.runtime import command
+    try:
+        from fusion_jax.deployment.runtime import command
+    except ModuleNotFoundError as missing:
+        needs = f"serving needs {missing.name}: pip install 'fusion_jax[serve]'"
+        raise UserError(needs) from missing
 
     stand, asked = None, {"-h", "--help"} & set(arguments)
     if not asked and any(each.partition("=")[0] == "--workdir" for each in arguments):

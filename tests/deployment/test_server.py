@@ -23,7 +23,8 @@ import pytest
 import uvicorn
 from PIL import Image
 
-from fusion_jax.deployment import stablehlo
+from fusion_jax.__main__ import main
+from fusion_jax.deployment import runtime, stablehlo
 from fusion_jax.deployment.runtime import command, exchange, inference_protocol, workers
 from fusion_jax.deployment.runtime.artifact import Artifact, BadInput
 from fusion_jax.deployment.runtime.chat_protocol import ChatRequest
@@ -272,6 +273,15 @@ def nested(depth):
     data = "[" * depth + '"w5"' + "]" * depth
     head = '{"inputs": [{"name": "prompt", "shape": [1], "datatype": "BYTES", "data": '
     return f"{head}{data}}}]}}".encode()
+
+
+def test_serving_without_its_extra_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, command.__name__)
+    monkeypatch.delattr(runtime, "command")
+    assert main(["serve", "artifact"]) == 2
+    told = "error: serving needs uvicorn: pip install 'fusion_jax[serve]'\n"
+    assert capsys.readouterr().err == told
 
 
 def edited(folder, place, **changes):
