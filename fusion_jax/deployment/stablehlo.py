@@ -32,6 +32,7 @@ from fusion_jax.data.image import Pictures
 from fusion_jax.data.pipeline import Transform
 from fusion_jax.data.text import FileTokenizer, Ids
 from fusion_jax.deployment.predictor import Predictor
+from fusion_jax.deployment.runtime.artifact import FORMAT
 from fusion_jax.errors import UserError
 from fusion_jax.language.answers import PLAIN
 from fusion_jax.language.ask import Assistant
@@ -308,7 +309,7 @@ def write(
         raise UserError(f"{folder} exists already: give another folder, or remove it")
     attention.use(attention.dense_attend)  # which every platform has
     with write_folder(folder) as place:
-        draft = Draft(place, {"format": 1, "name": name, "functions": {}})
+        draft = Draft(place, {"format": FORMAT, "name": name, "functions": {}})
         (predictor if isinstance(model, Predictor) else language_model)(draft, model)
         save_file(draft.weights, place / "weights.safetensors")
         (place / "weights.safetensors").chmod(0o644)

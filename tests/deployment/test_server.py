@@ -8,6 +8,7 @@ import io
 import json
 import os
 import queue
+import re
 import shutil
 import signal
 import socket
@@ -284,17 +285,61 @@ def test_serving_without_its_extra_says_what_to_install(monkeypatch, capsys):
     assert capsys.readouterr().err == told
 
 
-def edited(folder, place, **changes):
-    """A copy of an artifact whose manifest says something else."""
-    shutil.copytree(folder, place)
-    manifest = json.loads((place / "model.json").read_text()) | changes
-    (place / "model.json").write_text(json.dumps(manifest))
-    return place
+def cut(name, part):
+    """What leaves that part of a file."""
+
+    def damage(folder):
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[: int(part * len(content))])
+
+    return damage
+
+
+def said(**changes):
+    """What changes the manifest, or takes away what is None."""
+
+    def damage(folder):
+        manifest = json.loads((folder / "model.json").read_text()) | changes
+        kept = {name: value for name, value in manifest.items() if value is not None}
+        (folder / "model.json").write_text(json.dumps(kept))
+
+    return damage
+
+
+DAMAGES = {
+    "an empty function": (cut("decode.stablehlo", 0), "decode.stablehlo cannot be read"),
+    "half a function": (cut("prefill.stablehlo", 0.5), "prefill.stablehlo cannot be read"),
+    "half the weights": (cut("weights.safetensors", 0.5), "damaged"),
+    "a list": (lambda folder: (folder / "model.json").write_text("[1]"), "says no format"),
+    "a later format": (said(format=2), "its format is 2, and 1 is read here: export it again"),
+    "no format": (said(format=None), "says no format"),
+    "no special tokens": (said(special=None), "model.json says no special"),
+    "no functions": (said(functions=None), "model.json says no functions"),
+    "functions that are none": (said(functions=[]), "model.json says no functions"),
+    "a function that is not there": (said(functions={"decode": {}}), "no function image"),
+    "an unknown kind": (said(kind=["predict"]), "the kind ['predict'], not one of"),
+    "a card that is a number": (lambda f: (f / "card.json").write_text("1"), "damaged"),
+    "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json is no"),
+    "half a tokenizer": (cut("tokenizer.json", 0.5), "tokenizer.json is no tokenizer"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_a_damaged_or_foreign_artifact_gets_one_error_that_names_it(case, talker, tmp_path):
+    damage, told = DAMAGES[case]
+    folder = tmp_path / "damaged"
+    shutil.copytree(talker, folder)
+    damage(folder)
+    with pytest.raises(BadInput, match=re.escape(told)) as error:
+        Served.open(folder, Limits(rows=1, warm=0), Metrics().count)
+    assert str(error.value).startswith(str(folder)) and "\n" not in str(error.value)
 
 
 def test_a_model_that_answers_nothing_is_served(talker, tmp_path):
     """Whatever it would say, it stops."""
-    folder = edited(talker, tmp_path / "silent", stop_ids=list(range(100)))
+    folder = tmp_path / "silent"
+    shutil.copytree(talker, folder)
+    said(stop_ids=list(range(100)))(folder)
     opened = Served.open(folder, Limits(rows=1, warm=16), Metrics().count)
     opened.worker.close()
     assert not opened.model.active

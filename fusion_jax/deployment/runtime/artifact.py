@@ -26,6 +26,18 @@ DTYPES = {
 }
 
 
+FORMAT = 1
+"""Of the folder and its manifest; `export` writes it."""
+COMMON = {"name": str, "version": str, "functions": dict, "inputs": dict}
+SAID = {
+    "predict": COMMON | {"classes": list},
+    "generate": COMMON
+    | {"width": int, "context_length": int | None, "special": dict, "stop_ids": list}
+    | {"caches": dict},
+}
+"""What is read of the manifest of each kind of model."""
+
+
 class BadInput(Exception):
     """Something that the model cannot take; `status` is what HTTP calls it."""
 
@@ -48,11 +60,11 @@ class Artifact:
     def __init__(self, folder: Path):
         self.folder = folder
         try:
-            self.manifest: dict[str, Any] = json.loads((folder / "model.json").read_text())
-            self.card: dict[str, Any] = json.loads((folder / "card.json").read_text())
+            self.manifest = _checked(json.loads((folder / "model.json").read_text()))
+            self.card: dict[str, Any] = dict(json.loads((folder / "card.json").read_text()))
             self.weights = read_safetensors(folder / "weights.safetensors")
             self.functions = {name: self._load(name) for name in self.manifest["functions"]}
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # damaged bytes raise anything
             raise BadInput(f"{folder} is not an exported model, or damaged: {error}") from error
 
     @property
@@ -73,8 +85,41 @@ class Artifact:
         return {name: jnp.asarray(leaf) for name, leaf in self.weights.items()}
 
     def _load(self, name: str) -> Callable[..., Any]:
-        content = bytearray((self.folder / f"{name}.stablehlo").read_bytes())
-        return export.deserialize(content).call
+        if missing := sorted(set(self.manifest["functions"][name]["params"]) - set(self.weights)):
+            raise ValueError(f"weights.safetensors lacks {missing[0]}")
+        file = self.folder / f"{name}.stablehlo"
+        try:
+            return export.deserialize(bytearray(file.read_bytes())).call
+        except Exception as error:
+            raise ValueError(f"{file.name} cannot be read: {error}") from error
+
+
+def _checked(manifest: Any) -> dict[str, Any]:
+    """A manifest that says what is read of it. Raises ValueError."""
+    if not isinstance(manifest, dict) or "format" not in manifest:
+        raise ValueError("model.json says no format")
+    if manifest["format"] != FORMAT:
+        told = f"its format is {manifest['format']!r}, and {FORMAT} is read here"
+        raise ValueError(f"{told}: export it again, or serve it by its own serve.py")
+    if manifest.get("kind") not in list(SAID):
+        raise ValueError(f"model.json says the kind {manifest.get('kind')!r}, not one of {[*SAID]}")
+    for name, kind in SAID[manifest["kind"]].items():
+        if name not in manifest or not isinstance(manifest[name], kind):
+            raise ValueError(f"model.json says no {name}, or not as it should")
+    needed = {"predict": ["predict"], "generate": ["prefill", "decode", *manifest["inputs"]]}
+    if missing := sorted(set(needed[manifest["kind"]]) - set(manifest["functions"])):
+        raise ValueError(f"model.json says no function {missing[0]}")
+    return manifest
+
+
+def read_tokenizer(path: Path) -> Any:
+    """A `tokenizers.Tokenizer`, which predictors without text need not have. Raises BadInput."""
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # it raises nothing more special
+        raise BadInput(f"{path} is no tokenizer, or damaged: {error}") from error
 
 
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:

@@ -6,7 +6,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from . import template
-from .artifact import Artifact, BadInput
+from .artifact import Artifact, BadInput, read_tokenizer
 
 MARK = "\0"
 """Stands where an item of media is; people's text cannot say it."""
@@ -16,7 +16,7 @@ class Conversation:
     """The chat template and the tokenizer of an artifact."""
 
     def __init__(self, artifact: Artifact):
-        self.tokenizer = Tokenizer.from_file(str(artifact.folder / "tokenizer.json"))
+        self.tokenizer = read_tokenizer(artifact.folder / "tokenizer.json")
         self.special: dict[str, str] = artifact.manifest["special"]
         shipped = artifact.folder / "chat_template.jinja"
         self.template = shipped.read_text() if shipped.exists() else None

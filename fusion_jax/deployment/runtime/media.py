@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .artifact import BadInput, round_up
+from .artifact import BadInput, read_tokenizer, round_up
 
 LARGEST_PICTURE = 50_000_000  # pixels
 SHORTEST_SOUND = 0.1  # seconds
@@ -27,9 +27,7 @@ class Reader:
         self.spec, self.whole = spec, whole
         self.tokenizer = None
         if spec.get("tokenizer"):
-            from tokenizers import Tokenizer
-
-            self.tokenizer = Tokenizer.from_file(str(folder / spec["tokenizer"]))
+            self.tokenizer = read_tokenizer(folder / spec["tokenizer"])
             self.tokenizer.enable_truncation(spec["longest"])
 
     def __call__(self, content: bytes | str) -> np.ndarray:
