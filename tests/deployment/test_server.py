@@ -243,7 +243,7 @@ def test_what_is_too_many_is_said(content, how, told):
         exchange.valid(ChatRequest, ask(content, **how))
 
 
-def test_strings_as_bytes_are_counted_before_they_are_kept():
+def test_strings_are_counted_before_they_are_kept():
     sent = {"name": "text", "shape": [10**6], "datatype": "BYTES"}
     sent["parameters"] = {"binary_data_size": 4 * 10**6}
     request = inference_protocol.InferRequest(inputs=[sent])
@@ -251,6 +251,9 @@ def test_strings_as_bytes_are_counted_before_they_are_kept():
     with pytest.raises(BadInput, match="more than 256 rows"):
         inference_protocol.arrays(request, bytes(4 * 10**6))
     assert time.process_time() - started < 1
+    many = tensor("prompt", (257,), "BYTES", ["w5"] * 257)
+    with pytest.raises(BadInput, match="input prompt: more than 256 rows"):
+        inference_protocol.arrays(inference_protocol.InferRequest(inputs=[many]), b"")
     sent |= {"shape": [2], "parameters": {"binary_data_size": 11}}
     request = inference_protocol.InferRequest(inputs=[sent])
     two = b"\1\0\0\0a\2\0\0\0bc"

@@ -124,6 +124,8 @@ def _from_json(tensor: InputTensor) -> np.ndarray:
         raise BadInput(f"input {tensor.name} has no data")
     if tensor.datatype == "BYTES":
         flat = _flatten(tensor.data)
+        if len(flat) > MOST_ROWS:
+            raise BadInput(f"input {tensor.name}: more than {MOST_ROWS} rows")
         if not all(isinstance(item, str) for item in flat):
             raise BadInput(f"input {tensor.name}: BYTES in JSON are strings")
         return _objects([item.encode() for item in flat])
