@@ -54,7 +54,7 @@ def export(
         raise UserError(f"{artifact} exists already: give another place, or remove it")
     found, card = (from_checkpoint(model), {"model": model}) if model else opened(workdir, senses)
     found = _without_facts(found, workdir)
-    name = name or artifact.resolve().stem
+    name = name or artifact.resolve().name
     if format == "stablehlo":
         stablehlo.write(artifact, name, found, card)
     elif format == "onnx":

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from jax import export as jax_export
 from PIL import Image
 
-from fusion_jax.deployment import stablehlo
+from fusion_jax.deployment import export, stablehlo
 from fusion_jax.deployment.runtime import chat_protocol
 from fusion_jax.deployment.runtime.artifact import Artifact
 from fusion_jax.deployment.runtime.chat_protocol import ChatRequest
@@ -293,6 +293,16 @@ def test_an_interrupted_export_leaves_nothing(classifier, tmp_path, monkeypatch)
     (tmp_path / "there").mkdir()
     with pytest.raises(UserError, match="exists already"):
         stablehlo.write(tmp_path / "there", "name", classifier, {})
+
+
+def test_a_model_is_called_as_its_folder_is(classifier, tmp_path, monkeypatch):
+    """All of it: 1.7b has no suffix."""
+    written = []
+    monkeypatch.setattr(export, "from_checkpoint", lambda _: classifier)
+    monkeypatch.setattr(stablehlo, "write", lambda folder, name, *_: written.append(name))
+    export.export(tmp_path / "smollm2-1.7b", model="smollm2-1.7b")
+    export.export(tmp_path / "other", model="smollm2-1.7b", name="mine")
+    assert written == ["smollm2-1.7b", "mine"]
 
 
 def test_pictures_and_sound_are_read_as_in_training(tmp_path):
