@@ -424,15 +424,16 @@ def post_and_leave(host, route, content, before_the_body=lambda: None):
         sent.append(message)
 
     scope = {"type": "http", "method": "POST", "path": route, "headers": [], "query_string": b""}
-    asyncio.run(Server(host, Metrics()).app()(scope, receive, send))
+    asyncio.run(asyncio.wait_for(Server(host, Metrics()).app()(scope, receive, send), 30))
     return sent[0]["status"]
 
 
 def test_a_client_that_goes_away_leaves_nothing_to_be_written(talker):
-    """Of a chat, of many prompts at once, and of the scores of an answer."""
+    """Of a chat, a stream that has not begun, many prompts at once, and the scores of an answer."""
     prompts = tensor("prompt", (9,), "BYTES", ["w5"] * 9)
     for route, content, count in (
         ("/v1/chat/completions", ask(), 1),
+        ("/v1/chat/completions", ask(stream=True), 1),
         ("/v2/models/talker/infer", {"inputs": [prompts]}, 9),  # more than may wait: one request
         ("/v1/occlusion", ask() | {"answer": "w6"}, 1),
     ):

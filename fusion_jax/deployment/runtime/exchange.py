@@ -3,11 +3,11 @@
 import asyncio
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from .artifact import BadInput
@@ -48,8 +48,25 @@ def deadline(request: Request, most: float) -> float:
     return time.monotonic() + seconds
 
 
-async def disconnected(request: Request) -> None:
-    """Returns when the client has gone away."""
+async def unless_gone(request: Request, result: Awaitable[Any]) -> Any:
+    """The result, which is cancelled if the client goes away first.
+
+    Raises:
+        ClientDisconnect: it did.
+    """
+    task = asyncio.ensure_future(result)
+    gone = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait([task, gone], return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        gone.cancel()
+        task.cancel()
+
+
+async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
 

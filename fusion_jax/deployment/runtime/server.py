@@ -5,7 +5,6 @@ metrics, finishes what it began when it is told to stop, and takes a new artifac
 into the folder's place.
 """
 
-import asyncio
 import contextlib
 import hmac
 import time
@@ -250,16 +249,9 @@ class Server:
         async def results() -> list[Any]:
             return [await answer.result() for answer in answers]
 
-        task = asyncio.ensure_future(results() if result is None else result)
-        gone = asyncio.ensure_future(exchange.disconnected(request))
         try:
-            await asyncio.wait([task, gone], return_when=asyncio.FIRST_COMPLETED)
-            if not task.done():
-                raise ClientDisconnect
-            return task.result()
+            return await exchange.unless_gone(request, results() if result is None else result)
         finally:
-            gone.cancel()
-            task.cancel()
             for answer in answers:
                 answer.job.cancelled = True
 
@@ -288,7 +280,8 @@ class Server:
         }
         text = served.model.text_of(writing, asked.stops)
         if asked.stream:
-            await answer.first()  # errors that come before the answer have a status of their own
+            # Errors that come before the answer have a status of their own.
+            await exchange.unless_gone(request, answer.first())
             usage = asked.stream_options is not None and asked.stream_options.include_usage
             pieces = events(answer, writing, text, about, usage)
             return StreamingResponse(pieces, media_type="text/event-stream")
