@@ -15,7 +15,7 @@ import numpy as np
 from einops import rearrange
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from fusion_jax.compression.quantization import kernels
+from fusion_jax.compression.quantization import is_compressed, is_table, kernels
 from fusion_jax.errors import UserError
 
 Sparsity = float | str
@@ -139,12 +139,15 @@ def while_training(
     """An objective whose kernels have the scheduled share of smallest numbers at zero.
 
     The gradient goes to all numbers, so that one may come back; prune by `magnitude` at the end.
+    Tables of words stay whole, and what is in few bits already.
     """
 
     def sparse(params: Any, batch: Any, rng: jax.Array) -> Any:
         share = schedule(batch["step"])
         flat = flatten_dict(params, sep="/")
         for path, kernel in kernels(params).items():
+            if is_table(path) or is_compressed(kernel):
+                continue
             size = jax.lax.stop_gradient(jnp.abs(kernel))
             zeroed = jnp.where(size >= jnp.quantile(size, share), 0.0, kernel)
             flat[path] = kernel - jax.lax.stop_gradient(zeroed)

@@ -23,6 +23,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from fusion_jax.compression.pruning import cubic, parse_sparsity, while_training
 from fusion_jax.compression.quantization import is_compressed, quantization_aware
 from fusion_jax.training.settings import Settings
 from fusion_jax.training.step import Objective
@@ -33,9 +34,13 @@ FORWARD, BACKWARD = (jnp.float8_e4m3fn, 448.0), (jnp.float8_e5m2, 57344.0)
 
 
 def as_trained(objective: Objective, settings: Settings) -> Objective:
-    """The objective as the steps of a run compute it, with what the settings round."""
+    """The objective as the steps of a run compute it, with what the settings prune and round."""
     if settings.aware != "off":
         objective = quantization_aware(objective, settings.aware)
+    share, _ = parse_sparsity(settings.sparsity)
+    if share:
+        schedule = cubic(share, 0, max(1, 2 * settings.steps // 3))
+        objective = while_training(objective, schedule)
     return rounded_matmuls(objective, settings.matmuls)
 
 

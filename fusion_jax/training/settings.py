@@ -32,6 +32,10 @@ class Settings:
     aware: Literal["off", "int8", "int4", "nf4", "fp8"] = "off"
     """Train with kernels and tables as that recipe of `compress` will round them, so that less is
     lost (quantization-aware training)."""
+    sparsity: float = 0.0
+    """Train with this share of each kernel's numbers at zero, the smallest: ever more of them over
+    the first two thirds of the steps. Then `compress --recipe prune-0.5` (or what the share is)
+    loses little."""
     matmuls: Literal["full", "int8", "fp8"] = "full"
     """Training products of attention and MLPs in 8 bits, on hardware that is faster so."""
     scan: bool = False

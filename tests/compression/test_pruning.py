@@ -83,14 +83,16 @@ def test_sparsity_follows_its_schedule_and_zeros_may_come_back():
     assert [float(schedule(jnp.int32(step))) for step in (0, 15, 99)] == [0, 0.4375, 0.5]
 
     def objective(params, batch, rng):
-        return (params["a"]["kernel"] * 2).sum(), params["a"]["kernel"]
+        return (params["a"]["kernel"] * 2).sum(), params
 
-    sparse, params = while_training(objective, schedule), {"a": {"kernel": jnp.asarray(KERNEL)}}
+    sparse, table = while_training(objective, schedule), {"embedding": jnp.asarray(KERNEL)}
+    params = {"a": {"kernel": jnp.asarray(KERNEL)}, "embedding": table}
     for step, share in ((0, 0), (15, 0.4375), (99, 0.5)):
         batch = {"step": jnp.int32(step)}
         run = jax.value_and_grad(sparse, has_aux=True)
         (_, seen), grads = run(params, batch, jax.random.key(0))
-        assert abs((np.asarray(seen) == 0).mean() - share) < 0.02
+        assert abs((np.asarray(seen["a"]["kernel"]) == 0).mean() - share) < 0.02
+        np.testing.assert_array_equal(seen["embedding"]["embedding"], KERNEL)  # a table stays whole
         np.testing.assert_array_equal(grads["a"]["kernel"], np.full(KERNEL.shape, 2.0))
 
 

@@ -18,6 +18,7 @@ from fusion_jax.compression.workdir import compress
 from fusion_jax.errors import UserError
 from fusion_jax.training import experiment as experiments
 from fusion_jax.training import loop
+from fusion_jax.training.matmuls import as_trained
 
 SOURCE = Path(__file__).parents[1] / "training" / "tiny.py"
 
@@ -81,6 +82,17 @@ def test_training_sees_the_numbers_that_a_recipe_leaves(trained):
     key = jax.random.fold_in(jax.random.key(0), 0)
     losses = [experiment.objective(each, experiment.data[0], key)[0] for each in (params, small)]
     assert abs(first - losses[1]) < 1e-5 < abs(first - losses[0])
+
+
+def test_training_prunes_ever_more_up_to_what_a_recipe_leaves(trained):
+    _, experiment, params = trained
+    settings = experiments.load_file(SOURCE).Settings(steps=30, sparsity=0.5, aware="int8")
+    sparse, key = jax.jit(as_trained(experiment.objective, settings)), jax.random.key(0)
+    half = parse("prune-0.5")(params, None)
+    for step, left in ((0, params), (20, half), (29, half)):
+        batch = experiment.data[0] | {"step": np.int32(step)}
+        expected = experiment.objective(dense_params(parse("int8")(left, None)), batch, key)[0]
+        np.testing.assert_allclose(sparse(params, batch, key)[0], expected, rtol=1e-5)
 
 
 def test_bad_input_is_one_line_and_nothing_is_written(trained, tmp_path, capsys):
