@@ -14,6 +14,7 @@ from fusion_jax.errors import UserError
 from fusion_jax.tokens import Tokens
 
 SAMPLE_RATE = 16_000
+_BLOCK = 2**18  # numbers that are decoded at once
 _BREAKS_OFF = "the sound breaks off before its end; fetch or export it again"
 # Where WAV, AIFF, RF64, W64 and AU say how many bytes follow, and how many lie before those.
 _SIZES: dict[bytes, tuple[int, int, Literal["little", "big"], int]] = {
@@ -44,14 +45,18 @@ def decode(data: bytes, name: str = "audio", max_seconds: float | None = None) -
         with soundfile.SoundFile(io.BytesIO(data)) as file:
             rate, kind, stated = file.samplerate, file.format, file.frames
             # A little more than asked for, since the resampling filter looks ahead.
-            frames = -1 if max_seconds is None else int((max_seconds + 0.1) * rate)
-            samples = file.read(frames, dtype="float32", always_2d=True)
+            frames = stated if max_seconds is None else int((max_seconds + 0.1) * rate)
+            left, size, means = frames, max(_BLOCK // file.channels, 1), [np.zeros(0, np.float32)]
+            # A small file may hold many channels: they are averaged block by block.
+            while left > 0 and len(block := file.read(min(size, left), "float32", always_2d=True)):
+                means.append(block.mean(axis=1))
+                left -= len(block)
+            samples = np.concatenate(means)
     except (soundfile.LibsndfileError, RuntimeError) as error:
         raise UserError(
             f"{name}: not a readable sound ({error}); expected WAV, FLAC, Ogg ..."
         ) from (error)
-    expected = stated if max_seconds is None else min(frames, stated)
-    if kind == "MP3" and _counts(data) and expected - len(samples) > 0.1 * rate:
+    if kind == "MP3" and _counts(data) and min(frames, stated) - len(samples) > 0.1 * rate:
         raise UserError(f"{name}: {_BREAKS_OFF}")
     return resample(samples, rate, name, max_seconds)
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from fusion_jax.data import audio, image
 from fusion_jax.data.audio import Waveforms
 from fusion_jax.data.image import Augment, Pictures
 from fusion_jax.data.text import ByteTokenizer, FileTokenizer, Ids
+from fusion_jax.deployment.runtime import media
+from fusion_jax.deployment.runtime.artifact import BadInput
 from fusion_jax.errors import UserError
 
 
@@ -84,6 +87,33 @@ def test_sound_is_cut_to_the_limit():
 def test_damaged_sound_is_named(data, message):
     with pytest.raises(UserError, match=f"owl.ogg: .*({message})"):
         audio.decode(data, "owl.ogg")
+
+
+def test_a_small_file_of_many_channels_takes_little_memory():
+    """Kilobytes that are 16 MB as numbers; and no recording has so high a rate."""
+    loud = np.arange(8, dtype=np.int16) * 100  # of each channel; their mean is 350
+    content = sound(np.tile(loud, (500_000, 1)), 100_000, "FLAC")
+    assert len(content) < 50_000
+    for read in (
+        audio.decode,
+        lambda content: audio.decode(content, max_seconds=9),
+        lambda content: media.sound(content, 16_000, 9 * 16_000),
+    ):
+        tracemalloc.start()
+        found = read(content)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 8e6 and len(found) == 80_000
+        np.testing.assert_allclose(found[100:-100], 350 / 2**15, rtol=1e-3)
+    with pytest.raises(BadInput, match="655350 samples a second, and at most 192000 are read"):
+        media.sound(sound(np.tile(loud, (90_000, 1)), 655_350, "FLAC"), 16_000, 16_000)
+
+
+def test_sound_that_cannot_be_wound_is_read():
+    file = io.BytesIO()
+    soundfile.write(file, NOISE, 8000, format="WAV", subtype="GSM610")
+    frames = soundfile.info(io.BytesIO(file.getvalue())).frames  # with what fills the last block
+    assert 18_000 <= len(audio.decode(file.getvalue())) <= 2 * frames
 
 
 def test_an_mp3_that_does_not_say_its_length_is_whole():

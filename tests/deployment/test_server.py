@@ -686,6 +686,23 @@ def test_schemathesis_finds_no_crash_of_a_model_that_chats(talker, tmp_path):
         assert f'route="{route}",status="200"' in answered
 
 
+def test_a_crowd_of_connections_is_refused_and_then_forgotten(client):
+    """Of a queue of 4: at most 272 are held."""
+
+    def until(status):
+        end = time.monotonic() + 60
+        while client.get("/v2/health/live").status_code != status:
+            assert time.monotonic() < end
+            time.sleep(0.1)
+
+    with contextlib.ExitStack() as crowd:
+        for _ in range(280):
+            address = ("127.0.0.1", client.base_url.port)
+            crowd.enter_context(socket.create_connection(address, timeout=30))
+        until(503)
+    until(200)
+
+
 def test_being_told_to_stop_finishes_a_stream(process, client):
     """Last of all: it ends the process."""
     running, _ = process

@@ -93,6 +93,7 @@ def main(
         port=chosen.port,
         log_level="info",
         access_log=False,
+        limit_concurrency=256 + 4 * chosen.queue,  # far more than wait: each may hold a body
         timeout_graceful_shutdown=int(chosen.answer_seconds) + 1,
     )
     # uvicorn raises the signal again when all is finished; that is no failure.

@@ -12,6 +12,8 @@ from .artifact import BadInput, read_tokenizer, round_up
 
 LARGEST_PICTURE = 50_000_000  # pixels
 SHORTEST_SOUND = 0.1  # seconds
+HIGHEST_RATE = 192_000  # Hz
+BLOCK = 2**18  # numbers that are decoded at once
 SILENT = 1e-4  # of full scale, 80 dB below it
 
 
@@ -112,8 +114,8 @@ def _opened(content: bytes) -> Iterator[Any]:
 def sound(content: bytes, rate: int, longest: int, *, whole: bool = False) -> np.ndarray:
     """WAV, FLAC, Ogg, MP3 ... -> mono float32 at `rate`, [at most longest samples].
 
-    Never more than that is decoded, however long the recording is; with `whole`, one that is longer
-    is refused.
+    Never more than that is decoded, however long the recording is, and of many channels only a
+    block at once; with `whole`, one that is longer is refused.
     """
     import soundfile
     import soxr
@@ -125,8 +127,13 @@ def sound(content: bytes, rate: int, longest: int, *, whole: bool = False) -> np
                     f"the recording lasts {file.frames / file.samplerate:.0f} s, and at most"
                     f" {longest / rate:g} s are heard at once: cut it"
                 )
+            if file.samplerate > HIGHEST_RATE:
+                raise BadInput(
+                    f"the recording has {file.samplerate} samples a second, and at most"
+                    f" {HIGHEST_RATE} are read: resample it"
+                )
             frames = int((longest / rate + 0.1) * file.samplerate)
-            samples = file.read(frames, dtype="float32", always_2d=True).mean(axis=1)
+            samples = np.concatenate([np.zeros(0, np.float32), *_means(file, frames)])
             if file.samplerate != rate:
                 samples = soxr.resample(samples, file.samplerate, rate)
     except (soundfile.LibsndfileError, RuntimeError, TypeError) as error:
@@ -142,6 +149,14 @@ def sound(content: bytes, rate: int, longest: int, *, whole: bool = False) -> np
     if np.abs(samples).max() < SILENT:
         raise BadInput("the recording is silent: check the microphone, or send another")
     return samples[:longest].astype(np.float32)
+
+
+def _means(file: Any, frames: int) -> Iterator[np.ndarray]:
+    """At most so many frames of a SoundFile, the mean of its channels, a block at a time."""
+    size = max(BLOCK // file.channels, 1)
+    while frames > 0 and len(block := file.read(min(size, frames), "float32", always_2d=True)):
+        yield block.mean(axis=1)
+        frames -= len(block)
 
 
 def batch(spec: Mapping[str, Any], items: list[np.ndarray | None]) -> dict[str, np.ndarray]:

@@ -12,7 +12,7 @@ ERRORS = {
     "413": "Too large",
     "429": "Too many requests wait: try again later",
     "500": "The model failed",
-    "503": "Shutting down",
+    "503": "Shutting down, or holding too many connections",
     "504": "Not answered before the deadline",
 }
 
