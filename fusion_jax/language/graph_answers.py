@@ -27,6 +27,8 @@ from fusion_jax.language.injection import Params, Writer, states
 from fusion_jax.language.nearest import Memory
 
 Asked = Sequence[tuple[Task, Facts]]
+Recalled = tuple[np.ndarray, np.float32, Memory]
+"""Of a question the state, the model's log odds of yes, and what is remembered."""
 _FORM = re.compile("is|are|be|was|were|an?|the|any|some|all|do|does|kinds?|sort|type|of|this")
 
 
@@ -108,12 +110,20 @@ class Recalling:
     def chosen(cls, judge: Judge, tasks: Sequence[Task]) -> "Recalling":
         """With the settings that are best on validation questions, whatever is retrieved."""
         retrieved = retrieve(judge.writer.world, tasks).values()
-        asked = [list(zip(tasks, facts, strict=True)) for facts in retrieved]
+        recalled = [
+            cls(judge).recalled(list(zip(tasks, facts, strict=True))) for facts in retrieved
+        ]
         choices = [cls(judge, w, t) for w in (0.3, 0.6, 0.9) for t in (0.003, 0.03, 0.3)]
-        return max(choices, key=lambda each: np.mean([hits(each(a) > 0, tasks) for a in asked]))
+        return max(
+            choices, key=lambda each: np.mean([hits(each.mixed(r) > 0, tasks) for r in recalled])
+        )
 
     def __call__(self, asked: Asked) -> np.ndarray:
         """Log odds [n]."""
+        return self.mixed(self.recalled(asked))
+
+    def recalled(self, asked: Asked) -> list[Recalled]:
+        """What `mixed` needs, whatever the settings."""
         world = self.judge.writer.world
         own = [((t.thing, t.kind),) if self.asked else () for t, _ in asked]
         about = [(facts, pairs) for (_, facts), pairs in zip(asked, own, strict=True)]
@@ -126,12 +136,16 @@ class Recalling:
             )
             for each, tasks in said.items()
         }
+        return list(zip(*self._unit(asked), map(memories.get, about), strict=True))
+
+    def mixed(self, recalled: Sequence[Recalled]) -> np.ndarray:
+        """Log odds [n]."""
         settings = {"weight": self.weight, "temperature": self.temperature}
         found = []
-        for hidden, odds, each in zip(*self._unit(asked), about, strict=True):
+        for hidden, odds, memory in recalled:
             no_yes = jax.nn.log_sigmoid(jnp.stack([-odds, odds]))[None]
-            mixed = np.asarray(memories[each].mix(no_yes, jnp.asarray(hidden)[None], **settings))
-            found.append(odds if not said[each] else mixed[0, 1] - mixed[0, 0])
+            mixed = np.asarray(memory.mix(no_yes, jnp.asarray(hidden)[None], **settings))
+            found.append(odds if memory.index is None else mixed[0, 1] - mixed[0, 0])
         return np.array(found, np.float32)
 
     def _unit(self, asked: Asked) -> tuple[np.ndarray, np.ndarray]:
