@@ -1,11 +1,12 @@
-"""Other speeds, noise and masks for recordings, on the device, as pure functions.
+"""Other speeds and noise for recordings, on the device, as pure functions.
 
     keys = row_keys(batch["id"], batch["step"], seed=0)
     sound = change_speed(batch["audio"], uniform(keys, 0.9, 1.1))
-    sound = add_noise(sound, other_rows(sound), decibels)
+    sound = add_noise(sound, white_noise(keys, sound.values.shape[1]), decibels)
 
 Each row has a key of its own, made of (seed, step, example): what happens to a recording does not
-depend on which others, hosts and devices share its batch (but for `other_rows`).
+depend on which others, hosts and devices share its batch. Where features are hidden (SpecAugment)
+it is by `encoders.mel.spec_augment`, in the objective.
 """
 
 from functools import partial
@@ -13,7 +14,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from fusion_jax.encoders.mel import spec_augment
 from fusion_jax.tokens import Tokens, fill
 
 HALF = 12  # taps of the resampling filter on each side
@@ -91,19 +91,3 @@ def add_noise(sound: Tokens, noise: jax.Array, decibels: jax.Array) -> Tokens:
 def white_noise(keys: jax.Array, samples: int) -> jax.Array:
     """Gaussian noise, float32 [b, samples]."""
     return jax.vmap(lambda key: jax.random.normal(key, (samples,)))(keys)
-
-
-def other_rows(sound: Tokens) -> jax.Array:
-    """For each row the one after it in the batch, over and over again to its full length."""
-    samples, length = fill(sound), sound.mask.sum(axis=1, dtype=jnp.int32)[:, None].clip(1)
-    place = jnp.arange(samples.shape[1], dtype=jnp.int32)[None] % length
-    return jnp.roll(jnp.take_along_axis(samples, place, axis=1), 1, axis=0)
-
-
-def hide_stretches(
-    features: Tokens, keys: jax.Array, *, bands: int = 15, time: float = 0.2, times: int = 2
-) -> Tokens:
-    """`encoders.mel.spec_augment` with a key for each row, on any features [b, t, d]."""
-    hide = partial(spec_augment, bands=bands, time=time, times=times)
-    one = jax.tree.map(lambda leaf: leaf[:, None], features)
-    return jax.tree.map(lambda leaf: leaf[:, 0], jax.vmap(hide)(one, keys))

@@ -76,10 +76,7 @@ def test_an_example_is_changed_alike_in_any_batch():
     @jax.jit
     def made(ids, step, seed):
         keys = augment.row_keys(ids, step, seed)
-        features = Tokens(jnp.ones((len(ids), 40, 8)), jnp.ones((len(ids), 40), bool))
-        noise = augment.white_noise(keys, 16)
-        hidden = augment.hide_stretches(features, keys, bands=3, time=0.3).values
-        return augment.uniform(keys, 0.9, 1.1), noise, hidden
+        return augment.uniform(keys, 0.9, 1.1), augment.white_noise(keys, 16)
 
     def changed(ids, step=5, seed=0):
         return jax.tree.map(np.asarray, made(ids, step, seed))
@@ -90,12 +87,3 @@ def test_an_example_is_changed_alike_in_any_batch():
     others = changed(ids, step=6), changed(ids, seed=1)
     assert not any(np.array_equal(together[0], other[0]) for other in others)
     assert np.abs(together[0] - 1).max() <= 0.1 and len(set(together[0].tolist())) == 3
-    share = 1 - together[2].mean(axis=(1, 2))
-    assert (share > 0).all() and (share < 1 - (1 - 0.6) * (1 - 6 / 8)).all()
-
-
-def test_another_row_is_heard_to_the_end():
-    around = np.asarray(augment.other_rows(recordings()))
-    assert not around[0].any()  # the row after the last is the first: row 0 hears the absent one
-    np.testing.assert_array_equal(around[1], recordings().values[0])
-    np.testing.assert_array_equal(around[2], np.tile(recordings().values[1, :1500], 3)[:SIZE])
