@@ -3,6 +3,7 @@
 read.tsv("facts.tsv")             # head, relation, tail [, confidence [, source]]
 read.folder("mine/")              # train.txt, valid.txt, test.txt, as PyKEEN and others keep them
 read.rdf("schema.ttl")            # N-Triples, Turtle ... (pip install 'fusion_jax[rdf]')
+read.file("facts.tsv")            # one of these two, by its suffix
 read.benchmark("umls")            # umls, kinships or nations, out of PyKEEN's wheel
 """
 
@@ -23,6 +24,8 @@ EXPECTED = (
     "head, relation, tail, separated by tabs, then if wanted a confidence in 0..1 and a source"
 )
 BENCHMARKS = ("umls", "kinships", "nations")
+TSV = (".tsv", ".txt")
+RDF = (".ttl", ".nt", ".rdf", ".owl", ".xml", ".jsonld")
 
 
 class Fact(NamedTuple):
@@ -140,7 +143,8 @@ def folder(path: str | Path, unseen: Literal["error", "keep", "drop"] = "error")
         if strangers and unseen == "error":
             raise UserError(
                 f"{path / split}: {len(strangers)} facts name what no training fact has, such as"
-                f" the {_stranger(strangers[0], known)}; read with unseen='drop' or 'keep'"
+                f" the {_stranger(strangers[0], known)}; give unseen drop to leave them out, or"
+                f" unseen keep to rank them too"
             )
         parts[split] = [fact for fact in parts[split] if not _stranger(fact, known)]
     return assemble(parts, path.name)
@@ -214,6 +218,20 @@ def rdf(path: str | Path, format: str | None = None) -> Graph:
         for language, called in names.items()
     }
     return dataclasses.replace(graph, names=per_entity, descriptions=tuple(descriptions))
+
+
+def file(path: str | Path) -> Graph:
+    """A file of triples (.tsv, .txt) or of RDF (.ttl, .nt ...), all facts for training.
+
+    Raises:
+        UserError: another suffix; what `tsv` and `rdf` raise.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix not in TSV + RDF:
+        raise UserError(
+            f"{path}: expected triples as {' or '.join(TSV)}, or RDF as {', '.join(RDF)}"
+        )
+    return tsv(path) if suffix in TSV else rdf(path)
 
 
 def benchmark(name: Literal["umls", "kinships", "nations"]) -> Graph:

@@ -44,7 +44,9 @@ def test_folders(tmp_path):
             (tmp_path / f"{split}.txt").write_text(parts.get(split, "a\tr\tb\n"))
 
     write(train="a\tr\tb\nb\tr\tc\n", valid="a\tr\tc\n", test="c\tr\ta\nc\tr\tnew\n")
-    with pytest.raises(UserError, match=r"test: 1 facts .* such as the entity 'new'"):
+    with pytest.raises(
+        UserError, match=r"test: 1 facts .* the entity 'new'; give unseen drop .* keep"
+    ):
         read.folder(tmp_path)
     assert [len(read.folder(tmp_path, "drop").part(split)) for split in SPLITS] == [2, 1, 1]
     kept = read.folder(tmp_path, "keep")
@@ -65,6 +67,23 @@ def test_folders(tmp_path):
         read.folder(tmp_path / "lost")
     with pytest.raises(UserError, match="no such file"):
         read.tsv(tmp_path / "lost.tsv")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # rdflib's, of its own JSON-LD parser
+def test_a_file_is_read_as_its_suffix_says(tmp_path):
+    for suffix in (".tsv", ".txt", ".TSV"):
+        path = tmp_path / f"facts{suffix}"
+        path.write_text("a\tr\tb\n")
+        assert read.file(path).entities == ("a", "b")
+    with pytest.raises(UserError, match=r"facts\.csv: expected triples as \.tsv .*or RDF as \.ttl"):
+        read.file(tmp_path / "facts.csv")
+    rdflib = pytest.importorskip("rdflib")
+    for suffix in read.RDF:
+        path = tmp_path / f"zoo{suffix}"
+        store = rdflib.Graph()
+        store.add([rdflib.URIRef(f"http://zoo.org/{name}") for name in ("Whale", "is", "Mammal")])
+        store.serialize(path, format=rdflib.util.guess_format(str(path)), encoding="utf-8")
+        assert read.file(path).names["en"] == (("Mammal",), ("Whale",))
 
 
 def test_rdf(tmp_path):
