@@ -35,12 +35,13 @@ import jax
 import numpy as np
 import optax
 
+from fusion_jax.errors import UserError
 from fusion_jax.evaluation import ranking
 from fusion_jax.evaluation.table import print_table
 from fusion_jax.knowledge import inspect, read, scorers, wordnet
 from fusion_jax.knowledge.batches import Facts
 from fusion_jax.knowledge.entities import Computed, described, from_text, text_features
-from fusion_jax.knowledge.graph import Graph
+from fusion_jax.knowledge.graph import SPLITS, Graph
 from fusion_jax.objectives.combine import Objective, weighted_sum
 from fusion_jax.objectives.knowledge import (
     f2,
@@ -112,7 +113,13 @@ class Settings(Base):
     """A setting that is not given is what was tuned for the data set and scorer, else a default."""
 
     dataset: str = "umls"
-    """umls, kinships, nations, wordnet, or a folder with train.txt, valid.txt and test.txt."""
+    """umls, kinships, nations, wordnet, or your own: a folder with train.txt, valid.txt and
+    test.txt, or one file of triples (.tsv, .txt) or RDF (.ttl, .nt ...), a twentieth of which is
+    kept for validation and another for testing."""
+    unseen: Literal["error", "drop", "keep"] = "error"
+    """What to do with a folder's valid and test facts whose entities or relations are in no
+    training fact, as in FB15k-237 and WN18RR: refuse, leave out, or rank them too (`--text` has
+    something to tell of such entities)."""
     scorer: Literal[tuple(SCORERS)] = "complex"
     dim: int | None = None
     loss: Literal["one", "binary", "softmax", "some", "adversarial"] | None = None
@@ -149,13 +156,34 @@ class Settings(Base):
 
 
 @cache
-def read_graph(dataset: str) -> Graph:
-    """A data set by name, or a folder of splits; read once."""
+def read_graph(dataset: str, unseen: Literal["error", "drop", "keep"] = "error") -> Graph:
+    """A data set by name, or one's own as a folder of splits or a file; read once.
+
+    Raises:
+        UserError: there is no such data set; what `read` raises; a split without facts.
+    """
+    path = Path(dataset)
     if dataset in read.BENCHMARKS:
-        return read.benchmark(dataset)
-    if dataset == "wordnet":
-        return read.split_facts(wordnet.load())
-    return read.folder(dataset)
+        graph = read.benchmark(dataset)
+    elif dataset == "wordnet":
+        graph = read.split_facts(wordnet.load())
+    elif path.is_dir():
+        graph = read.folder(path, unseen)
+    elif path.is_file():
+        graph = read.split_facts(read.file(path))
+    else:
+        raise UserError(
+            f"no data set {dataset!r}; give {', '.join(read.BENCHMARKS)}, wordnet, a folder with"
+            f" train.txt, valid.txt and test.txt, or a file of triples ({', '.join(read.TSV)}) or"
+            f" RDF ({', '.join(read.RDF)})"
+        )
+    empty = [split for number, split in enumerate(SPLITS) if not (graph.split == number).any()]
+    if empty:
+        raise UserError(
+            f"{dataset}: no fact is left for {' and '.join(empty)} of {len(graph)}; give more"
+            f" facts, or a folder with all three splits"
+        )
+    return graph
 
 
 def scorer_of(s: Settings, graph: Graph) -> scorers.Scorer | Computed:
@@ -189,7 +217,7 @@ def objective_of(s: Settings, scorer: scorers.Scorer | Computed) -> Objective:
 
 
 def build(s: Settings) -> Experiment:
-    graph = read_graph(s.dataset)
+    graph = read_graph(s.dataset, s.unseen)
     scorer = scorer_of(s, graph)
     schedule = optax.warmup_cosine_decay_schedule(0.0, s.learning_rate, s.steps // 20, s.steps)
     split = "valid" if s.development else "test"

@@ -85,7 +85,7 @@ def train(s: Settings, seeds: Sequence[int]) -> Iterator[Params]:
 
 def measure(s: Settings, params: Params, split: str) -> dict[str, float]:
     """MRR and Hits@k over both sides, on a split."""
-    graph = read_graph(s.dataset)
+    graph = read_graph(s.dataset, s.unseen)
     return link_prediction(scorer_of(s, graph).score_all, params, graph, split)["both"]
 
 
