@@ -150,7 +150,7 @@ class Settings(Base):
     """Tokens of a training row; longer questions are left out, and of longer facts the last. None:
     what nine of ten need that are made of WordNet; for long names give more."""
     graph: Path | None = None
-    """Your own facts (TSV: head, relation, tail) in place of WordNet; with it, --asked."""
+    """Your own facts (TSV: head, relation, tail; or RDF) in place of WordNet; with it, --asked."""
     asked: Path | None = None
     """Your own questions, JSONL: {"thing": "whale", "kind": "mammal", "answer": true, "split":
     "train"}, by key or name; split is train, validation or test, each with things of two kinds."""

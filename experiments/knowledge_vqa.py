@@ -117,7 +117,7 @@ class Settings(Base):
     table: Path | None = None
     """Your own JSONL or CSV file with columns image and text in place of the stamps."""
     graph: Path | None = None
-    """Your own facts (TSV) in place of WordNet; --rules conclude is_a from them."""
+    """Your own facts (TSV or RDF) in place of WordNet; --rules conclude is_a from them."""
     rules: Path | None = None
     questions: int = runtime(320)
     """How many are asked in the report, in fours."""

@@ -159,7 +159,7 @@ def open_knowledge(facts: Path | None, rule_file: Path | None) -> tuple[Graph, l
         UserError: a malformed line of a file; a rule of the file that names a relation that neither
             the graph nor another rule gives, or an entity that the graph lacks (file, line).
     """
-    graph = wordnet.load() if facts is None else read.tsv(facts)
+    graph = wordnet.load() if facts is None else read.file(facts)
     program = rules.read(rule_file) if rule_file else rules.parse_all(RULES)
     known = {*graph.relations, *(rule.head.relation for rule in program if rule.head)}
     if not rule_file:
