@@ -169,12 +169,14 @@ class Graph:
     def as_spelled(self, text: str, entities: Sequence[int]) -> list[int]:
         """Those first with whose name, as it is spelled, a text begins; the longest first.
 
-        So C++ goes before C, and turkey before Turkey, though all that `find` reads is alike.
+        So C++ goes before C, and turkey before Turkey, though all that `find` reads is alike. Of
+        equal ones those go first whose preferred name it is.
         """
 
-        def spelled(entity: int) -> int:
+        def spelled(entity: int) -> tuple[int, bool]:
             called = (name for own in self.names.values() for name in own[entity])
-            return max((len(name) for name in called if text.startswith(name)), default=0)
+            longest = max((len(name) for name in called if text.startswith(name)), default=0)
+            return longest, longest > 0 and self.label(entity) == text[:longest]
 
         return sorted(entities, key=spelled, reverse=True)
 

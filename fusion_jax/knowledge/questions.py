@@ -311,6 +311,16 @@ def hits(said: Sequence[bool] | np.ndarray, tasks: Sequence[Task]) -> float:
     return float((np.asarray(said) == np.array([task.answer for task in tasks])).mean())
 
 
+def asked_about(world: World, things: Sequence[int], possible: Sequence[int]) -> tuple[int, int]:
+    """A thing and a kind of it, if two of these are; else the first of each.
+
+    `things` and `possible`: what the two names of a question may mean, the likelier first.
+    """
+    pairs = [(thing, kind) for thing in things for kind in possible]
+    above = {thing: kinds.ancestors(world.up, thing) for thing in things}
+    return next((pair for pair in pairs if pair[1] in above[pair[0]]), pairs[0])
+
+
 def meaning(world: World, things: Sequence[int], possible: Sequence[int]) -> tuple[int, int]:
     """The meanings of two names that are nearest to each other; the commoner ones if equal."""
     up = world.up

@@ -22,7 +22,7 @@ from fusion_jax.knowledge import kinds
 from fusion_jax.knowledge.chaining import sentence
 from fusion_jax.knowledge.graph import Graph
 from fusion_jax.knowledge.linking import Linker, Mention
-from fusion_jax.knowledge.questions import Facts, Task, World, hits, meaning, retrieve
+from fusion_jax.knowledge.questions import Facts, Task, World, asked_about, hits, retrieve
 from fusion_jax.language.injection import Params, Writer, states
 from fusion_jax.language.nearest import Memory
 
@@ -33,9 +33,10 @@ _FORM = re.compile("is|are|be|was|were|an?|the|any|some|all|do|does|kinds?|sort|
 
 
 def content(question: str, linker: Linker, graph: Graph) -> list[Mention]:
-    """What a question is about: its names without words of its form, as they are spelled first.
+    """What a question is about: its names without words of its form (the vitamin a is one too).
 
-    WordNet knows things of these names too (the vitamin a).
+    Of what a name may mean goes first what is spelled so, and of that what is called so first of
+    all: the whale before the giant, whom WordNet calls a whale too.
     """
     return [
         dataclasses.replace(
@@ -194,7 +195,7 @@ class Answerer:
         if len(mentions) < 2:
             found = ", ".join(question[m.start : m.end] for m in mentions) or "none"
             raise UserError(f"name a thing and a kind that the graph knows; found: {found}")
-        thing, kind = meaning(world, mentions[0].entities, mentions[-1].entities)
+        thing, kind = asked_about(world, mentions[0].entities, mentions[-1].entities)
         chain_to = kinds.ancestors(world.up, thing)
         shortest = chain_to.get(kind) or max(
             (c for c in chain_to.values() if len(c) <= 3), key=len, default=(thing,)

@@ -131,3 +131,10 @@ def test_every_set_of_neighbours_is_equally_likely():
     sets, counts = np.unique(np.sort(near.nodes[:, 1:], axis=1), axis=0, return_counts=True)
     assert len(sets) == 10
     assert (np.abs(counts - 400) < 5 * np.sqrt(400)).all()
+
+
+def test_what_is_called_so_first_of_all_goes_before_what_is_called_so_too():
+    names = {"en": (("giant", "whale"), ("whale",), ("Whale",))}
+    known = make(np.array([(0, 0, 1)]), ["giant", "whale.n", "town"], ["r"], names=names)
+    assert known.as_spelled("whale", [0, 1, 2]) == [1, 0, 2]
+    assert known.as_spelled("Whale", [0, 1, 2]) == [2, 0, 1]

@@ -89,6 +89,11 @@ def test_meanings_are_those_nearest_to_each_other():
     assert questions.meaning(WORLD, (6,), (2, 8)) == (6, 8)
 
 
+def test_what_is_asked_about_fits_if_it_can_and_is_else_the_likeliest():
+    assert questions.asked_about(WORLD, (6, 0), (5, 2)) == (0, 2)
+    assert questions.asked_about(WORLD, (6, 0), (5, 4)) == (6, 5)
+
+
 def test_only_built_in_rules_may_speak_of_what_a_graph_lacks(tmp_path):
     facts, mine = tmp_path / "facts.tsv", tmp_path / "mine.rules"
     facts.write_text("robin\tinstance_hypernym\tthrush\n")
