@@ -16,6 +16,17 @@ quality: test MRR on UMLS, Kinships and Nations, trained here with the tuned set
 PyKEEN's models beside, with the same width, learning rate, loss (softmax, where that is 1-vs-all or
 adversarial), batch size and steps, and PyKEEN's own normalisation and dropout; it has no N3 penalty
 and no dropout on factors, so this is no tuned PyKEEN.
+
+Here and PyKEEN, one seed:
+
+                UMLS           Kinships       Nations
+    complex     0.956  0.541   0.885  0.673   0.815  0.599
+    simple      0.955  0.478   0.873  0.495   0.809  0.701
+    conve       0.951  0.924   0.837  0.774   0.838  0.789
+    rotate      0.946  0.839   0.860  0.714   0.786  0.719
+    distmult    0.915  0.788   0.663  0.516   0.793  0.677
+    tucker      0.915  0.893   0.890  0.835   0.796  0.734
+    transe      0.825  0.660   0.471  0.300   0.546  0.532
 """
 
 import dataclasses
