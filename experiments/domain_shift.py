@@ -250,16 +250,18 @@ def prepare(s: Settings) -> Prepared:
     sources, target = open_domains(s)
     classes, mesh = same_classes([*sources, target]), make_mesh(s.mesh)
     shares = mesh.shape["data"] * mesh.shape["fsdp"]
-    size = s.batch_size // len(sources) // (shares * s.accumulation) * shares * s.accumulation
+    part = shares * s.accumulation
+    least = len(sources) * part
+    size = s.batch_size // least * part
     if size == 0:
         raise UserError(
             f"batch size {s.batch_size} cannot hold {len(sources)} domains on {shares} shares in "
-            f"{s.accumulation} micro-batches: give {len(sources) * shares * s.accumulation} or more"
+            f"{s.accumulation} micro-batches: give {least} or more"
         )
     made = open_batches(s, sources, target)
     each = [made.train(domain, size, s.seed + place) for place, domain in enumerate(sources)]
     source = Balanced(each, shares, s.accumulation)
-    check_batches([source[step] for step in range(8)], len(sources))
+    check_batches((source[step] for step in range(8)), len(sources))
     sees_target = not s.unseen or CEILING in methods_of(s)
     strong = any(method in CONSISTENT for method in s.method)
     seen = made.train(target, s.batch_size, s.seed + 99, strong) if sees_target else None

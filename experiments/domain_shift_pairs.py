@@ -37,6 +37,7 @@ from experiments.domain_shift import (
     Settings,
 )
 from fusion_jax.data.emoji import VENDORS
+from fusion_jax.data.lines import read_jsonl
 from fusion_jax.errors import UserError
 from fusion_jax.evaluation.table import print_table
 from fusion_jax.evaluation.transfer import CRITERIA
@@ -143,7 +144,7 @@ def kept(settings: Mapping[str, Any]) -> str:
 
 def read_log(workdir: Path) -> dict[str, History]:
     log = workdir / "results.jsonl"
-    entries = map(json.loads, log.read_text().splitlines()) if log.exists() else ()
+    entries = [row for _, row in read_jsonl(log)] if log.exists() else []
     return {kept(json.loads(entry["key"])): entry["history"] for entry in entries}
 
 

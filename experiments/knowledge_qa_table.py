@@ -14,6 +14,7 @@ from typing import Any
 import tyro
 
 from experiments import knowledge_qa
+from fusion_jax.data.lines import read_jsonl
 from fusion_jax.evaluation.table import print_table
 from fusion_jax.training import experiment as experiments
 from fusion_jax.training import loop, runtime
@@ -62,7 +63,7 @@ def run(s: Settings) -> None:
     """Runs what is missing, then prints all that is there."""
     s.workdir.mkdir(parents=True, exist_ok=True)
     log = s.workdir / "table.jsonl"
-    done = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    done = [row for _, row in read_jsonl(log)] if log.exists() else []
     for row in done:
         row["settings"] = knowledge_qa.Settings.recorded(row["settings"])
     for seed in range(s.seeds):

@@ -28,6 +28,7 @@ from experiments.link_prediction import (
     read_graph,
     scorer_of,
 )
+from fusion_jax.data.lines import read_jsonl
 from fusion_jax.evaluation.ranking import link_prediction
 from fusion_jax.evaluation.table import print_table
 from fusion_jax.knowledge.read import BENCHMARKS
@@ -119,7 +120,7 @@ def tune(
         log: every trial; those that are there already are not run again.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    done = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    done = [row for _, row in read_jsonl(log)] if log.exists() else []
     for dataset in datasets:
         for model in models:
             mine = [d for d in done if (d["dataset"], d["scorer"]) == (dataset, model)]
@@ -154,7 +155,7 @@ def table(
         log: every run; those that are there already are not run again.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    done = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    done = [row for _, row in read_jsonl(log)] if log.exists() else []
     for dataset in datasets:
         rows: dict[str, dict[str, list[float]]] = {}
         for model in models:

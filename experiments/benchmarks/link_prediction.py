@@ -47,6 +47,7 @@ import tyro
 from experiments.benchmarks.rows import Row
 from experiments.link_prediction import SCORERS, Settings, read_graph
 from experiments.link_prediction_sweep import measure, train
+from fusion_jax.data.lines import read_jsonl
 from fusion_jax.evaluation.table import print_table
 from fusion_jax.knowledge.batches import Facts
 from fusion_jax.knowledge.graph import Graph, make
@@ -228,7 +229,7 @@ def quality(
         log: every model's; what is there already under the same settings is not trained again.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    done = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    done = [row for _, row in read_jsonl(log)] if log.exists() else []
     for row in done:
         row["settings"] = Settings.recorded(row["settings"])
     found: dict[str, dict[str, float]] = {scorer: {} for scorer in scorers}

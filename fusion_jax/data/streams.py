@@ -9,7 +9,7 @@ sources[step]["domain"]                         # 0, 1, 0, 1, ...
 import dataclasses
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -134,19 +134,24 @@ class Adaptation:
         return streams if strong is None else streams | {"strong": hidden | {"image": strong}}
 
 
-def check_batches(batches: Sequence[Mapping[str, Any]], domains: int) -> None:
+def check_batches(batches: Iterable[Mapping[str, Any]], domains: int) -> None:
     """Looks at "domain" and "label" [b] before a device sees them, where they only could give NaN.
+
+    No further than to a second class.
 
     Raises:
       UserError: a domain outside 0..domains-1; no label, or one class alone in all of them.
     """
-    found, labels = (np.concatenate([b[name] for b in batches]) for name in ("domain", "label"))
-    wrong = sorted(set(np.unique(found).tolist()) - set(range(domains)))
-    if wrong:
-        raise UserError(f"domain indices {wrong} are outside 0..{domains - 1}")
-    classes = np.unique(labels[labels >= 0]).tolist()
-    if len(classes) < 2:
-        raise UserError(
-            f"{len(labels)} labelled rows have the classes {classes} alone, of which nothing can "
-            "be learned: give domains of two classes or more, or larger batches"
-        )
+    classes, rows = set(), 0
+    for batch in batches:
+        wrong = sorted(set(np.unique(batch["domain"]).tolist()) - set(range(domains)))
+        if wrong:
+            raise UserError(f"domain indices {wrong} are outside 0..{domains - 1}")
+        classes |= set(batch["label"][batch["label"] >= 0].tolist())
+        rows += len(batch["label"])
+        if len(classes) > 1:
+            return
+    raise UserError(
+        f"{rows} labelled rows have the classes {sorted(classes)} alone, of which nothing can be "
+        "learned: give domains of two classes or more, or larger batches"
+    )
