@@ -115,7 +115,7 @@ from fusion_jax.language.injection import (
 )
 from fusion_jax.objectives.combine import Batch, Objective, Params, on_batch, weighted_sum
 from fusion_jax.objectives.generative import causal_lm, stay_close
-from fusion_jax.objectives.rules import Rules, rule_loss
+from fusion_jax.objectives.rules import TRANSITIVE, rule_loss
 from fusion_jax.pretrained.load import load
 from fusion_jax.training.experiment import Experiment
 from fusion_jax.training.settings import Settings as Base
@@ -228,10 +228,6 @@ class Chains:
         chosen = rng.choice(len(self.fours), self.count)
         examples = [self.writer(task, ()) for row in chosen.tolist() for task in self.fours[row]]
         return self.writer.collate(examples, length=self.writer.length)
-
-
-# Of the answers to the four: 0 and 1 make 2 true, and 2 and 3 exclude each other.
-TRANSITIVE = Rules.of([((0, 1), 2), ((2, 3), None)])
 
 
 # --------------------------------------------------------------------------------------- training

@@ -39,10 +39,11 @@ class Question:
     """A question about the picture of one row, of one of the KINDS, or ASKED.
 
     Attributes:
+        row: None for a question that is asked without a picture.
         answers: of all who were asked, where `answer` is the commonest of several.
     """
 
-    row: int
+    row: int | None
     kind: str
     text: str
     answer: str

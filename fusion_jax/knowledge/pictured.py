@@ -233,6 +233,32 @@ def quality_filter(
     return trust.Filter.chosen(world, sure, found, right)
 
 
+def fours(seen: Seen, cases: Sequence[Case]) -> list[list[Question]]:
+    """Of each chain picture - Z - Y the four questions of `objectives.rules.TRANSITIVE`.
+
+    None of them asks about a kind of the test; that a Z is a Y is asked without a picture.
+
+    Args:
+        cases: of training, as `ask_about` has them: each yes with its no.
+
+    Raises:
+        UserError: no chain has a kind between.
+    """
+    graph, found = seen.world.graph, []
+    for (thing, kind, _), (_, other, _) in zip(cases[::2], cases[1::2], strict=True):
+        _, *between, _ = seen.chains(seen.noun(thing))[kind]
+        own = [each for each in between if not _held_out(graph.entities[each])]
+        if own:
+            middle, end = (graph.label(each) for each in (own[0], kind))
+            asked = [(thing.row, f"Is this a kind of {middle}?")]
+            asked += [(None, f"Is {middle} a kind of {end}?")]
+            asked += [(thing.row, f"Is this a kind of {graph.label(y)}?") for y in (kind, other)]
+            found.append([Question(row, "kind", text, YES) for row, text in asked])
+    if not found:
+        raise UserError("the rule loss needs pictures that are of a kind by way of another")
+    return found
+
+
 def written(seen: Seen, cases: Sequence[Case], told: Sequence[Sequence[Told]]) -> list[Question]:
     """With facts on those entities before each question."""
     label = seen.world.graph.label

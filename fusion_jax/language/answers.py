@@ -12,6 +12,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fusion_jax.data.pipeline import Number, Padded, Transform
@@ -26,7 +27,7 @@ from fusion_jax.language.prompt import bucket, pad
 from fusion_jax.language.sight import CLASS_NAMES, Sight
 from fusion_jax.language.tuned import Tuned
 from fusion_jax.pretrained.load import Pretrained
-from fusion_jax.tokens import Tokens
+from fusion_jax.tokens import Tokens, fill
 
 MOST_CUT = 0.1
 """Share of the training rows whose end may be cut."""
@@ -155,6 +156,21 @@ def on_items(objective: Callable[..., Any]) -> Callable[..., Any]:
         return objective(params, as_items(batch, "image"), rng)
 
     return with_items
+
+
+def log_odds(model: Any, params: Params, batch: Batch, yes: int, no: int) -> jax.Array:
+    """log p(yes) - log p(no) where the answers begin, [b]; the model does not see these.
+
+    Args:
+        model: a fused model, or `Tuned`.
+        batch: of `Asked`, each row with an answer.
+        yes, no: the tokens with which they begin.
+    """
+    begins = jnp.argmax(fill(batch["weight"]) > 0, axis=1)
+    outputs = model.apply({"params": params}, as_items(batch, "image"))
+    hidden = jnp.take_along_axis(outputs.hidden, (begins - 1)[:, None, None], axis=1)
+    logits = model.apply({"params": params}, hidden, method="logits")[:, 0]
+    return logits[:, yes] - logits[:, no]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

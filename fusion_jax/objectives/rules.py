@@ -74,6 +74,10 @@ class Rules:
         return ~first | np.where(self.head >= 0, worlds[:, self.head.clip(0)], False)
 
 
+TRANSITIVE = Rules.of([((0, 1), 2), ((2, 3), None)])
+"""Of four answers: whether X is a Z, a Z is a Y, X is a Y, and X is a W, which no Y is."""
+
+
 def rule_loss(
     rules: Rules,
     log_odds: LogOdds = lambda outputs, batch: outputs.logits,

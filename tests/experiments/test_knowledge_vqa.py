@@ -1,17 +1,20 @@
 """Pictures with knowledge from its command, on tiny checkpoints, a small table and graph."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from experiments import knowledge_vqa
 from fusion_jax.__main__ import main
-from fusion_jax.data.questions import Thing
+from fusion_jax.data.questions import NO, YES, Thing
+from fusion_jax.errors import UserError
 from fusion_jax.knowledge import graph, rules, trust
 from fusion_jax.knowledge.linking import Linker
 from fusion_jax.knowledge.pictured import (
@@ -20,12 +23,15 @@ from fusion_jax.knowledge.pictured import (
     ask_about,
     facts_for,
     follows,
+    fours,
     looked_up,
     misled,
     quality_filter,
     written,
 )
 from fusion_jax.knowledge.questions import World
+from fusion_jax.language.answers import log_odds
+from fusion_jax.language.prompt import pad
 from tests.experiments.test_vqa import LANGUAGE_MODEL, TOWER
 
 WORDS = "Is this a kind of ? is Yes No . ,"
@@ -90,6 +96,43 @@ def test_trains_reports_and_answers(flags, tmp_path, monkeypatch, capsys):
     assert main(["export", "--workdir", str(run), str(artifact)]) == 0
     assert "looks facts up" in capsys.readouterr().out
     assert set(json.loads((artifact / "model.json").read_text())["inputs"]) == {"image"}
+
+
+def test_rule_loss_reads_the_models_own_answers(flags, tmp_path, monkeypatch):
+    """Of four questions the odds are those of scoring yes and no, and they take a gradient."""
+    monkeypatch.setenv("FUSION_JAX_HOME", str(tmp_path / "home"))
+    values = dict(zip(flags[::2], flags[1::2], strict=False))
+    paths = {name: Path(values[f"--{name}"]) for name in ("table", "graph", "rules")}
+    s = knowledge_vqa.Settings(
+        **paths, language_model=values["--language-model"], tower=values["--tower"],
+        guesses=0, length=48, batch_size=8, rule_weight=1.0,
+    )  # fmt: skip
+    seen, _, _, model = knowledge_vqa.assemble(s)
+    params = model.init(jax.random.key(0))
+    params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape), params)
+    batch = knowledge_vqa.stream(s, seen, model.writing)[3]
+    assert {*batch} == {"asked", "chains"} and len(batch["chains"]["text"].values) == 4
+    assert batch["chains"]["image"].mask.any(axis=1).tolist() == [True, False, True, True]
+    yes, no = (model.writing.answer(word)[0] for word in (YES, NO))
+    odds = log_odds(model.tuned, params, batch["chains"], yes, no)
+
+    cases = ask_about(seen, seen.train, False, 0)
+    chosen = np.random.default_rng([0, 3, 0]).choice(len(fours(seen, cases)))
+    ids = model.writing.prompt(fours(seen, cases)[chosen][1].text, None)  # without a picture
+    answerer = model.answerer(params)
+    hidden = answerer.model.apply({"params": answerer.params}, {"text": pad([ids])}).hidden
+    logits = answerer.model.apply({"params": answerer.params}, hidden, method="logits")[0, -1]
+    np.testing.assert_allclose(odds[1], logits[yes] - logits[no], atol=1e-4)
+
+    (_, metrics), slopes = jax.value_and_grad(knowledge_vqa.objective_of(s, model), has_aux=True)(
+        params, batch, jax.random.key(0)
+    )
+    t = jax.nn.sigmoid(odds)
+    expected = -np.mean(np.log([1 - t[0] * t[1] * (1 - t[2]), 1 - t[2] * t[3]]))
+    np.testing.assert_allclose(metrics["chains/transitive"], expected, atol=1e-5)
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(slopes["lora"]))
+    with pytest.raises(UserError, match="batch size of 8"):
+        knowledge_vqa.stream(dataclasses.replace(s, batch_size=4), seen, model.writing)
 
 
 class Sight:
@@ -160,6 +203,20 @@ def test_questions_are_balanced_and_facts_are_those_of_what_was_guessed(seen):
     answerer = knowledge_vqa.Answerer(seen, repeats, knowledge=False)
     unaided = "".join(answerer.answer(bare, {"image": [file]}))
     assert unaided == f"{bare} 1\nWithout the picture: {bare} 0"
+
+
+def test_fours_are_chains_without_kinds_of_the_test(seen):
+    graph, things = seen.world.graph, {thing.row: thing for thing in seen.train}
+    number = {name: i for i, name in enumerate(graph.entities)}
+    found = fours(seen, ask_about(seen, seen.train, False, 0))
+    assert found
+    for first, second, third, fourth in found:
+        assert first.row == third.row == fourth.row and second.row is None
+        above = seen.chains(number[things[first.row].noun])
+        z, y, w = (number[each.text[:-1].split()[-1]] for each in (first, third, fourth))
+        assert second.text == f"Is {graph.entities[z]} a kind of {graph.entities[y]}?"
+        assert z in above and y in above and y in seen.chains(z) and w not in above
+        assert not any(_held_out(graph.entities[each]) for each in (z, y, w))
 
 
 def test_wrong_facts_are_false_and_a_filter_drops_them(seen, monkeypatch):
