@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import os
+import re
 import sys
 import threading
 import time
@@ -15,15 +16,17 @@ from fusion_jax.errors import UserError
 from fusion_jax.training.settings import Settings
 
 DONE, FAILED = "done", "failed"
+MEET = 300.0
+"""Seconds in which all processes of a run are to have started."""
 
 
 @contextlib.contextmanager
 def joined(settings: Settings) -> Iterator[None]:
     """Inside, this process is one of several, if it was started as such.
 
-    They are found by --coordinator, --processes and --process, or by what SLURM, Open MPI and Cloud
-    TPU tell each process. When one of them is lost, killed or stuck, the others say so in one line
-    and end within about `lost_after` seconds: what they wait for would never come.
+    They are found by --coordinator, --processes and --process, or by what SLURM, Open MPI, GKE and
+    Cloud TPU tell each process. When one of them is lost, killed or stuck, the others say so in one
+    line and end within about `lost_after` seconds: what they wait for would never come.
 
     Raises:
         UserError: told to be one of several, but not enough to find the others.
@@ -56,33 +59,56 @@ def _exit_alone(status: int) -> None:
 
 def _join(settings: Settings) -> bool:
     """Whether there are others now."""
-    told = settings.coordinator is not None or started_with_others(os.environ)
+    given = settings.coordinator, settings.processes, settings.process
+    told = any(flag is not None for flag in given) or started_with_others(os.environ)
     # On a TPU JAX asks the machine's own server. Where there is none it sets this variable.
     if not told and ("TPU_SKIP_MDS_QUERY" in os.environ or jax.config.jax_platforms == "cpu"):
         return False
+    if settings.coordinator is not None and not re.fullmatch(r".+:\d+", settings.coordinator):
+        raise UserError(f"--coordinator {settings.coordinator!r}: expected HOST:PORT of process 0")
+    alone = threading.Timer(MEET, _give_up, [settings])
+    alone.daemon = True
+    alone.start()
     try:
         jax.distributed.initialize(
-            settings.coordinator,
-            settings.processes,
-            settings.process,
+            *given,
+            initialization_timeout=int(2 * MEET),  # it would end this process with a stack trace
             heartbeat_timeout_seconds=4 * settings.lost_after,
         )
-    except ValueError as error:
-        if not told:
+    except (ValueError, RuntimeError) as error:
+        if not told and isinstance(error, ValueError):
             return False
         raise UserError(
             f"cannot find the other processes: {error}. Give --coordinator HOST:PORT --processes N "
             "--process I to each"
         ) from error
+    finally:
+        alone.cancel()
     return jax.process_count() > 1
 
 
+def _give_up(settings: Settings) -> None:
+    where = "the first of them" if settings.coordinator is None else settings.coordinator
+    print(
+        f"\nerror: not all processes of this run met at {where} within {MEET:.0f} s: give the same "
+        "command on every host, each with its own --process where it is given, and see that the "
+        "others can reach that port",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)
+
+
 def started_with_others(environment: Mapping[str, str]) -> bool:
-    """Whether SLURM, Open MPI or GKE's TPU pods say that they started several processes."""
+    """Whether SLURM, Open MPI or Kubernetes (GKE) say that they started several processes.
+
+    An indexed Job of Kubernetes is taken for one, since a pod is not told how many there are.
+    """
     slurm = int(environment.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_NODELIST" in environment
     open_mpi = int(environment.get("OMPI_COMM_WORLD_SIZE", 1)) > 1
     workers = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES")
-    return slurm or open_mpi or (workers is not None and "," in workers)
+    indexed = {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= environment.keys()
+    return slurm or open_mpi or indexed or (workers is not None and "," in workers)
 
 
 class _Watch(threading.Thread):

@@ -77,7 +77,7 @@ class Settings:
     lost_after: int = runtime(60)
     """Seconds of silence after which another process is taken for lost, and this one ends."""
     coordinator: str | None = runtime(None)
-    """host:port of process 0, for several hosts; SLURM, Open MPI and TPUs tell it themselves."""
+    """host:port of process 0, for several hosts; SLURM, Open MPI, GKE and TPUs tell it."""
     processes: int | None = runtime(None)
     """Number of processes, with --coordinator."""
     process: int | None = runtime(None)

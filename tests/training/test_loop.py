@@ -203,6 +203,34 @@ def test_launchers_are_recognised():
     assert started_with_others(alone | {"SLURM_NTASKS": "8"})
     assert started_with_others({"OMPI_COMM_WORLD_SIZE": "2"})
     assert started_with_others({"TPU_WORKER_HOSTNAMES": "a,b"})
+    pod = {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}
+    assert not started_with_others(pod)
+    assert started_with_others(pod | {"JOB_COMPLETION_INDEX": "0"})
+
+
+def test_flags_that_find_nobody_are_refused(tmp_path, capsys):
+    """Each process would train by itself, in the same workdir."""
+    for flags, words in {
+        ("--processes", "2", "--process", "0"): "Give --coordinator HOST:PORT",
+        ("--coordinator", "localhost", "--processes", "2", "--process", "0"): "expected HOST:PORT",
+        ("--coordinator", "localhost:9", "--processes", "2"): "process id",
+        ("--coordinator", "localhost:9", "--processes", "2", "--process", "2"): "process_id=2",
+    }.items():
+        assert main(command(tmp_path / "a", *flags)) == 2
+        assert words in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_process_whose_others_never_start_ends_with_one_line(tmp_path):
+    hurried = "import sys; from fusion_jax import __main__; from fusion_jax.training import hosts; "
+    hurried += "hosts.MEET = 3.0; sys.exit(__main__.main(sys.argv[1:]))"
+    flags = ("--coordinator", "localhost:9", "--processes", "2", "--process", "1")
+    line = [sys.executable, "-c", hurried, *command(tmp_path / "a", *flags)]
+    ended = subprocess.run(line, capture_output=True, text=True, timeout=200)
+    assert ended.returncode == 1
+    (said,) = ended.stderr.strip().splitlines()
+    assert "met at localhost:9 within 3 s" in said
+    assert not (tmp_path / "a").exists()
 
 
 def test_best_checkpoint_is_kept_and_reported(tmp_path, capsys):
