@@ -18,7 +18,15 @@ split of its own, French recordings:
     audio+image+text  0.863 ± 0.024   0.867 ± 0.009   0.869 ± 0.018
 
 Image and text together beat either alone; speech adds nothing to them; the gate is no better than
-the sum.
+the sum. Retrieval among about 200 distinct captions of unseen things (the gate; chance 0.005 at 1):
+
+                  R@1             R@5
+    image->text   0.154 ± 0.035   0.425 ± 0.058
+    text->image   0.187 ± 0.047   0.471 ± 0.069
+    audio->text   0.076 ± 0.012   0.287 ± 0.044
+    text->audio   0.091 ± 0.014   0.282 ± 0.015
+    audio->image  0.071 ± 0.024   0.212 ± 0.032
+    image->audio  0.063 ± 0.019   0.228 ± 0.032
 """
 
 import dataclasses

@@ -9,10 +9,10 @@ connector, LoRA, and heads for a shared space of question, answer and picture. N
 or head noun of the test pictures was trained on, and each yes-or-no question is asked as often
 where the answer is yes as where it is no (see fusion_jax/data/questions.py).
 
-Share of right answers, mean ± standard deviation over 3 seeds, each with a split of its own, 220 to
-244 pictures. "Question alone" is the same model with no picture and no guesses (it is trained so on
-one row in ten), "picture alone" ridge regression on the tower's mean token, to the category or to
-the caption's words; "shuffled" shows another picture (100 questions a kind):
+Share of right answers, mean ± standard deviation over 3 seeds (`--seeds 3`), each with a split of
+its own, 220 to 244 pictures. "Question alone" is the same model with no picture and no guesses (it
+is trained so on one row in ten), "picture alone" ridge regression on the tower's mean token, to the
+category or to the caption's words; "shuffled" shows another picture (100 questions a kind):
 
                                     picture        question alone  picture alone  shuffled
     category among 16               0.693 ± 0.022  0.234 ± 0.057   0.725 ± 0.024  0.167 ± 0.055
@@ -20,8 +20,8 @@ the caption's words; "shuffled" shows another picture (100 questions a kind):
     is it of this category?         0.866 ± 0.034  0.500           0.500          0.497 ± 0.055
     is it this?                     0.798 ± 0.008  0.500           0.500          0.493 ± 0.006
     caption among 20, log p         0.341 ± 0.010  0.050 ± 0.001   0.243 ± 0.025  0.065 ± 0.008
-      less question alone's         0.408 ± 0.030                                 0.051 ± 0.016
-      cosine in the shared space    0.300 ± 0.039  0.049 ± 0.002                  0.048 ± 0.024
+      less question alone's         0.408 ± 0.030  -               -              0.051 ± 0.016
+      cosine in the shared space    0.300 ± 0.039  0.049 ± 0.002   -              0.048 ± 0.024
 
 The picture is used for every kind of question, and the language model ranks captions of unseen
 things better than a ridge map to their words does; it names the category about as often as ridge
@@ -31,8 +31,8 @@ People's own questions take the place of those made here: `--table mine.jsonl` w
 question and answer, or `--vqa2 FOLDER`, VQAv2 as it is published. The report then gives how many
 answers it writes exactly, and VQAv2's own score where ten people answered.
 
-Steps and shares were picked on the validation split
-of seed 0, where 600 steps reached 0.710 and 0.855 (ridge 0.680) and 260 steps 0.590 and 0.665. That
+Steps and shares were picked on the validation split (`--development`) of seed 0, where 600 steps
+reached 0.710 and 0.855 (ridge 0.680) and 260 steps 0.590 and 0.665. That
 run took 11 minutes to train on two free cores, and about 4 to report.
 """
 

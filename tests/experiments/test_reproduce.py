@@ -1,6 +1,8 @@
 """What is stated is found where it stands, and a number outside its spread is a failure."""
 
+import ast
 import json
+import re
 
 import pytest
 
@@ -37,8 +39,8 @@ def test_every_claim_stands_in_its_file(name):
     stated = reproduce.CLAIMS[name].stated()
     assert {file for file, *_ in stated} == {file for file, _ in reproduce.CLAIMS[name].places}
     same = {}
-    for (_, row, column), number in stated.items():
-        assert same.setdefault((row.lower(), column), number) == number
+    for (_, row, column), number in stated.items():  # a table may stand on its side
+        assert same.setdefault(frozenset({row.lower(), column.lower()}), number) == number
 
 
 WRITES = """
@@ -54,7 +56,7 @@ def test_what_falls_outside_its_spread_fails(shift, status, tmp_path, monkeypatc
     values = f'{{"probe/image": [0.752], "fused/image": {fused}, "probe/both": [0.868]}}'
     claim = reproduce.Claim(
         places=[("stated.md", ("probe", "fused"))],
-        command=["-c", WRITES, "{workdir}", values],
+        commands=[["-c", "1"], ["-c", WRITES, "{workdir}", values]],
         found=reproduce.of_seeds(lambda row, column: f"{column}/{row}"),
     )
     monkeypatch.setattr(reproduce, "ROOT", tmp_path)
@@ -68,26 +70,100 @@ def test_what_falls_outside_its_spread_fails(shift, status, tmp_path, monkeypatc
 def test_bad_names_and_commands_that_fail_are_told(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="there are umls, kinships"):
         reproduce.reproduce(only=("mnist",))
-    broken = reproduce.Claim([("README.md", ("linear probe", "sum", "gated"))], ["-c", "1 / 0"], id)
+    probed = ("linear probe", "sum", "gated")
+    broken = reproduce.Claim([("README.md", probed)], [["-c", "1 / 0"], ["-c", "1"]], id)
     monkeypatch.setattr(reproduce, "CLAIMS", {"broken": broken})
     with pytest.raises(UserError, match="exited 1"):
         reproduce.reproduce(workdir=tmp_path / "runs")
 
 
-def test_pairs_are_read_as_their_table_is_made(tmp_path):
-    """The step that a criterion likes best."""
-    steps = [
-        {"source": 0.75, "oracle": 0.25},
-        {"source": 0.5, "oracle": 0.5},
+SPREAD = r"(\d+\.\d+)\s±\s(\d+\.\d+)"
+
+
+def spreads(text):
+    """All `mean ± deviation` of a text."""
+    return {(float(mean), float(deviation)) for mean, deviation in re.findall(SPREAD, text)}
+
+
+def test_every_spread_that_is_stated_is_compared():
+    """Those of experiments' docstrings, and of tables in the README."""
+    compared = {}
+    for claim in reproduce.CLAIMS.values():
+        for (file, *_), (mean, deviation, _) in claim.stated().items():
+            compared.setdefault(file, set()).add((mean, deviation))
+    for source in sorted((reproduce.ROOT / "experiments").glob("*.py")):
+        stated = spreads(ast.get_docstring(ast.parse(source.read_text())))
+        assert stated <= compared.get(f"experiments/{source.name}", set()), source.name
+    readme = (reproduce.ROOT / "README.md").read_text().splitlines()
+    tables = "\n".join(line for line in readme if line.startswith("|"))
+    assert spreads(tables) <= set.union(*compared.values())
+
+
+def test_pictures_with_facts_are_read_as_their_tables_are_made(tmp_path):
+    names = ("linked facts/picture", "linked facts/no picture", "10% wrong/picture")
+    names += ("10% wrong, filtered/picture", "10% wrong, filtered/looking Y up in the facts")
+    for number, folder in enumerate(("with", "without")):
+        (tmp_path / folder).mkdir()
+        values = {name: [100 * number + place] for place, name in enumerate(names)}
+        values["no facts/picture"] = [100 * number + 50]
+        (tmp_path / folder / "seeds.json").write_text(json.dumps(values))
+    for row, column, expected in (
+        ("knowledge", "linked facts", 0),
+        ("no picture", "linked facts", 1),
+        ("knowledge", "no facts", 50),
+        ("no knowledge", "no facts", 150),
+        ("10% wrong", "as they come", 2),
+        ("10% wrong", "filtered", 3),
+        ("10% wrong", "looking Y up, filtered", 4),
+    ):
+        assert reproduce.of_linked_pictures(tmp_path, row, column) == [expected]
+
+
+def test_injections_are_read_from_either_side_of_a_table(tmp_path):
+    runs = [
+        {
+            "variant": "chained",
+            "found": {"cut below Y/chained": 0.5, "no facts/bag of words": 0.25},
+        },
+        {"variant": "rule loss", "found": {"no facts/none": 0.75, "plain/none": 3.5}},
     ]
+    (tmp_path / "table.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs))
+    for row, column, expected in (
+        ("cut below Y", "chained", 0.5),
+        ("chained", reproduce.CUT, 0.5),
+        ("no facts", "bag of words", 0.25),
+        ("no facts", "rule loss", 0.75),
+        ("plain English, nats per token", "rule loss", 3.5),
+    ):
+        assert reproduce.of_injections(tmp_path, row, column) == [expected]
+
+
+def test_pairs_are_read_as_their_table_is_made(tmp_path):
+    """The step that a criterion likes best; all pairs together, or one."""
+    steps = [
+        {"source": 0.75, "oracle": 0.25, "own statistics": 0.375},
+        {"source": 0.5, "oracle": 0.5, "own statistics": 0.625},
+    ]
+    better = [step | {"oracle": step["oracle"] + 0.25} for step in steps]
     lines = [
-        {"key": json.dumps({"method": method, "seed": seed}), "history": steps}
-        for method in ("source-only", "cdan")
-        for seed in (0, 0, 1)
+        {
+            "key": json.dumps({"method": m, "seed": seed, "source": ["apple"], "target": target}),
+            "history": steps if m == "source-only" or target == "google" else better,
+        }
+        for m in ("source-only", "cdan")
+        for seed in (1, 0)
+        for target in ("google", "twitter")
     ]
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert reproduce.of_pairs(tmp_path, "cdan", "accuracy") == [0.25, 0.25]
-    assert reproduce.of_pairs(tmp_path, "source-only", "oracle") == [0.5, 0.5]
+    for row, column, expected in (
+        ("source-only", "accuracy", 0.25),
+        ("source-only", "oracle", 0.5),
+        ("its statistics", "accuracy", 0.375),
+        ("cdan", "accuracy", 0.375),
+        ("cdan", "gain", 0.125),
+        ("cdan", "apple → twitter", 0.5),
+        ("cdan", "apple → google", 0.25),
+    ):
+        assert reproduce.of_pairs(tmp_path, row, column) == [expected] * 2
     stated = reproduce.CLAIMS["domain_shift_pairs"].stated()
-    rows = {row for _, row, _ in stated}
-    assert {"source-only", "cdan", "target-supervised"} <= rows
+    assert {"source-only", "cdan", "target-supervised"} <= {row for _, row, _ in stated}
