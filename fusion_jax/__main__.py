@@ -31,6 +31,8 @@ def train(arguments: list[str]) -> None:
     """Trains an experiment file, one seed or several."""
     if not arguments or arguments[0].startswith("-"):
         raise UserError("which experiment? python -m fusion_jax train experiments/NAME.py ...")
+    import jax
+
     from fusion_jax.compression.running import running
     from fusion_jax.training import experiment as experiments
     from fusion_jax.training import hosts, loop, runtime, seeds, together
@@ -71,7 +73,8 @@ def train(arguments: list[str]) -> None:
                 found = together.train(runs)
         if found is None:
             found = {seed: run(*pair) for seed, pair in each.items()}
-        seeds.summarise(found, workdir)
+        if jax.process_index() == 0:
+            seeds.summarise(found, workdir)
 
 
 def evaluate(arguments: list[str]) -> None:

@@ -4,9 +4,11 @@ import collections
 import contextlib
 import json
 import math
+import os
 import signal
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from fusion_jax.training.matmuls import as_trained
 from fusion_jax.training.metrics import MetricsFile
 from fusion_jax.training.partition import Params
 from fusion_jax.training.settings import Settings
-from fusion_jax.training.sharding import make_mesh, put_batch
+from fusion_jax.training.sharding import make_mesh, on_own_devices, put_batch
 from fusion_jax.training.state import evaluation_params, init_frozen, init_state, plan_state
 from fusion_jax.training.step import compile_step
 
@@ -115,13 +117,16 @@ def _train(
                 shown = f"loss {metrics['train/loss']:.4f}, {rate:,.0f} examples/s"
                 bar.set_postfix_str(shown, refresh=False)  # drawn when the bar is due
 
+    def evaluated() -> Params:
+        return on_own_devices(evaluation_params(state, frozen), mesh, experiment.rules)
+
     def save(step: int) -> None:
         """Validates if it is due, and saves."""
         settle(0)
         metrics = None
         if experiment.validate is not None and due(step, settings.evaluate_every):
             with clock("evaluate"):
-                metrics = dict(experiment.validate(evaluation_params(state, frozen)))
+                metrics = agreed(experiment.validate(evaluated()))
             metrics_file.write(step, metrics)
             bar.write(
                 f"step {step}: " + ", ".join(f"{name} {v:.4f}" for name, v in metrics.items()),
@@ -172,7 +177,7 @@ def _train(
     if chosen != settings.steps:
         say(f"step {chosen} has the best {experiment.best}: it is the one reported on")
         state = checkpoints.restore(chosen, plan.state)
-    return evaluation_params(state, frozen)
+    return evaluated()
 
 
 def evaluate(experiment: Experiment, settings: Settings, workdir: Path) -> dict[str, float]:
@@ -200,16 +205,34 @@ def restore_params(experiment: Experiment, settings: Settings, workdir: Path) ->
 
 
 def report(experiment: Experiment, params: Params, workdir: Path) -> dict[str, float]:
-    """Runs the experiment's report; its numbers go to report/metrics.json."""
+    """Runs the experiment's report; its numbers go to report/metrics.json.
+
+    Each of several processes runs it, on its own devices, and the first one's is kept and printed.
+    """
     if experiment.report is None:
         return {}
-    folder = workdir / "report"
-    folder.mkdir(exist_ok=True)
-    metrics = {name: float(value) for name, value in experiment.report(params, folder).items()}
+    with contextlib.ExitStack() as unseen:
+        if jax.process_index() == 0:
+            folder = workdir / "report"
+            folder.mkdir(exist_ok=True)
+        else:
+            folder = Path(unseen.enter_context(tempfile.TemporaryDirectory()))
+            nowhere = unseen.enter_context(Path(os.devnull).open("w"))
+            unseen.enter_context(contextlib.redirect_stdout(nowhere))
+        metrics = {name: float(value) for name, value in experiment.report(params, folder).items()}
     if jax.process_index() == 0:
         write_file(folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
         say(f"numbers and plots are in {folder}")
     return metrics
+
+
+def agreed(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Process 0's: by them all processes choose the same checkpoint."""
+    if jax.process_count() == 1:
+        return dict(metrics)
+    values = np.array(list(metrics.values()), np.float32)
+    values = multihost_utils.broadcast_one_to_all(values)
+    return dict(zip(metrics, values.tolist(), strict=True))
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fusion_jax.errors import UserError
-from fusion_jax.pretrained.checkpoint import Place, put
+from fusion_jax.pretrained.checkpoint import Place, put, whole
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
@@ -115,6 +115,20 @@ def tree_shardings(
 def put_shards(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
     """An array of the host, that every process has, on its shards: never whole on a device."""
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def on_own_devices(tree: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:
+    """Arrays of a run of several processes, each whole on this process's own devices.
+
+    There they can be used like any array, as reports do, which know nothing of other processes.
+    What the run's mesh splits is split over these devices too. All processes must ask for it.
+    """
+    if jax.process_count() == 1:
+        return tree
+    split = mesh.shape["fsdp"] * mesh.shape["tensor"] > 1
+    own = make_mesh("fsdp=-1" if split else "data=-1", jax.local_devices())
+    places = tree_shardings(tree, own, rules)
+    return jax.tree.map(lambda leaf, place: put_shards(whole(leaf), place), tree, places)
 
 
 def spread(sizes: str, rules: Rules = DEFAULT_RULES) -> Place:
