@@ -5,6 +5,7 @@ checkpoint = hollow("gemma2-27b", load("smollm2-135m-instruct"))     # takes no 
 
 import math
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -68,17 +69,26 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def config_of(name: str) -> dict[str, Any]:
-    """The config of a named size. Raises UserError with the list of known ones."""
-    if name not in CONFIGS:
-        raise UserError(f"no size {name!r}; known are {', '.join(CONFIGS)}")
-    return CONFIGS[name]
+    """The config of a named size, or what a config.json, or a folder with one, says.
+
+    Raises:
+        UserError: there is no such size or file; lists the known sizes.
+    """
+    if name in CONFIGS:
+        return CONFIGS[name]
+    folder = Path(name).parent if Path(name).name == "config.json" else Path(name)
+    if (folder / "config.json").exists():
+        return load.read_config(folder)
+    raise UserError(
+        f"no size {name!r}; known are {', '.join(CONFIGS)}, or give the path of a config.json"
+    )
 
 
 def hollow(name: str, spoken: Pretrained | None = None) -> Pretrained:
     """A checkpoint of that size whose params have shape and dtype but take no memory.
 
     Args:
-        name: one of CONFIGS.
+        name: as for `config_of`.
         spoken: whose tokenizer and chat template stand in for its own, if any are needed.
     """
     config, how = config_of(name), load.in_use()

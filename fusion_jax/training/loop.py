@@ -128,10 +128,8 @@ def _train(
             with clock("evaluate"):
                 metrics = agreed(experiment.validate(evaluated()))
             metrics_file.write(step, metrics)
-            bar.write(
-                f"step {step}: " + ", ".join(f"{name} {v:.4f}" for name, v in metrics.items()),
-                file=sys.stderr,
-            )
+            with bar.external_write_mode(file=sys.stderr):
+                say(f"step {step}: " + ", ".join(f"{name} {v:.4f}" for name, v in metrics.items()))
         with clock("checkpoint"):
             checkpoints.save(step, state, metrics)
 

@@ -3,7 +3,8 @@
 import argparse
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +23,23 @@ from fusion_jax.training.topologies import Chip, chip_of, devices_of
 
 
 def opener(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple:
-    """(flags, settings, build) of a command line; `build(settings)` needs no weights of --llm."""
-    parser.add_argument("--llm", help="a language model by size: " + ", ".join(sizes.CONFIGS))
+    """(flags, settings, build) of a command line; `build(settings)` needs no weights of --llm.
+
+    Args:
+        parser: of the command's own flags; without help, since the experiment's settings have some.
+    """
+    known = ", ".join(sizes.CONFIGS)
+    parser.add_argument("--llm", help=f"a language model by size: {known}, or by a config.json")
     named = bool(arguments) and not arguments[0].startswith("-")
+    experiment = Path(arguments[0]) if named else None
+    module = plain_language if experiment is None else experiments.load_file(experiment)
+    if {"-h", "--help"} & set(arguments):
+        print(parser.format_help(), flush=True)
+        tyro.cli(module.Settings, args=["--help"], prog=parser.prog, description=module.__doc__)
     flags, rest = parser.parse_known_args(arguments[named:])
-    flags.experiment = Path(arguments[0]) if named else None
+    flags.experiment = experiment
     if flags.experiment is None and flags.llm is None:
         raise UserError("what is to be planned? Give an experiment, --llm NAME, or both")
-    module = plain_language if flags.experiment is None else experiments.load_file(flags.experiment)
     settings = tyro.cli(module.Settings, args=rest, prog=parser.prog, description=module.__doc__)
     if getattr(flags, "topology", "local") != "local" and settings.attention == "auto":
         settings = dataclasses.replace(settings, attention="xla")  # not by what is here
@@ -59,9 +69,11 @@ def main(arguments: Sequence[str]) -> None:
     """Plans a step, or a sweep of meshes."""
     parser = argparse.ArgumentParser(
         "python -m fusion_jax plan",
-        description="What the train step of an experiment takes of each chip of a slice. Further "
-        "flags are the experiment's settings.",
+        usage="%(prog)s [EXPERIMENT.py] [--topology SLICE] [--llm LLM] [--sweep] [--SETTING ...]",
+        description="What the train step of an experiment takes of each chip of a slice; without "
+        "an experiment, that of --llm on text alone. Further flags are settings, see below.",
         allow_abbrev=False,
+        add_help=False,
     )
     parser.add_argument("--topology", default="local", help="v5e:4x4, v5p:2x2x4, ..., or local")
     parser.add_argument(
@@ -72,35 +84,44 @@ def main(arguments: Sequence[str]) -> None:
     chip, loops = chip_of(devices[0]), getattr(settings, "chunks", 1)
     console = Console(width=110)
 
-    def tried(settings: Settings) -> plan.Needs | None:
-        try:
-            mesh = make_mesh(settings.mesh, devices)
-            found = plan.measure(build(settings), settings, mesh, loops)
-        except UserError as error:
-            console.print(f"{_said(settings)}: {error}")
-            return None
+    def tried(settings: Settings) -> plan.Needs:
+        mesh = make_mesh(settings.mesh, devices)
+        found = plan.measure(build(settings), settings, mesh, loops)
         fits = "fits" if found.fits else "does not fit"
         console.print(f"{_said(settings)}: {size(found.peak)} a chip, {fits}")
         return found
 
-    def useful() -> float:
+    def each(settings: Iterable[Settings]) -> Iterator[tuple[Settings, plan.Needs]]:
+        """Those that can be tried at all."""
+        for one in settings:
+            try:
+                yield one, tried(one)
+            except UserError as error:
+                console.print(f"{_said(one)}: {error}")
+
+    def useful(settings: Settings) -> float:
         return plan.useful_flops(build, settings, make_mesh(settings.mesh, devices), loops)
 
     if flags.sweep:
         tries = [dataclasses.replace(settings, mesh=m) for m in plan.meshes(len(devices))]
-        found = {each.mesh: needs for each in tries if (needs := tried(each)) is not None}
-        console.print(_ranked(found, chip, useful()))
+        found = list(each(tries))
+        if not found:
+            raise UserError("none of these shapes can be compiled: see above")
+        ranked = {one.mesh: needs for one, needs in found}
+        console.print(_ranked(ranked, chip, useful(found[0][0])))
         return
+
+    def show(settings: Settings, needs: plan.Needs, title: str) -> None:
+        console.print(_described(needs, chip, partial(useful, settings), title))
+
     needs = tried(settings)
-    if needs is not None:
-        console.print(_described(needs, chip, useful, f"{len(devices)} {devices[0].device_kind}"))
-    if needs is None or needs.fits:
+    show(settings, needs, f"{len(devices)} {devices[0].device_kind}")
+    if needs.fits:
         return
-    for other in plan.remedies(settings, len(devices)):
-        if (needs := tried(other)) is not None and needs.fits:
+    for other, needs in each(plan.remedies(settings, len(devices))):
+        if needs.fits:
             console.print(f"It fits with {_said(other)}:")
-            settings = other
-            console.print(_described(needs, chip, useful, _said(other)))
+            show(other, needs, _said(other))
             return
     console.print("Nothing that was tried fits: take a larger slice, or a smaller --batch-size")
 

@@ -26,9 +26,11 @@ def main(arguments: Sequence[str]) -> None:
     """Draws how an experiment's params lie on a mesh of devices that need not be here."""
     parser = argparse.ArgumentParser(
         "python -m fusion_jax show-sharding",
-        description="Which part of each param a device holds. Further flags are the experiment's "
-        "settings, --mesh among them.",
+        usage="%(prog)s [EXPERIMENT.py] [--mesh MESH] [--devices N] [--llm LLM] [--SETTING ...]",
+        description="Which part of each param a device holds, of an experiment or of --llm alone. "
+        "Further flags are settings, see below.",
         allow_abbrev=False,
+        add_help=False,
     )
     parser.add_argument("--devices", type=int, help="how many, where the mesh has a -1")
     flags, settings, build = opener(parser, arguments)

@@ -1,6 +1,7 @@
 """Plans say what compilers say, memory falls as a mesh grows, collectives are the expected ones."""
 
 import importlib.util
+import json
 import math
 import re
 from functools import partial
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import AbstractMesh, NamedSharding
 
 from fusion_jax.__main__ import main
 from fusion_jax.errors import UserError
@@ -19,7 +20,7 @@ from fusion_jax.pretrained import load, sizes
 from fusion_jax.training import collectives, flops, plain_language, plan, runtime
 from fusion_jax.training.experiment import Experiment
 from fusion_jax.training.settings import Settings
-from fusion_jax.training.sharding import BATCH, make_mesh, tree_shardings
+from fusion_jax.training.sharding import AXES, BATCH, make_mesh, mesh_shape, tree_shardings
 from fusion_jax.training.state import init_state
 from fusion_jax.training.step import compile_step
 
@@ -229,8 +230,42 @@ def test_command_plans_and_sweeps(capsys):
     assert main(line) == 0
     said = capsys.readouterr().out
     assert "peak" in said and "all-gather" in said and "FLOPs" in said
-    assert main(["plan"]) == 2
-    assert main(["plan", "--llm", "llama", "--topology", "v0:1x1"]) == 2
+    for wrong, told in (
+        (["plan"], "Give an experiment, --llm NAME"),
+        (["plan", "--llm", "llama", "--topology", "v0:1x1"], "topology"),
+        (["plan", "--llm", "lama"], "no size 'lama'; known are smollm2-135m"),
+        ([*line, "--batch-size", "12"], "a batch of 12 rows cannot be split over 8"),
+        (["plan", "--llm", "lama", "--sweep"], "none of these shapes"),
+    ):
+        assert main(wrong) == 2
+        assert told in capsys.readouterr().err
+    assert main([*line, "--batch-size", "1", "--sweep"]) == 0  # only one shape takes such a batch
+    said = capsys.readouterr().out
+    assert "│ data=1,fsdp=1,tensor=8 │" in said and said.count("│ data=") == 1
+    for command in ("plan", "show-sharding"):  # what is planned has settings of its own
+        with pytest.raises(SystemExit) as stop:
+            main([command, "--help"])
+        said = capsys.readouterr().out
+        assert stop.value.code == 0 and "--llm" in said and "--lora-rank" in said
+
+
+def test_a_size_may_be_what_a_config_says(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(FAMILIES["llama"]))
+    for name in (tmp_path, tmp_path / "config.json"):
+        assert main(["show-sharding", "--llm", str(name), "--mesh", "fsdp=8"]) == 0
+        assert "512 64" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["llama3-8b", "qwen3-30b-a3b", "gemma2-27b"])
+def test_named_sizes_are_split_evenly_by_the_default_rules(name):
+    for mesh, count, rank in (("fsdp=-1", 16, 0), ("fsdp=-1,tensor=4", 32, 16)):
+        settings = of(name, rank=rank)
+        devices = AbstractMesh(mesh_shape(mesh, count), AXES)
+        where = plan.plan_state(build(settings), devices)
+        held = plan.bytes_per_device((where.state.params, where.frozen))
+        leaves = jax.tree.leaves((where.state.params, where.frozen))
+        total = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+        assert total <= held * devices.size < 1.01 * total
 
 
 def test_shardings_are_drawn_and_what_is_whole_is_told(capsys):
