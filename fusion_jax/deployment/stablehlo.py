@@ -42,6 +42,11 @@ from fusion_jax.language.translate import NAMES, instruction
 from fusion_jax.paths import write_folder
 from fusion_jax.tokens import Tokens
 
+try:
+    from jax.errors import InconclusiveDimensionOperation
+except ImportError:  # before JAX 0.10
+    from jax.core import InconclusiveDimensionOperation
+
 PLATFORMS = ("cpu", "cuda", "tpu")
 SHORTEST_SOUND = 1024
 """Samples: what is shorter is padded, since convolutions need so many."""
@@ -91,7 +96,7 @@ class Draft:
         shapes = {n: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for n, leaf in flat.items()}
         try:
             exported = jax_export.export(jax.jit(flattened), platforms=PLATFORMS)(shapes, *inputs)
-        except (jax.errors.JAXTypeError, jax.errors.InconclusiveDimensionOperation) as error:
+        except (jax.errors.JAXTypeError, InconclusiveDimensionOperation) as error:
             first = str(error).strip().splitlines()[0]
             raise UserError(
                 f"{name} cannot be exported for any batch and length: {first}"
