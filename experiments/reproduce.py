@@ -158,6 +158,18 @@ def of_pairs(workdir: Path, row: str, column: str) -> list[float]:
     return [float(np.mean(scores[seed])) for seed in sorted(scores)]
 
 
+def of_compression(workdir: Path, row: str, column: str) -> list[float]:
+    """Points of mean accuracy that a recipe (row) loses."""
+    lost = []
+    for file in sorted(workdir.glob(f"{row}-*/compression.json")):
+        before, after = (
+            np.mean([value for name, value in numbers.items() if "/accuracy/" in name])
+            for numbers in json.loads(file.read_text())["rows"].values()
+        )
+        lost.append(100 * float(before - after))
+    return lost
+
+
 def trimodal(row: str, column: str) -> str:
     if column.startswith("R@"):
         return f"retrieval/{row}/{column}"
@@ -166,6 +178,7 @@ def trimodal(row: str, column: str) -> str:
 
 TRAIN = ("-m", "fusion_jax", "train")
 INTO = ("--workdir", "{workdir}", "--no-tensorboard")
+RUN = ("--workdir", "{workdir}/run", "--no-tensorboard")
 LINKED = (*TRAIN, "experiments/knowledge_vqa.py", "--steps", "200", "--seeds", "3")
 LINKED += ("--no-tensorboard",)
 SUBSETS = ("audio", "image", "text", "audio+image+text")
@@ -175,6 +188,12 @@ INJECTIONS = (
 )
 CUT = "cut, the answer is not in them"
 SCORERS = ("complex", "simple", "distmult", "rotate", "tucker", "conve", "transe")
+
+
+def compressed(recipe: str, seed: int) -> list[str]:
+    """The command that compresses a run of {workdir}/run."""
+    written = ("--recipe", recipe, "--output", f"{{workdir}}/{recipe}-{seed}")
+    return ["-m", "fusion_jax", "compress", "--workdir", f"{{workdir}}/run/seed-{seed}", *written]
 
 
 def link_prediction(dataset: str) -> Claim:
@@ -256,6 +275,14 @@ CLAIMS = {
             ["-m", "experiments.domain_shift_pairs", "leave-one-out", "--workdir", "{workdir}"]
         ],
         found=of_pairs,
+    ),
+    "compression": Claim(
+        places=[("fusion_jax/compression/workdir.py", ("of float32", "points lost"))],
+        commands=[
+            [*TRAIN, "experiments/trimodal.py", "--seeds", "3", *RUN],
+            *(compressed(recipe, seed) for recipe in ("int8", "int4") for seed in range(3)),
+        ],
+        found=of_compression,
     ),
     "vqa": Claim(
         places=[

@@ -3,6 +3,13 @@
 The new workdir holds the settings and the experiment's file as the old one does, and in place of
 checkpoints params.safetensors, from which `evaluate`, `ask` and `export` go on. Recipes that make
 another model of it put that language model's checkpoint beside, in `model`.
+
+On the main job (`train experiments/trimodal.py --seeds 3`, then each seed's workdir by each recipe;
+points of the mean of its 14 accuracies, mean ± standard deviation over seeds):
+
+            of float32  points lost
+    int8    0.26        0.08 ± 0.08
+    int4    0.15        0.10 ± 0.13
 """
 
 import dataclasses

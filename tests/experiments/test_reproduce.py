@@ -119,6 +119,18 @@ def test_pictures_with_facts_are_read_as_their_tables_are_made(tmp_path):
         assert reproduce.of_linked_pictures(tmp_path, row, column) == [expected]
 
 
+def test_what_compression_loses_is_read_of_each_seed(tmp_path):
+    for seed, lost in enumerate((0.25, 0.5)):
+        rows = {
+            "as trained": {"sum/accuracy/image": 0.75, "gated/accuracy/text": 0.75, "loss": 9.0},
+            "int8": {"sum/accuracy/image": 0.75, "gated/accuracy/text": 0.75 - lost, "loss": 8.0},
+        }
+        (tmp_path / f"int8-{seed}").mkdir()
+        (tmp_path / f"int8-{seed}/compression.json").write_text(json.dumps({"rows": rows}))
+    assert reproduce.of_compression(tmp_path, "int8", "points lost") == [12.5, 25.0]
+    assert reproduce.of_compression(tmp_path, "int4", "points lost") == []
+
+
 def test_injections_are_read_from_either_side_of_a_table(tmp_path):
     runs = [
         {
