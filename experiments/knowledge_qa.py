@@ -94,7 +94,7 @@ from fusion_jax.adaptation.lora import LoRA
 from fusion_jax.data import prose
 from fusion_jax.data.domain_batches import own_share
 from fusion_jax.data.pipeline import Batches
-from fusion_jax.data.streams import Later, Streams
+from fusion_jax.data.streams import Dealt, Later, Streams
 from fusion_jax.errors import UserError
 from fusion_jax.evaluation.table import print_table
 from fusion_jax.evaluation.words import bag_of_words
@@ -229,7 +229,7 @@ class Chains:
         return cls(writer, fours, count, seed)
 
     def __getitem__(self, step: int) -> dict[str, Any]:
-        rng = np.random.default_rng([self.seed, step, jax.process_index()])
+        rng = np.random.default_rng([self.seed, step])
         chosen = rng.choice(len(self.fours), self.count)
         examples = [self.writer(task, ()) for row in chosen.tolist() for task in self.fours[row]]
         return self.writer.collate(examples, length=self.writer.length)
@@ -274,8 +274,9 @@ def stream(s: Settings, writer: Writer) -> Streams:
         few = max(s.batch_size // 4, 1)
         streams["plain"] = Batches(plain, few, writer.transforms(25), seed=s.seed, **own_share())
     if s.rule_weight:
-        count = s.batch_size // 8 // jax.process_count()
-        streams["chains"] = Chains.of(writer, tasks, count, s.seed)
+        if (count := s.batch_size // 8) % jax.process_count():
+            raise UserError("the rule loss needs a batch size of 8, or of a multiple, a process")
+        streams["chains"] = Dealt(Chains.of(writer, tasks, count, s.seed), **own_share())
     return Streams(streams)
 
 

@@ -61,7 +61,7 @@ from fusion_jax.data.domain_batches import own_share
 from fusion_jax.data.pictures import open_pictures
 from fusion_jax.data.pipeline import Batches, collate
 from fusion_jax.data.questions import NO, YES, Question, Thing
-from fusion_jax.data.streams import Later, Streams
+from fusion_jax.data.streams import Dealt, Later, Streams
 from fusion_jax.encoders.projection import Project
 from fusion_jax.errors import UserError
 from fusion_jax.evaluation.table import print_table
@@ -170,7 +170,7 @@ class Chains:
     seed: int
 
     def __getitem__(self, step: int) -> dict[str, Any]:
-        rng = np.random.default_rng([self.seed, step, jax.process_index()])
+        rng = np.random.default_rng([self.seed, step])
         chosen = rng.choice(len(self.asked.questions) // 4, self.count)
         rows = [4 * chain + place for chain in chosen.tolist() for place in range(4)]
         examples = [self.asked[row * VIEWS + rng.integers(VIEWS)] for row in rows]
@@ -195,11 +195,12 @@ def stream(s: Settings, seen: Seen, writing: Writing) -> Batches | Streams:
     batches = Batches(rows, s.batch_size, rows.transforms, seed=s.seed, **own_share())
     if not s.rule_weight:
         return batches
-    if not (count := s.batch_size // 8 // jax.process_count()):
-        raise UserError("the rule loss needs a batch size of 8 for each process")
+    count = s.batch_size // 8
+    if not count or count % jax.process_count():
+        raise UserError("the rule loss needs a batch size of 8, or of a multiple, a process")
     questions = [question for four in fours(seen, cases) for question in four]
     chains = Chains(Asked(questions, writing, {}, s.length, views=VIEWS), count, s.seed)
-    return Streams({"asked": batches, "chains": chains})
+    return Streams({"asked": batches, "chains": Dealt(chains, **own_share())})
 
 
 def objective_of(s: Settings, model: PictureLM) -> Objective:

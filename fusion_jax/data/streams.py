@@ -60,6 +60,24 @@ class Later:
         return self._made[step]
 
 
+@dataclasses.dataclass(frozen=True)
+class Dealt:
+    """data[step]: this process's rows of a batch that every process makes whole, and alike.
+
+    For what is drawn row after row by one generator, and cheap to make.
+    """
+
+    whole: Any
+    process_index: int = 0
+    process_count: int = 1
+
+    def __getitem__(self, step: int) -> dict[str, Any]:
+        def own(leaf: np.ndarray) -> np.ndarray:
+            return np.split(leaf, self.process_count)[self.process_index]
+
+        return jax.tree.map(own, self.whole[step])
+
+
 class Balanced:
     """One batch of several domains' batches: row r is of domain r // accumulation % domains.
 

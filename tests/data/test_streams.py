@@ -14,7 +14,7 @@ from PIL import Image
 from fusion_jax.data import domains, emoji, folders
 from fusion_jax.data.arrays import ArrayBatches
 from fusion_jax.data.pipeline import Batches, Number
-from fusion_jax.data.streams import Adaptation, Balanced, Later, Streams, check_batches
+from fusion_jax.data.streams import Adaptation, Balanced, Dealt, Later, Streams, check_batches
 from fusion_jax.errors import UserError
 from fusion_jax.training.step import State, make_step
 
@@ -70,6 +70,14 @@ def test_processes_read_their_rows_of_the_same_batch(accumulation):
         balanced([5, 9], 4, 2, accumulation, process_index=i, process_count=2)[4] for i in (0, 1)
     ]
     np.testing.assert_array_equal(np.concatenate([part["id"] for part in parts]), whole["id"])
+
+
+def test_what_each_process_makes_whole_is_dealt_out():
+    whole = {3: {"x": np.arange(8).reshape(8, 1), "y": np.arange(8)}}
+    parts = [Dealt(whole, i, 2)[3] for i in range(2)]
+    assert parts[1]["y"].tolist() == [4, 5, 6, 7]
+    joined = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+    jax.tree.map(np.testing.assert_array_equal, joined, whole[3])
 
 
 def test_streams_side_by_side():

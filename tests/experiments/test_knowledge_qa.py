@@ -186,14 +186,24 @@ def test_malformed_questions_name_file_and_line(world, tmp_path, capsys):
     assert "no question of the split test" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_the_rule_loss_takes_chains_of_two_facts():
-    writer = SimpleNamespace(fits=lambda task: True)
+def test_the_rule_loss_takes_chains_of_two_facts(monkeypatch):
+    class Writer(SimpleNamespace):
+        def __call__(self, task, facts):
+            return task.thing, task.kind
+
+    writer = Writer(fits=lambda task: True, length=8, collate=lambda rows, length: np.array(rows))
     alone, one = (Task(0, 1, True, (own, (3, 4, 5))) for own in ((0,), (0, 1)))
     two = Task(0, 2, True, ((0, 1, 2), (3, 4)))
     (four,) = knowledge_qa.Chains.of(writer, [alone, one, two], 1, 0).fours
     assert [(task.thing, task.kind) for task in four] == [(0, 1), (1, 2), (0, 2), (0, 4)]
     with pytest.raises(UserError, match="chains of two facts"):
         knowledge_qa.Chains.of(writer, [alone, one], 1, 0)
+    three = Task(0, 2, True, ((5, 6, 7), (8, 9)))
+    chains = knowledge_qa.Chains.of(writer, [two, three], 8, 0)
+    drawn = chains[3]
+    assert len(drawn) == 32 and len(np.unique(drawn, axis=0)) > 4
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    np.testing.assert_array_equal(chains[3], drawn)  # each process makes the batch of all
 
 
 def test_the_table_has_a_column_for_each_variant_that_all_seeds_have(capsys):
