@@ -271,7 +271,8 @@ def build(s: Settings) -> Experiment:
         )
 
     models = {fusion: model_of(fusion) for fusion in dict.fromkeys(s.fusions)}
-    data = Batches(Subset(source, train_rows), s.batch_size, transforms, seed=s.seed, **own_share())
+    train = partial(Batches, Subset(source, train_rows), s.batch_size, transforms, seed=s.seed)
+    data = train(**own_share())
     tests = Batches(Subset(source, test_rows), s.batch_size, transforms, train=False)
 
     def init(key: jax.Array) -> Params:
@@ -283,7 +284,7 @@ def build(s: Settings) -> Experiment:
         }
 
     def report(params: Params, folder: Path) -> dict[str, float]:
-        probe = linear_probe(data, tests, len(train_rows), len(classes))
+        probe = linear_probe(train(), tests, len(train_rows), len(classes))
         caption = captions(raw)
         found = {
             name: measure(model, params[name], tests, caption) for name, model in models.items()
