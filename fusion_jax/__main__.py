@@ -83,17 +83,18 @@ def evaluate(arguments: list[str]) -> None:
     from fusion_jax.training import experiment as experiments
     from fusion_jax.training import loop, runtime
 
-    def parse(workdir: Path) -> Path:
+    def parse(workdir: Path, mesh: str | None = None) -> tuple[Path, str | None]:
         """Reports on a trained workdir again.
 
         Args:
             workdir: what --workdir was when it was trained.
+            mesh: devices along each axis, as in training: fsdp=-1 for what one cannot hold.
         """
-        return workdir
+        return workdir, mesh
 
-    workdir = tyro.cli(parse, args=arguments, prog="python -m fusion_jax evaluate")
+    workdir, mesh = tyro.cli(parse, args=arguments, prog="python -m fusion_jax evaluate")
     runtime.start()
-    module, settings = experiments.reopen(workdir)
+    module, settings = experiments.reopen(workdir, mesh)
     with running():
         loop.evaluate(module.build(settings), settings, workdir)
 

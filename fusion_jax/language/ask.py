@@ -270,6 +270,7 @@ def ask(
     workdir: Path | None = None,
     senses: Path | None = None,
     draft: str | None = None,
+    mesh: str | None = None,
     image: tuple[Path, ...] = (),
     audio: tuple[Path, ...] = (),
     max_tokens: int = 256,
@@ -291,6 +292,7 @@ def ask(
             too, so that a question about a picture may be spoken.
         draft: a smaller model with the same tokenizer, a workdir or a checkpoint, that guesses
             ahead, such as what `compress --recipe distil-0.5` wrote: the same answer, sooner.
+        mesh: devices along each axis, as in training: tensor=-1 for a model that one cannot hold.
         image: picture files.
         audio: sound files.
         max_tokens: at most so many tokens.
@@ -303,7 +305,7 @@ def ask(
         seed: of what is drawn.
     """
     sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p)
-    assistant = named(model, workdir, senses)
+    assistant = named(model, workdir, senses, mesh)
     guessing = {} if draft is None else {"draft": draft_of(assistant, draft)}
     pieces = assistant.answer(
         question,
@@ -330,10 +332,12 @@ def check_named(model: str | None, workdir: Path | None, senses: Path | None) ->
         )
 
 
-def named(model: str | None, workdir: Path | None, senses: Path | None) -> Assistant:
-    """The model that --model, or --workdir with perhaps --senses, names."""
+def named(
+    model: str | None, workdir: Path | None, senses: Path | None, mesh: str | None = None
+) -> Assistant:
+    """The model that --model, or --workdir with perhaps --senses, names, perhaps on a mesh."""
     check_named(model, workdir, senses)
-    return from_workdir(workdir, senses) if model is None else from_checkpoint(model)
+    return from_checkpoint(model, mesh) if model else from_workdir(workdir, senses, mesh)
 
 
 def draft_of(model: Any, name: str) -> Assistant:
@@ -350,22 +354,24 @@ def draft_of(model: Any, name: str) -> Assistant:
     return found
 
 
-def from_checkpoint(name: str) -> Assistant:
-    """A published language model. UserError where it is none."""
+def from_checkpoint(name: str, mesh: str | None = None) -> Assistant:
+    """A published language model, perhaps split over a mesh. UserError where it is none."""
     from fusion_jax.pretrained.load import load
+    from fusion_jax.training.sharding import spread
 
-    checkpoint = load(name)
+    checkpoint = load(name, place=None if mesh is None else spread(mesh))
     if not isinstance(checkpoint.module, Decoder):
         raise UserError(f"{name} is no language model: it is a {type(checkpoint.module).__name__}")
     chat = Chat.of(checkpoint)
     return Assistant(checkpoint.module, checkpoint.params, chat, config=checkpoint.config)
 
 
-def from_workdir(workdir: Path, senses: Path | None = None) -> Assistant:
-    """A model trained by an experiment that can be asked, perhaps with another run's senses."""
+def from_workdir(workdir: Path, senses: Path | None = None, mesh: str | None = None) -> Assistant:
+    """A model trained by an experiment that can be asked, perhaps with another run's senses, and
+    perhaps split over a mesh."""
     from fusion_jax.training import experiment, loop
 
-    module, settings = experiment.reopen(workdir)
+    module, settings = experiment.reopen(workdir, mesh)
     if not hasattr(module, "assistant"):
         raise UserError(
             f"{workdir} was trained by an experiment without assistant(settings, params)"

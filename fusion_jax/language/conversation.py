@@ -89,6 +89,7 @@ def chat(
     model: str | None = None,
     workdir: Path | None = None,
     senses: Path | None = None,
+    mesh: str | None = None,
     max_tokens: int = 256,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -99,11 +100,12 @@ def chat(
         model: a checkpoint: a short name, a hub name, a folder or a GGUF file.
         workdir: or what --workdir was when a model was trained.
         senses: with it, another run around the same language model, to read what that one reads.
+        mesh: devices along each axis, as in training: tensor=-1 for a model that one cannot hold.
         max_tokens: at most so many tokens an answer.
         temperature: 0 always takes the most likely token.
         top_p: draw among the likeliest that hold this probability together.
     """
-    assistant = named(model, workdir, senses)
+    assistant = named(model, workdir, senses, mesh)
     if not isinstance(assistant, Assistant):
         raise UserError(f"{workdir} answers single questions: use `ask`")
     sampling = Sampling(temperature=temperature, top_p=top_p)

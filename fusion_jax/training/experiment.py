@@ -20,7 +20,7 @@ from fusion_jax.paths import write_file
 from fusion_jax.training import runtime
 from fusion_jax.training.partition import Params
 from fusion_jax.training.settings import Settings
-from fusion_jax.training.sharding import DEFAULT_RULES, Rules
+from fusion_jax.training.sharding import DEFAULT_RULES, Rules, spread
 from fusion_jax.training.step import Objective
 
 
@@ -154,8 +154,11 @@ def language_model_setting(settings: Settings) -> str | None:
     return next((name for name in ("language_model", "model") if hasattr(settings, name)), None)
 
 
-def reopen(workdir: Path) -> tuple[ModuleType, Settings]:
+def reopen(workdir: Path, mesh: str | None = None) -> tuple[ModuleType, Settings]:
     """The experiment and settings that a workdir was trained with.
+
+    Args:
+        mesh: of devices, to split a model that one cannot hold.
 
     Raises:
         UserError: there is no run in it.
@@ -176,5 +179,9 @@ def reopen(workdir: Path) -> tuple[ModuleType, Settings]:
     }
     values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
     settings = module.Settings(**values, workdir=workdir)
-    runtime.compute_as(settings)
+    if mesh is None:
+        runtime.compute_as(settings)
+    else:
+        settings = dataclasses.replace(settings, mesh=mesh)
+        runtime.compute_as(settings, spread(mesh))
     return module, settings

@@ -167,11 +167,16 @@ def useful_flops(build: Build, settings: Settings, mesh: Mesh, loops: int) -> fl
     return flops.count(trace(build(plain), plain, mesh).jaxpr, loops) / mesh.size
 
 
-def remedies(settings: Settings, chips: int) -> Iterator[Settings]:
-    """Settings that take less memory, each with what the ones before it changed, cheapest first."""
+def remedies(settings: Settings, chips: int, held: bool = False) -> Iterator[Settings]:
+    """Settings that take less memory, each with what the ones before it changed, cheapest first.
+
+    Args:
+        held: what is held between steps is too much already, which remat does not change.
+    """
     if not settings.remat:
         settings = dataclasses.replace(settings, remat=True)
-        yield settings
+        if not held:
+            yield settings
     if mesh_shape(settings.mesh, chips) != (1, chips, 1):
         settings = dataclasses.replace(settings, mesh="fsdp=-1")
         yield settings

@@ -118,7 +118,8 @@ def main(arguments: Sequence[str]) -> None:
     show(settings, needs, f"{len(devices)} {devices[0].device_kind}")
     if needs.fits:
         return
-    for other, needs in each(plan.remedies(settings, len(devices))):
+    held = needs.peak == needs.held
+    for other, needs in each(plan.remedies(settings, len(devices), held)):
         if needs.fits:
             console.print(f"It fits with {_said(other)}:")
             show(other, needs, _said(other))

@@ -15,6 +15,7 @@ from fusion_jax.language.beam import beam_search
 from fusion_jax.language.generate import choose, generate, stream
 from fusion_jax.language.prompt import Prompt, bucket, text_mask
 from fusion_jax.language.sampling import Sampling
+from fusion_jax.training.sharding import make_mesh, tree_shardings
 
 spec = importlib.util.spec_from_file_location("tiny", Path(__file__).with_name("tiny.py"))
 tiny = importlib.util.module_from_spec(spec)
@@ -38,6 +39,16 @@ def oracle(llama, prompt, **settings):
     with torch.no_grad():
         out = llama.generate(torch.tensor([prompt]), **settings)
     return out[:, len(prompt) :].numpy()
+
+
+def test_a_model_split_over_devices_writes_the_same_and_splits_its_cache(params):
+    mesh, prompt = make_mesh("fsdp=4,tensor=2"), Prompt.of(PROMPTS)
+    split = jax.device_put(params, tree_shardings(params, mesh, smallest=1))
+    whole, found = (generate(MODEL, each, prompt, max_tokens=8) for each in (params, split))
+    assert found.sequences() == whole.sequences()
+    _, caches, _ = jax.jit(generation.prefill, static_argnums=(0, 3))(MODEL, split, prompt, 8)
+    for cache in caches:
+        assert cache.key.sharding.shard_shape(cache.key.shape)[2] == tiny.KV // 2
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.7])

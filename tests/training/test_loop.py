@@ -17,6 +17,7 @@ import pytest
 from fusion_jax.__main__ import main
 from fusion_jax.errors import UserError
 from fusion_jax.training import experiment as experiments
+from fusion_jax.training import loop
 from fusion_jax.training.hosts import started_with_others
 from fusion_jax.training.metrics import read_metrics
 from fusion_jax.training.settings import Settings, runtime
@@ -245,6 +246,12 @@ def test_best_checkpoint_is_kept_and_reported(tmp_path, capsys):
         reported = json.loads((workdir / "report" / "metrics.json").read_text())
         assert reported["test/fit"] == pytest.approx(best["validation/fit"], abs=1e-6)
         assert {best["step"], 20} == {int(p.name) for p in (workdir / "checkpoints").glob("[0-9]*")}
+        module, settings = experiments.reopen(workdir, "fsdp=-1")
+        params = loop.restore_params(module.build(settings), settings, workdir)
+        assert params["hidden"]["kernel"].addressable_shards[0].data.shape == (4, 1)
+        assert main(["evaluate", "--workdir", str(workdir), "--mesh", "fsdp=-1"]) == 0
+        split = json.loads((workdir / "report" / "metrics.json").read_text())
+        assert split == pytest.approx(reported, abs=1e-6)
         (workdir / "report" / "metrics.json").unlink()
         assert main(["evaluate", "--workdir", str(workdir)]) == 0
         assert json.loads((workdir / "report" / "metrics.json").read_text()) == reported

@@ -316,3 +316,5 @@ def test_remedies_change_one_thing_after_another():
         (True, "fsdp=-1", "bfloat16", 4),
     ]
     assert found[-1].mesh == "fsdp=-1,tensor=2"
+    first = next(plan.remedies(of(remat=False, batch_size=16), 4, held=True))
+    assert (first.remat, first.mesh) == (True, "fsdp=-1")
