@@ -165,14 +165,25 @@ class Chains:
     """Four questions without facts about the two steps of each chain, as `TRANSITIVE` has them."""
 
     asked: Asked
+    starts: Sequence[int]
+    """The first question of each chain."""
     count: int
     """Of chains in a batch."""
     seed: int
 
+    @classmethod
+    def of(cls, asked: Asked, count: int, seed: int) -> "Chains":
+        """Those of which all questions have room in a row."""
+        numbers = range(0, len(asked.questions), 4)
+        starts = [first for first in numbers if all(map(asked.fits, range(first, first + 4)))]
+        if not starts:
+            raise UserError(f"no chain of questions fits into {asked.length} tokens: give --length")
+        return cls(asked, starts, count, seed)
+
     def __getitem__(self, step: int) -> dict[str, Any]:
         rng = np.random.default_rng([self.seed, step])
-        chosen = rng.choice(len(self.asked.questions) // 4, self.count)
-        rows = [4 * chain + place for chain in chosen.tolist() for place in range(4)]
+        chosen = rng.choice(self.starts, self.count)
+        rows = [first + place for first in chosen.tolist() for place in range(4)]
         examples = [self.asked[row * VIEWS + rng.integers(VIEWS)] for row in rows]
         return collate(examples, len(rows), self.asked.transforms)
 
@@ -199,7 +210,7 @@ def stream(s: Settings, seen: Seen, writing: Writing) -> Batches | Streams:
     if not count or count % jax.process_count():
         raise UserError("the rule loss needs a batch size of 8, or of a multiple, a process")
     questions = [question for four in fours(seen, cases) for question in four]
-    chains = Chains(Asked(questions, writing, {}, s.length, views=VIEWS), count, s.seed)
+    chains = Chains.of(Asked(questions, writing, {}, s.length, views=VIEWS), count, s.seed)
     return Streams({"asked": batches, "chains": Dealt(chains, **own_share())})
 
 

@@ -136,6 +136,11 @@ class Asked:
             "answer": self.numbers.get(question.answer, -1),
         }
 
+    def fits(self, number: int) -> bool:
+        """Whether a question has room in a row with its answer, whatever view is shown."""
+        views = range(number * self.views, (number + 1) * self.views)
+        return all(len(self._written(index)[0]) <= self.length for index in views)
+
     def _written(self, index: int) -> tuple[list[int], list[float], int | None, int]:
         """Ids, their weights, and the row and view of the picture that is shown, if any."""
         question, view = self.questions[index // self.views], index % self.views

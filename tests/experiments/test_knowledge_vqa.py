@@ -131,6 +131,12 @@ def test_rule_loss_reads_the_models_own_answers(flags, tmp_path, monkeypatch):
     expected = -np.mean(np.log([1 - t[0] * t[1] * (1 - t[2]), 1 - t[2] * t[3]]))
     np.testing.assert_allclose(metrics["chains/transitive"], expected, atol=1e-5)
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(slopes["lora"]))
+    short = fours(seen, cases)[0]  # a chain of which one has no room is left out
+    long = [*short[:3], dataclasses.replace(short[3], text="night " * 46)]
+    monkeypatch.setattr(knowledge_vqa, "fours", lambda *_: [short] * 20 + [long])
+    chains = knowledge_vqa.stream(s, seen, model.writing).streams["chains"]
+    weights = [chains[step]["weight"].values for step in range(40)]
+    assert all((each > 0).any(axis=1).all() for each in weights)
     with pytest.raises(UserError, match="batch size of 8"):
         knowledge_vqa.stream(dataclasses.replace(s, batch_size=4), seen, model.writing)
 
