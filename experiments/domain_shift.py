@@ -82,6 +82,7 @@ heads on the target's unlabelled pictures.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -128,7 +129,7 @@ from fusion_jax.training.optimizer import by_path
 from fusion_jax.training.partition import Params
 from fusion_jax.training.settings import Settings as Base
 from fusion_jax.training.settings import runtime
-from fusion_jax.training.sharding import make_mesh
+from fusion_jax.training.sharding import mesh_shape, named_devices
 from fusion_jax.training.step import parameter_ema
 
 FLOOR, CEILING = "source-only", "target-supervised"
@@ -262,8 +263,8 @@ MOST = 512  # rows of a split that the criteria look at
 def prepare(s: Settings) -> Prepared:
     """Reads the domains; makes the batches to train on and those to judge by."""
     sources, target = open_domains(s)
-    classes, mesh = same_classes([*sources, target]), make_mesh(s.mesh)
-    shares = mesh.shape["data"] * mesh.shape["fsdp"]
+    classes = same_classes([*sources, target])
+    shares = math.prod(mesh_shape(s.mesh, named_devices(s.mesh))[:2])
     part = shares * s.accumulation
     least = len(sources) * part
     size = s.batch_size // least * part

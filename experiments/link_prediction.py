@@ -54,7 +54,7 @@ from fusion_jax.objectives.knowledge import (
 from fusion_jax.training.experiment import Experiment
 from fusion_jax.training.partition import Params
 from fusion_jax.training.settings import Settings as Base
-from fusion_jax.training.sharding import DEFAULT_RULES, make_mesh
+from fusion_jax.training.sharding import DEFAULT_RULES
 
 SCORERS = {
     "transe": scorers.TransE,
@@ -132,6 +132,9 @@ class Settings(Base):
     label_smoothing: float | None = None
     penalty: float | None = None
     """Weight of the penalty on the facts' factors."""
+    entity_shards: int = 1
+    """Devices along `tensor` that can share the table of entities, or a multiple: it gets rows that
+    are nobody's until they divide it."""
     scale: float | None = None
     """Standard deviation of initial vectors."""
     text: bool = False
@@ -194,7 +197,7 @@ def scorer_of(s: Settings, graph: Graph) -> scorers.Scorer | Computed:
         dim=s.dim,
         dropout=s.dropout,
         scale=s.scale,
-        multiple=make_mesh(s.mesh).shape["tensor"],
+        multiple=s.entity_shards,
     )
     if not s.text:
         return scorer

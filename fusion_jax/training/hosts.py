@@ -74,6 +74,7 @@ def _join(settings: Settings) -> bool:
             *given,
             initialization_timeout=int(2 * MEET),  # it would end this process with a stack trace
             heartbeat_timeout_seconds=4 * settings.lost_after,
+            shutdown_timeout_seconds=3600,  # of those that report faster than others
         )
     except (ValueError, RuntimeError) as error:
         if not told and isinstance(error, ValueError):

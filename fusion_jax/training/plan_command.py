@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import tyro
+from jax.sharding import AbstractMesh, Mesh
 from rich.console import Console
 from rich.table import Table
 
@@ -23,7 +24,7 @@ from fusion_jax.training.topologies import Chip, chip_of, devices_of
 
 
 def opener(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple:
-    """(flags, settings, build) of a command line; `build(settings)` needs no weights of --llm.
+    """(flags, settings, build) of a command line; `build(settings, mesh)` needs no --llm's weights.
 
     Args:
         parser: of the command's own flags; without help, since the experiment's settings have some.
@@ -54,7 +55,9 @@ def opener(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple:
     if flags.llm is not None and flags.experiment is not None:
         spoken = load.load(getattr(settings, field))
 
-    def build(settings: Settings) -> Experiment:
+    def build(settings: Settings, mesh: Mesh | AbstractMesh) -> Experiment:
+        sizes_of_mesh = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+        settings = dataclasses.replace(settings, mesh=sizes_of_mesh)  # a -1 is of devices there
         runtime.compute_as(settings)
         if flags.llm is not None:
             load.opened[flags.llm] = sizes.hollow(flags.llm, spoken)
@@ -86,7 +89,7 @@ def main(arguments: Sequence[str]) -> None:
 
     def tried(settings: Settings) -> plan.Needs:
         mesh = make_mesh(settings.mesh, devices)
-        found = plan.measure(build(settings), settings, mesh, loops)
+        found = plan.measure(build(settings, mesh), settings, mesh, loops)
         fits = "fits" if found.fits else "does not fit"
         console.print(f"{_said(settings)}: {size(found.peak)} a chip, {fits}")
         return found
@@ -100,7 +103,8 @@ def main(arguments: Sequence[str]) -> None:
                 console.print(f"{_said(one)}: {error}")
 
     def useful(settings: Settings) -> float:
-        return plan.useful_flops(build, settings, make_mesh(settings.mesh, devices), loops)
+        mesh = make_mesh(settings.mesh, devices)
+        return plan.useful_flops(partial(build, mesh=mesh), settings, mesh, loops)
 
     if flags.sweep:
         tries = [dataclasses.replace(settings, mesh=m) for m in plan.meshes(len(devices))]

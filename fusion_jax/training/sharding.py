@@ -62,6 +62,13 @@ def mesh_shape(sizes: str, devices: int) -> tuple[int, ...]:
     return found
 
 
+def named_devices(sizes: str) -> int:
+    """How many devices such a line names, or, where it has a -1, those that are here."""
+    numbers = [part.partition("=")[2] for part in sizes.split(",")]
+    known = [int(number) for number in numbers if number.isdecimal()]  # others are refused later
+    return jax.device_count() if "-1" in numbers else math.prod(known)
+
+
 def make_mesh(sizes: str = "data=-1", devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh that a line like "data=-1,fsdp=4,tensor=2" describes; -1 takes what is left.
 

@@ -5,7 +5,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 from jax.sharding import AbstractMesh
 from rich.console import Console
 from rich.table import Table
@@ -14,7 +13,7 @@ from rich.text import Text
 from fusion_jax.training.partition import paths
 from fusion_jax.training.plan import bytes_per_device
 from fusion_jax.training.plan_command import opener, size
-from fusion_jax.training.sharding import AXES, mesh_shape
+from fusion_jax.training.sharding import AXES, mesh_shape, named_devices
 from fusion_jax.training.state import plan_state
 
 COLOURS = {"data": "green", "fsdp": "cyan", "tensor": "magenta"}
@@ -34,9 +33,9 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--devices", type=int, help="how many, where the mesh has a -1")
     flags, settings, build = opener(parser, arguments)
-    sizes = mesh_shape(settings.mesh, flags.devices or _devices(settings.mesh))
+    sizes = mesh_shape(settings.mesh, flags.devices or named_devices(settings.mesh))
     mesh = AbstractMesh(sizes, AXES)
-    where = plan_state(build(settings), mesh)
+    where = plan_state(build(settings, mesh), mesh)
     console = Console(width=110)
     console.print(drawn({"trained": where.state.params, "frozen": where.frozen}, mesh))
     held = {
@@ -51,13 +50,6 @@ def main(arguments: Sequence[str]) -> None:
             f"{size(bytes_per_device(leaf))}: name it in the experiment's rules, or choose sizes "
             "of the mesh that divide it"
         )
-
-
-def _devices(mesh: str) -> int:
-    """What a mesh without -1 multiplies to, else the devices that are here."""
-    sizes = [part.partition("=")[2] for part in mesh.split(",")]
-    known = [int(size) for size in sizes if size.isdecimal()]  # `mesh_shape` refuses the others
-    return jax.device_count() if "-1" in sizes else math.prod(known)
 
 
 def drawn(trees: dict[str, Any], mesh: AbstractMesh) -> Table:

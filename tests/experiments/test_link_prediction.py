@@ -44,8 +44,14 @@ def test_trains_reports_and_reports_again(folder, tmp_path, monkeypatch, capsys)
     assert main(["evaluate", "--workdir", str(tmp_path / "one")]) == 0
     again = json.loads((tmp_path / "one" / "report" / "metrics.json").read_text())
     assert again == found
-    split = run(folder, tmp_path / "mesh", "--loss", "one", "--mesh", "data=2,fsdp=1,tensor=4")
+    mesh = ["--mesh", "tensor=8", "--entity-shards", "8"]  # 20 entities
+    split = run(folder, tmp_path / "mesh", "--loss", "one", *mesh)
     assert split["test/MRR"] == pytest.approx(found["test/MRR"], abs=0.02)
+    assert main(["evaluate", "--workdir", str(tmp_path / "mesh")]) == 0  # on another mesh
+    capsys.readouterr()
+    shown = ["show-sharding", FILE, "--dataset", str(folder), "--dim", "16", "--mesh", "fsdp=16"]
+    assert main(shown) == 0  # of more devices than there are
+    assert "20 16" in capsys.readouterr().out
 
 
 def test_unseen_entities_are_refused_dropped_or_scored_by_their_text(
