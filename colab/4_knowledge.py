@@ -15,7 +15,8 @@
 # A knowledge graph is a set of facts (head, relation, tail). A *scorer* gives each possible fact a
 # number from vectors of its parts; training makes true ones score high. Below: which patterns of
 # relations each scorer can hold at all, how ranks are counted, how a rule becomes a loss, then link
-# prediction on UMLS. Each formula is checked by the cell after it.
+# prediction on UMLS, and WordNet fused into a language model. Each formula is checked by the cell
+# after it.
 
 # %%
 # @title Set up (one to two minutes in Colab; nothing to do from a checkout)
@@ -33,7 +34,7 @@ if "google.colab" in sys.modules and not Path("pyproject.toml").exists():
 here = Path.cwd()
 os.chdir(next(p for p in (here, *here.parents) if (p / "pyproject.toml").exists()))
 sys.path.insert(0, os.getcwd())
-runs = Path(os.environ.get("FUSION_JAX_RUNS", "runs"))
+runs = Path(os.environ.get("FUSION_JAX_RUNS", "runs/quick" if quick else "runs"))
 
 import flax
 import jax
@@ -257,3 +258,38 @@ assert not closure.holds(mammal, "is_a", whale)
 derived = len(closure.by)
 print(f"{closure.given} facts given, {derived} derived")
 assert derived == 15  # all pairs of six things in a chain: 5 + 4 + 3 + 2 + 1
+
+# %% [markdown]
+# ## WordNet fused into a language model
+#
+# SmolLM2 as it comes answers "Is a whale a mammal?" no better than by chance. Here LoRA first
+# teaches it, in a few steps and without any facts, how such questions are answered. Then WordNet's
+# facts about a thing, and what the rules conclude from them, are kept in a memory beside it, each
+# as the state in which the model would read it with its answer, and what it says is mixed with what
+# the nearest of them say (kNN-LM). `chained` writes them into the prompt in place of that, and
+# takes more steps. About five minutes on two CPU cores. `experiments/knowledge_qa.py` has all ways
+# side by side, after 200 steps and over 3 seeds: without facts 0.632 ± 0.013 of questions about
+# unseen things are right, with true ones in a memory 1.000.
+
+# %%
+from IPython.utils.capture import capture_output
+
+injection = "knn"  # @param ["knn", "chained", "prompt"]
+qa_steps = 60  # @param {type:"integer"}
+language_model = "smollm2-135m-instruct"  # @param {type:"string"}
+workdir = runs / "colab_knowledge_qa"
+flags = ["--workdir", str(workdir), "--overwrite", "--no-tensorboard", "--injection", injection]
+flags += ["--questions", "0"]  # no report: it asks thousands
+if quick:  # a graph of six animals and a small stand-in for the model: only that it runs
+    from colab.quick import small_graph
+
+    flags += [*small_graph(runs / "small"), "--steps", "2", "--keep-weight", "0"]
+else:
+    flags += ["--steps", str(qa_steps), "--model", language_model]
+assert main(["train", "experiments/knowledge_qa.py", *flags]) == 0
+
+for kind, answer in (("mammal", "Yes"), ("fish", "No")):
+    with capture_output() as said:
+        assert main(["ask", "--workdir", str(workdir), f"Is a whale a {kind}?"]) == 0
+    print(f"Is a whale a {kind}?\n{said.stdout}")
+    assert quick or injection != "knn" or said.stdout.startswith(answer)

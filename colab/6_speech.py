@@ -33,7 +33,7 @@ if "google.colab" in sys.modules and not Path("pyproject.toml").exists():
 here = Path.cwd()
 os.chdir(next(p for p in (here, *here.parents) if (p / "pyproject.toml").exists()))
 sys.path.insert(0, os.getcwd())
-runs = Path(os.environ.get("FUSION_JAX_RUNS", "runs"))
+runs = Path(os.environ.get("FUSION_JAX_RUNS", "runs/quick" if quick else "runs"))
 
 import flax
 import jax
@@ -294,27 +294,36 @@ assert quick or right > 0.8
 # %%
 listen_steps = 300  # @param {type:"integer"}
 steps = 380  # @param {type:"integer"}
-if not quick:
-    from fusion_jax.__main__ import main
+from fusion_jax.__main__ import main
 
-    flags = ["--listen-steps", str(listen_steps), "--steps", str(steps)]
+translation, dialogue = runs / "colab_translation", runs / "colab_dialogue"
+flags = ["--languages", "en", "fr", "--turns", "8", "--overwrite", "--no-tensorboard"]
+few = ["--listen-steps", str(listen_steps), "--steps", str(steps)]
+if quick:  # small stand-ins for both models, three steps on noise: only that it runs
+    from colab.quick import HEARING, small_models, small_speech
+
+    flags += [*small_speech(runs / "small"), *small_models(runs / "small", HEARING)]
+    flags += ["--batch-size", "8", "--seconds", "1", "--written", "4"]
+    few = ["--listen-steps", "1", "--steps", "3"]
+else:
+    flags += ["--most", "12"]
+command = ["train", "experiments/translation.py", "--workdir", str(translation)]
+assert main([*command, *flags, *few]) == 0
+if not quick:
+    flags = ["--questions", "500", "--answered", "150", "--sentences", "300"]
     flags += ["--overwrite", "--no-tensorboard"]
-    translation, dialogue = runs / "colab_translation", runs / "colab_dialogue"
-    few = ["--languages", "en", "fr", "--turns", "8", "--most", "12"]
-    arguments = ["--workdir", str(translation), *few, *flags]
-    assert main(["train", "experiments/translation.py", *arguments]) == 0
-    few = ["--questions", "500", "--answered", "150", "--sentences", "300"]
-    assert main(["train", "experiments/dialogue.py", "--workdir", str(dialogue), *few, *flags]) == 0
+    command = ["train", "experiments/dialogue.py", "--workdir", str(dialogue)]
+    assert main([*command, *flags, *few]) == 0
 
 # %% [markdown]
 # Your recordings:
 
 # %%
-if not quick:
-    from IPython.display import Audio, display
+from IPython.display import Audio, display
 
-    for recording in recordings.values():
-        display(Audio(recording))
-    thing, question = map(str, recordings.values())
-    assert main(["translate", "--workdir", str(translation), "--to", "en", thing]) == 0
-    assert main(["ask", "--workdir", str(dialogue), "--audio", question, ""]) == 0
+for recording in recordings.values():
+    display(Audio(recording))
+thing, question = map(str, recordings.values())
+assert main(["translate", "--workdir", str(translation), "--to", "en", thing]) == 0
+answering = translation if quick else dialogue
+assert main(["ask", "--workdir", str(answering), "--audio", question, ""]) == 0

@@ -33,7 +33,7 @@ if "google.colab" in sys.modules and not Path("pyproject.toml").exists():
 here = Path.cwd()
 os.chdir(next(p for p in (here, *here.parents) if (p / "pyproject.toml").exists()))
 sys.path.insert(0, os.getcwd())
-runs = Path(os.environ.get("FUSION_JAX_RUNS", "runs"))
+runs = Path(os.environ.get("FUSION_JAX_RUNS", "runs/quick" if quick else "runs"))
 
 import flax
 import jax
@@ -163,14 +163,14 @@ import shutil
 from fusion_jax.__main__ import main
 
 workdir, small = runs / "colab_fusion", runs / "colab_fusion_int8"
-if not (workdir / "report/metrics.json").exists():
-    flags = ["--workdir", str(workdir), "--overwrite", "--no-tensorboard"]
-    if quick:  # small stand-ins for the towers, two steps: only that it runs
-        from colab.quick import small_table, use_small_towers
+flags = ["--workdir", str(workdir), "--overwrite", "--no-tensorboard"]
+if quick:  # small stand-ins for the towers, two steps: only that it runs
+    from colab.quick import small_table, use_small_towers
 
-        use_small_towers()
-        flags += ["--width", "16", "--steps", "2", "--batch-size", "8", "--views", "1"]
-        flags += ["--fusions", "sum", "--table", str(small_table(runs / "small"))]
+    use_small_towers()
+    flags += ["--width", "16", "--steps", "2", "--batch-size", "8", "--views", "1"]
+    flags += ["--fusions", "sum", "--table", str(small_table(runs / "small"))]
+if not (workdir / "report/metrics.json").exists():
     assert main(["train", "experiments/trimodal.py", *flags]) == 0
 shutil.rmtree(small, ignore_errors=True)
 flags = ["--workdir", str(workdir), "--recipe", "int8", "--output", str(small), "--batches", "1"]

@@ -1,6 +1,7 @@
 """Writes and runs the notebooks of this folder.
 
-    python -m colab                # runs every notebook in full, and prints how long each took
+    python -m colab                # runs every notebook in full, and prints how long each took;
+                                   # exits 1 if a cell of one fails
     python -m colab --only 1 --quick
     python -m colab --write        # after a .py was changed: writes the .ipynb that Colab opens
 
@@ -9,6 +10,7 @@ beside it is made of it, without outputs. Needs the extra `colab`.
 """
 
 import dataclasses
+import sys
 import time
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import jupytext
 import nbclient
 import nbformat
 import tyro
+from nbclient.exceptions import CellExecutionError
 
 FOLDER = Path(__file__).parent
 SOURCES = sorted(FOLDER.glob("[0-9]_*.py"))
@@ -60,8 +63,9 @@ def run(source: Path, *, quick: bool) -> nbformat.NotebookNode:
     return client.execute()
 
 
-def main(arguments: Arguments) -> None:
-    """Writes or runs those that are asked for."""
+def main(arguments: Arguments) -> int:
+    """Writes or runs those that are asked for, and returns the exit status."""
+    status = 0
     for source in SOURCES:
         if arguments.only and int(source.name[0]) not in arguments.only:
             continue
@@ -69,13 +73,19 @@ def main(arguments: Arguments) -> None:
             source.with_suffix(".ipynb").write_text(write(source))
             continue
         began = time.perf_counter()
-        made = run(source, quick=arguments.quick)
-        print(f"== {source.stem}: {time.perf_counter() - began:.0f} s")
+        try:
+            made = run(source, quick=arguments.quick)
+        except CellExecutionError as error:
+            print(f"== {source.stem} failed: {error}", flush=True)
+            status = 1
+            continue
+        print(f"== {source.stem}: {time.perf_counter() - began:.0f} s", flush=True)
         for cell in made.cells:
             for output in cell.get("outputs", []):
                 if output.output_type == "stream" and output.name == "stdout":
-                    print(output.text, end="")
+                    print(output.text, end="", flush=True)
+    return status
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments, description=__doc__))
+    sys.exit(main(tyro.cli(Arguments, description=__doc__)))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from colab.quick import SIGHT
 from experiments import knowledge_vqa
 from fusion_jax.__main__ import main
 from fusion_jax.data.questions import NO, YES, Thing
@@ -32,7 +33,7 @@ from fusion_jax.knowledge.pictured import (
 from fusion_jax.knowledge.questions import World
 from fusion_jax.language.answers import log_odds
 from fusion_jax.language.prompt import pad
-from tests.experiments.test_vqa import LANGUAGE_MODEL, TOWER
+from tests.experiments.test_vqa import LANGUAGE_MODEL
 
 WORDS = "Is this a kind of ? is Yes No . ,"
 KINDS = ["night", "day"]
@@ -57,7 +58,7 @@ def flags(tmp_path_factory, save_tiny):
     (folder / "mine.rules").write_text("is_a(?x, ?z) <= is_a(?x, ?y), is_a(?y, ?z)\n")
     names = [*KINDS, *MIDDLES, *(f"noun{i}" for i in range(60))]
     words = [*WORDS.split(), *names]
-    save_tiny(folder, words, {"lm": LANGUAGE_MODEL, "tower": TOWER})
+    save_tiny(folder, words, {"lm": LANGUAGE_MODEL, "tower": SIGHT})
     return [
         *("--table", str(folder / "mine.jsonl"), "--tower", str(folder / "tower")),
         *("--graph", str(folder / "facts.tsv"), "--rules", str(folder / "mine.rules")),

@@ -86,7 +86,7 @@ def spreads(text):
 
 
 def test_every_spread_that_is_stated_is_compared():
-    """Those of experiments' docstrings, and of tables in the README."""
+    """Those of experiments' docstrings, of tables in the README, and what notebooks repeat."""
     compared = {}
     for claim in reproduce.CLAIMS.values():
         for (file, *_), (mean, deviation, _) in claim.stated().items():
@@ -97,6 +97,9 @@ def test_every_spread_that_is_stated_is_compared():
     readme = (reproduce.ROOT / "README.md").read_text().splitlines()
     tables = "\n".join(line for line in readme if line.startswith("|"))
     assert spreads(tables) <= set.union(*compared.values())
+    for source in (reproduce.ROOT / "colab").glob("[0-9]*.py"):
+        repeated = spreads(source.read_text().replace("\n# ", "\n"))
+        assert repeated <= set.union(*compared.values()), source.name
 
 
 def test_pictures_with_facts_are_read_as_their_tables_are_made(tmp_path):

@@ -8,8 +8,8 @@ import pytest
 import soundfile
 from tokenizers import pre_tokenizers
 
+from colab.quick import HEARING
 from fusion_jax.__main__ import main
-from fusion_jax.pretrained.families.moonshine import CONFIG
 
 LANGUAGE_MODEL = {
     "model_type": "llama",
@@ -21,16 +21,6 @@ LANGUAGE_MODEL = {
     "num_key_value_heads": 1,
     "max_position_embeddings": 96,
     "eos_token_id": 1,
-}
-TOWER = CONFIG | {
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "encoder_num_hidden_layers": 1,
-    "decoder_num_hidden_layers": 1,
-    "encoder_num_attention_heads": 2,
-    "encoder_num_key_value_heads": 2,
-    "decoder_num_attention_heads": 2,
-    "decoder_num_key_value_heads": 2,
 }
 SPLITS = ("train",) * 8 + ("dev",) * 2 + ("test",) * 10
 
@@ -51,7 +41,7 @@ def flags(tmp_path_factory, save_tiny):
     known = pre_tokenizers.Whitespace().pre_tokenize_str("From French to English: Un hibou An owl")
     numbers = map(str, range(len(SPLITS)))
     words = [*(word for word, _ in known), *numbers]
-    save_tiny(folder, words, {"lm": LANGUAGE_MODEL, "tower": TOWER})
+    save_tiny(folder, words, {"lm": LANGUAGE_MODEL, "tower": HEARING})
     published = f"covost2 {folder} {folder / 'covost_v2.fr_en.tsv'}"
     return [
         *("--published", published, "--languages", "en", "fr", "--pairs", "fr-en"),

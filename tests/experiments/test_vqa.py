@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from tokenizers import pre_tokenizers
 
+from colab.quick import SIGHT
 from fusion_jax.__main__ import main
 from fusion_jax.data.questions import ASKED, Question, Thing
 
@@ -24,14 +25,6 @@ LANGUAGE_MODEL = {
     "num_key_value_heads": 1,
     "max_position_embeddings": 64,
     "eos_token_id": 1,
-}
-TOWER = {
-    "model_type": "dinov2",
-    "hidden_size": 8,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 28,
-    "patch_size": 14,
 }
 
 
@@ -52,7 +45,7 @@ def made(tmp_path_factory, save_tiny):
     whitespace = pre_tokenizers.Whitespace()
     known = [word for word, _ in whitespace.pre_tokenize_str(QUESTIONS)]
     words = [*known, *(f"noun{i}" for i in range(80))]
-    save_tiny(folder, words, {"lm": LANGUAGE_MODEL, "tower": TOWER})
+    save_tiny(folder, words, {"lm": LANGUAGE_MODEL, "tower": SIGHT})
     return folder
 
 
