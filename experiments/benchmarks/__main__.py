@@ -13,16 +13,11 @@ each that shows how many times better than its peer it is. `parity`, `published_
 """
 
 import dataclasses
-import importlib
-import importlib.metadata
 import json
 import math
 import multiprocessing
-import os
-import platform
 import shutil
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -32,6 +27,7 @@ from typing import Any
 import tyro
 from matplotlib.figure import Figure
 
+from experiments.benchmarks.collect import collect, told
 from experiments.benchmarks.rows import Row
 from fusion_jax.errors import UserError
 from fusion_jax.evaluation import plots
@@ -51,7 +47,6 @@ NAMES = (
     "page",
     "dialogue",
 )
-LIBRARIES = ("jax", "jaxlib", "flax", "numpy", "torch", "transformers", "pykeen", "onnxruntime")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,55 +58,6 @@ class Settings:
     """What `export` wrote, for serving and page; without it they export SmolLM2."""
     dialogue: Path | None = None
     """A workdir of experiments/dialogue.py, for dialogue; without it dialogue is left out."""
-
-
-def collect(module: str, given: Mapping[str, Any]) -> tuple[list[Row], dict[str, Any], str]:
-    """The rows of a benchmark, where they were measured, and why there are no more (""): whatever
-    a peer does, what was measured stays. Runs in a process of its own."""
-    began, load = time.perf_counter(), os.getloadavg()[0]
-    rows, failed = [], ""
-    try:
-        for row in importlib.import_module(module).rows(**given):
-            print(f"  {row}", flush=True)
-            rows.append(row)
-    except Exception as error:
-        failed = told(error)
-        print(f"  failed: {failed}", flush=True)
-    where = machine() | {
-        "seconds": round(time.perf_counter() - began),
-        "other load at the start": round(load, 1),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-    return rows, where, failed
-
-
-def told(error: Exception) -> str:
-    """A line about it."""
-    reason = (str(error).strip() or "no reason given").splitlines()[0]
-    return f"{type(error).__name__}: {reason}"
-
-
-def machine() -> dict[str, Any]:
-    """This machine, its devices and the versions of what computes."""
-    import jax
-
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    versions = {"python": platform.python_version()}
-    for library in LIBRARIES:
-        try:
-            versions[library] = importlib.metadata.version(library)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {
-        "processor": (names or [platform.processor() or platform.machine()])[0],
-        "cores": len(os.sched_getaffinity(0)),
-        "memory GiB": round(memory),
-        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "system": platform.platform(terse=True),
-        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
-    }
 
 
 def run(

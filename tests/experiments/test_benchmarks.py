@@ -32,19 +32,20 @@ def test_figures_are_kept_and_replaced_one_by_one(tmp_path, monkeypatch):
     (tmp_path / "quick_benchmark.py").write_text(SOURCE)
     (tmp_path / "broken_benchmark.py").write_text(
         SOURCE + "\n\nwhole = rows\n\n"
-        "def rows():\n    yield next(whole())\n    raise RuntimeError('no peer')\n"
+        "def rows():\n    yield next(whole())\n    raise SystemExit('no peer')\n"
     )
     output = tmp_path / "out"
     modules = {"quick": ("quick_benchmark", {}), "broken": ("broken_benchmark", {})}
     found = benchmarks.run(modules, output)
-    assert found["broken"]["failed"] == "RuntimeError: no peer"
+    assert found["broken"]["failed"] == "SystemExit: no peer"
     assert len(found["broken"]["rows"]) == 1  # what was measured before stays
     written = (output / "benchmarks.md").read_text()
     assert "| quick: decode" in written and "3.00 |" in written and "0.50 |" in written
-    assert "- broken failed: RuntimeError: no peer" in written
+    assert "- broken failed: SystemExit: no peer" in written
     assert "processor: " in written and "jax 0." in written and "cores: " in written
     assert (output / "quick.png").stat().st_size > 1000
 
+    assert not benchmarks.collect.__module__.endswith("__main__")  # which no process can import
     benchmarks.run({"quick": ("quick_benchmark", {"speed": 5.0})}, output)
     again = json.loads((output / "benchmarks.json").read_text())
     assert again["quick"]["rows"][0]["here"] == 5.0 and "failed" in again["broken"]
