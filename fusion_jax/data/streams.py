@@ -59,6 +59,13 @@ class Later:
                 self._made = self._make()
         return self._made[step]
 
+    def __getstate__(self) -> Callable[[], Any]:
+        """Goes to other processes as it was made."""
+        return self._make
+
+    def __setstate__(self, make: Callable[[], Any]) -> None:
+        self.__init__(make)
+
 
 @dataclasses.dataclass(frozen=True)
 class Dealt:

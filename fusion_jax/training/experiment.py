@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
+import cloudpickle
 import jax
 import optax
 
@@ -72,6 +73,7 @@ def load_file(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
+    cloudpickle.register_pickle_by_value(module)  # other processes, of --workers, cannot import it
     for name in ("Settings", "build"):
         if not hasattr(module, name):
             raise UserError(f"{path} defines no {name}; an experiment needs Settings and build")

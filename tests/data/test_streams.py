@@ -1,8 +1,10 @@
 """Domains in even shares, and what is told when domains do not fit together."""
 
 import concurrent.futures
+import pickle
 import threading
 import time
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -192,6 +194,10 @@ def test_digits_are_not_mirrored(office):
     for mirror in (True, False):
         domain = domains.open_domain(str(office / "amazon"), mirror=mirror)
         assert domain.subset("test")[0].get("mirror", True) == mirror
+
+
+def test_a_source_that_is_made_when_first_read_is_sent_to_other_processes():
+    assert pickle.loads(pickle.dumps(Later(partial(range, 4))))[3] == 3
 
 
 def test_a_source_that_is_made_when_first_read_is_made_once():
