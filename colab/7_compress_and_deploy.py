@@ -206,14 +206,16 @@ with socket.socket() as free:
     port = free.getsockname()[1]
 command = [sys.executable, str(artifact / "serve.py"), "--port", str(port), "--rows", "1"]
 command += ["--answer-seconds", "600"]  # the first answer waits for the compiler
-server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+told = runs / "server.log"
+with told.open("w") as file:
+    server = subprocess.Popen(command, stderr=file)
 address = f"http://127.0.0.1:{port}/v2"
 for _ in range(600):
     try:
         urllib.request.urlopen(f"{address}/health/ready").close()
         break
     except OSError:
-        assert server.poll() is None, "the server has ended"
+        assert server.poll() is None, f"the server has ended: {told.read_text()}"
         time.sleep(0.5)
 print("ready:", json.loads(urllib.request.urlopen(address).read()))
 
