@@ -91,7 +91,7 @@ class Settings(Base):
 
 
 TEXT, OTHER = ("text", "weight", "segment"), "other_"  # of a row; of the article beside it
-HOLD_WEIGHTS = {"nothing": 0.0, "replay": 1.0, "ewc": 100.0, "l2-sp": 0.1}
+HOLD_WEIGHTS = {"nothing": 0.0, "replay": 1.0, "ewc": 10_000.0, "l2-sp": 0.1}
 
 
 # ------------------------------------------------------------------------------------------ data
