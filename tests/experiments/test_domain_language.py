@@ -43,7 +43,7 @@ def bytes_model(monkeypatch):
     ids = jnp.zeros((1, 4), jnp.int32)
     params = module.init(jax.random.key(0), ids, text_mask(ids == 0))["params"]
     opened = Pretrained(module, params, {}, tokenizer, None, "bytes")
-    monkeypatch.setattr("fusion_jax.pretrained.load.load", lambda name: opened)
+    monkeypatch.setattr("fusion_jax.pretrained.load.load", lambda name, place=None: opened)
 
 
 @pytest.fixture
