@@ -15,6 +15,22 @@ The Devil's Dictionary, plain English prose; `--hold` holds on to it. All three 
 (dict-*); a folder of .txt files, each an article, or a .jsonl or .csv with columns text and, for
 the task, label stands in for any of them. No article that is measured on was trained on, in any
 phase, nor one of another dictionary with its headword or its text.
+
+What holding on brings, without DAPT and TAPT (`python -m experiments.domain_language_table test
+--hold nothing ewc replay --settings.phases 0 0 1 --settings.steps 24`, which draws the curves too):
+gain on the task in nats a subject, forgetting of the old texts in nats a token (at the end, and
+where each run first gains 8.177, which all reach) and accuracy, on 24 test articles of each kind,
+mean ± standard deviation over 3 seeds:
+
+               gained at most  forgotten at the end  forgotten at equal gain  accuracy
+    nothing    9.123 ± 0.834   0.181 ± 0.037         0.098 ± 0.056            0.667 ± 0.110
+    ewc        8.930 ± 0.587   0.038 ± 0.005         0.034 ± 0.010            0.514 ± 0.146
+    replay     9.097 ± 0.754   -0.076 ± 0.026        -0.047 ± 0.033           0.653 ± 0.096
+
+In each seed both forget less than plain fine-tuning at equal gain: EWC a third on average, while
+replay, which trains on old texts in every step, leaves the model better at them than it came. EWC
+pays with accuracy, within the spread. Its weight was chosen on validation articles (1,000 or
+10,000, seed 0, `domain_language_table tune`); with 100 seed 0 forgot 0.216 by the end.
 """
 
 import dataclasses

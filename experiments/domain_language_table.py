@@ -118,18 +118,20 @@ def main(a: Arguments) -> None:
         row: {
             "gained at most": [max(gained for gained, _ in curve) for curve in seeds],
             "forgotten at the end": [curve[-1][1] for curve in seeds],
-            f"forgotten at a gain of {common:.3f}": [forgotten_at(c, common) for c in seeds],
+            "forgotten at equal gain": [forgotten_at(c, common) for c in seeds],
             "accuracy": accuracies[row],
         }
         for row, seeds in curves.items()
     }
     s = a.settings
     kind = "validation" if a.what == "tune" else "test"
-    about = f"{kind} articles, {s.old} old, {s.task} new, {s.steps} steps, {s.model}"
+    about = f"{kind} articles, {s.old} old, {s.task} new, {s.steps} steps, {s.model}; "
+    about += f"equal gain: {common:.3f}"
     seeds = list(range(1 if a.what == "tune" else a.seeds))
     print_table(
         "Gain (nats a subject), forgetting (nats a token) and accuracy", table, about, seeds
     )
+    (a.workdir / f"{a.what}.json").write_text(json.dumps(table))
     draw(a.workdir / f"{a.what}.png", curves)
 
 

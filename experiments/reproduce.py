@@ -80,7 +80,7 @@ def read_table(text: str, columns: Sequence[str]) -> dict[Key, tuple[float, floa
         if not any(row):
             break
         for column, cell in zip(columns, row[1:], strict=False):
-            number = re.match(r"(\d+\.(\d+)) ± (\d+\.\d+)", cell)
+            number = re.match(r"(-?\d+\.(\d+)) ± (\d+\.\d+)", cell)
             if number and len(row) == len(columns) + 1:
                 rounding = 0.5 * 10.0 ** -len(number[2])
                 numbers[row[0], column] = float(number[1]), float(number[3]), rounding
@@ -170,6 +170,11 @@ def of_compression(workdir: Path, row: str, column: str) -> list[float]:
     return lost
 
 
+def of_holding(workdir: Path, row: str, column: str) -> list[float]:
+    """What a way to hold on to old texts (row) gains or forgets."""
+    return json.loads((workdir / "test.json").read_text())[row][column]
+
+
 def trimodal(row: str, column: str) -> str:
     if column.startswith("R@"):
         return f"retrieval/{row}/{column}"
@@ -186,6 +191,7 @@ INJECTIONS = (
     *(("none", "prompt", "chained", "knn"), ("cross", "kbert", "ernie")),
     ("rule loss", "as it came", "bag of words"),
 )
+HELD = ("gained at most", "forgotten at the end", "forgotten at equal gain", "accuracy")
 CUT = "cut, the answer is not in them"
 SCORERS = ("complex", "simple", "distmult", "rotate", "tucker", "conve", "transe")
 
@@ -275,6 +281,17 @@ CLAIMS = {
             ["-m", "experiments.domain_shift_pairs", "leave-one-out", "--workdir", "{workdir}"]
         ],
         found=of_pairs,
+    ),
+    "domain_language": Claim(
+        places=[("experiments/domain_language.py", HELD)],
+        commands=[
+            [
+                *("-m", "experiments.domain_language_table", "test", "--workdir", "{workdir}"),
+                *("--hold", "nothing", "ewc", "replay"),
+                *("--settings.phases", "0", "0", "1", "--settings.steps", "24"),
+            ]
+        ],
+        found=of_holding,
     ),
     "compression": Claim(
         places=[("fusion_jax/compression/workdir.py", ("of float32", "points lost"))],

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from experiments import adapt_with_knowledge, domain_language, domain_language_table
+from experiments import adapt_with_knowledge, domain_language, domain_language_table, reproduce
 from experiments.domain_language_table import forgotten_at
+from experiments.reproduce import HELD
 from fusion_jax.__main__ import main
 from fusion_jax.data import dictionary
 from fusion_jax.errors import UserError
@@ -230,6 +231,8 @@ def test_curves_must_be_of_one_rhythm_and_gain_something(tmp_path, monkeypatch):
     gained = 2.0
     assert list(domain_language_table.plans(a)) == ["nothing"]  # there is no DAPT to leave out
     domain_language_table.main(dataclasses.replace(a, workdir=tmp_path / "a"))
+    found = {column: reproduce.of_holding(tmp_path / "a", "nothing", column)[0] for column in HELD}
+    assert found == dict(zip(HELD, (2.0, 0.1, 0.1, 0.5), strict=True))
     often = dataclasses.replace(small, evaluate_every=2)
     with pytest.raises(UserError, match="was evaluated 2 times, not every 2 steps"):
         domain_language_table.main(dataclasses.replace(a, workdir=tmp_path / "a", settings=often))

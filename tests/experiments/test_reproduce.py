@@ -29,6 +29,8 @@ def test_a_table_is_read_as_it_stands():
     }
     marked = "| input | probe |\n| --- | ---: |\n| a b | 0.50 ± 0.02 |\n\n| c | 0.1 ± 0.1 |"
     assert reproduce.read_table(marked, ("probe",)) == {("a b", "probe"): (0.5, 0.02, 0.005)}
+    worse = reproduce.read_table("way  forgotten\nreplay  -0.07 ± 0.02", ("forgotten",))
+    assert worse == {("replay", "forgotten"): (-0.07, 0.02, 0.005)}
     with pytest.raises(UserError, match="no table"):
         reproduce.read_table(TABLE, ("probe", "other"))
 
@@ -81,7 +83,7 @@ def test_bad_names_and_commands_that_fail_are_told(tmp_path, monkeypatch, capsys
     assert "other, README.md: image, sum is outside" in said
 
 
-SPREAD = r"(\d+\.\d+)\s±\s(\d+\.\d+)"
+SPREAD = r"(-?\d+\.\d+)\s±\s(\d+\.\d+)"
 
 
 def spreads(text):
