@@ -10,22 +10,13 @@ import pytest
 from PIL import Image
 from tokenizers import pre_tokenizers
 
+from colab import quick
 from colab.quick import SIGHT
 from fusion_jax.__main__ import main
 from fusion_jax.data.questions import ASKED, Question, Thing
 
 QUESTIONS = "What kind of thing is this? Is this a dark night? A light day? Yes No"
-LANGUAGE_MODEL = {
-    "model_type": "llama",
-    "vocab_size": 160,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 64,
-    "eos_token_id": 1,
-}
+LANGUAGE_MODEL = quick.LANGUAGE_MODEL | {"max_position_embeddings": 64}
 
 
 @pytest.fixture(scope="module")
