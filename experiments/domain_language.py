@@ -55,7 +55,7 @@ from fusion_jax.evaluation import accuracy
 from fusion_jax.evaluation.table import print_table
 from fusion_jax.knowledge.references import references, subjects_of
 from fusion_jax.language.ask import Assistant, from_checkpoint
-from fusion_jax.language.fused import FusedLM
+from fusion_jax.language.fused import FusedLM, answer_logits
 from fusion_jax.objectives.combine import Batch, Metrics, Objective, on_batch, weighted_sum
 from fusion_jax.objectives.generative import causal_lm
 from fusion_jax.objectives.rules import Rules, class_log_odds, rule_loss
@@ -276,11 +276,7 @@ def subject_logits(
     model: FusedLM, params: Params, batch: Batch, subjects: Sequence[int]
 ) -> jax.Array:
     """What is said of each subject, by its first token, where the subject stands: [b, subjects]."""
-    hidden = model.apply({"params": params}, batch).hidden
-    last = jnp.argmax(batch["weight"].values, axis=1) - 1  # predicts the subject
-    hidden = jnp.take_along_axis(hidden, last.clip(0)[:, None, None], axis=1)
-    logits = model.apply({"params": params}, hidden, method="logits")[:, 0]
-    return jnp.take(logits, jnp.asarray(subjects), axis=1)
+    return jnp.take(answer_logits(model, params, batch), jnp.asarray(subjects), axis=1)
 
 
 def fisher_of(s: Settings, model: FusedLM, trained: Params, frozen: Params, rows: list) -> Params:

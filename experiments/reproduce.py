@@ -27,6 +27,7 @@ import tyro
 from experiments.domain_shift import FLOOR
 from experiments.domain_shift_pairs import chosen
 from experiments.knowledge_qa_table import VARIANTS
+from fusion_jax.data.lines import read_jsonl
 from fusion_jax.errors import UserError
 from fusion_jax.evaluation.table import markdown
 
@@ -110,7 +111,7 @@ def of_seeds(metric: Callable[[str, str], str]) -> Found:
 
 def of_link_prediction(workdir: Path, row: str, column: str) -> list[float]:
     """Test MRR of a scorer (row) on a data set (column)."""
-    runs = [json.loads(line) for line in (workdir / "log.jsonl").read_text().splitlines()]
+    runs = [run for _, run in read_jsonl(workdir / "log.jsonl")]
     wanted = {"scorer": row.lower(), "dataset": column.lower()}
     return [run["found"]["MRR"] for run in runs if wanted.items() <= run["settings"].items()]
 
@@ -120,7 +121,7 @@ def of_injections(workdir: Path, row: str, column: str) -> list[float]:
 
     The injection is the column; in the README's table, whose rows are injections, the row.
     """
-    runs = [json.loads(line) for line in (workdir / "table.jsonl").read_text().splitlines()]
+    runs = [run for _, run in read_jsonl(workdir / "table.jsonl")]
     sideways = row in VARIANTS or row == "as it came"
     facts, injection = (column, row) if sideways else (row, column)
     facts = {"plain English, nats per token": "plain", CUT: "cut below Y"}.get(facts, facts)
@@ -149,8 +150,7 @@ def of_pairs(workdir: Path, row: str, column: str) -> list[float]:
     method, score = (FLOOR, "own statistics") if row == "its statistics" else (row, "oracle")
     by = "oracle" if column == "oracle" else "source"
     scores: dict[int, list[float]] = {}
-    for line in (workdir / "results.jsonl").read_text().splitlines():
-        run = json.loads(line)
+    for _, run in read_jsonl(workdir / "results.jsonl"):
         key = json.loads(run["key"])
         pair = f"{' + '.join(key['source'])} → {key['target']}"
         if key["method"] == method and ("→" not in column or column == pair):

@@ -12,7 +12,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from fusion_jax.data.pipeline import Number, Padded, Transform
@@ -20,14 +19,14 @@ from fusion_jax.data.questions import Question
 from fusion_jax.errors import UserError
 from fusion_jax.language.ask import Assistant, Encoder
 from fusion_jax.language.chat import Chat
-from fusion_jax.language.fused import Batch, FusedLM, Layout, Params
+from fusion_jax.language.fused import Batch, FusedLM, Layout, Params, answer_logits
 from fusion_jax.language.generate import choose, generate
 from fusion_jax.language.items import answer_all, as_items
 from fusion_jax.language.prompt import bucket, pad
 from fusion_jax.language.sight import CLASS_NAMES, Sight
 from fusion_jax.language.tuned import Tuned
 from fusion_jax.pretrained.load import Pretrained
-from fusion_jax.tokens import Tokens, fill
+from fusion_jax.tokens import Tokens
 
 MOST_CUT = 0.1
 """Share of the training rows whose end may be cut."""
@@ -171,10 +170,7 @@ def log_odds(model: Any, params: Params, batch: Batch, yes: int, no: int) -> jax
         batch: of `Asked`, each row with an answer.
         yes, no: the tokens with which they begin.
     """
-    begins = jnp.argmax(fill(batch["weight"]) > 0, axis=1)
-    outputs = model.apply({"params": params}, as_items(batch, "image"))
-    hidden = jnp.take_along_axis(outputs.hidden, (begins - 1)[:, None, None], axis=1)
-    logits = model.apply({"params": params}, hidden, method="logits")[:, 0]
+    logits = answer_logits(model, params, as_items(batch, "image"))
     return logits[:, yes] - logits[:, no]
 
 

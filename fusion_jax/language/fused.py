@@ -208,6 +208,19 @@ def mark(connectors: Mapping[str, Any], name: str) -> int:
     return -1 - sorted(connectors).index(name)
 
 
+def answer_logits(model: Any, params: Params, batch: Batch) -> jax.Array:
+    """Of each row's first id to be answered, which the model does not see: [b, vocabulary].
+
+    Args:
+        model: a `FusedLM`, or what has its `apply`.
+        batch: as for `FusedLM`, with "weight".
+    """
+    before = jnp.argmax(fill(batch["weight"]) > 0, axis=1) - 1
+    hidden = model.apply({"params": params}, batch).hidden
+    hidden = jnp.take_along_axis(hidden, before.clip(0)[:, None, None], axis=1)
+    return model.apply({"params": params}, hidden, method="logits")[:, 0]
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """Where media stand in prompts; plain Python, for the data pipeline.
