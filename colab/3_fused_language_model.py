@@ -189,14 +189,14 @@ assert written == again
 #
 # EfficientNet-Lite2 (frozen) gives nine tokens of each picture and two ImageNet classes in
 # words; a linear connector and LoRA in SmolLM2-135M (frozen) are trained on questions about
-# some 700 pictures. 400 steps and the report take less than a quarter of an hour on two CPU cores;
+# some 700 pictures. 200 steps and the report take less than a quarter of an hour on two CPU cores;
 # 600 give the README's numbers. On a GPU or TPU take these, or name a larger language model, such
 # as HuggingFaceTB/SmolLM2-1.7B-Instruct.
 
 # %%
 from fusion_jax.__main__ import main
 
-steps = 400  # @param {type:"integer"}
+steps = 200  # @param {type:"integer"}
 language_model = "smollm2-135m-instruct"  # @param {type:"string"}
 workdir = runs / "colab_vqa"
 flags = ["--workdir", str(workdir), "--overwrite", "--no-tensorboard"]

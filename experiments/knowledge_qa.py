@@ -24,8 +24,8 @@ filter (fusion_jax/knowledge/trust.py) drops facts that glosses and names speak 
 threshold is chosen on validation questions. `--keep-weight` draws the model towards what it said
 before on docstrings; the loss on Python's reference before and after is printed.
 
-`python -m experiments.knowledge_qa_table --seeds 3` measures them beside each other. After 200
-steps, 240 questions about test things and kinds, mean ± standard deviation over 3 seeds:
+`python -m experiments.knowledge_table knowledge_qa --seeds 3` measures them beside each other.
+After 200 steps, 240 questions about test things and kinds, mean ± standard deviation over 3 seeds:
 
                                      none           prompt         chained        knn
     no facts                         0.632 ± 0.013  0.600 ± 0.022  0.621 ± 0.036  0.632 ± 0.013
@@ -111,16 +111,18 @@ from fusion_jax.knowledge.questions import (
 )
 from fusion_jax.language.graph_answers import Answerer, Judge, Recalling
 from fusion_jax.language.injection import (
-    TRAINED,
+    Fours,
     Injection,
     Writer,
     fuse,
-    log_odds,
+    plain_english,
+    reading,
+    transitive,
     untrained,
 )
-from fusion_jax.objectives.combine import Batch, Objective, Params, on_batch, weighted_sum
+from fusion_jax.language.tuned import TRAINED
+from fusion_jax.objectives.combine import Objective, Params, on_batch, weighted_sum
 from fusion_jax.objectives.generative import causal_lm, stay_close
-from fusion_jax.objectives.rules import TRANSITIVE, rule_loss
 from fusion_jax.pretrained.load import load
 from fusion_jax.training.experiment import Experiment
 from fusion_jax.training.settings import Settings as Base
@@ -200,39 +202,18 @@ class Training:
         rng = np.random.default_rng([self.seed, row])
         condition = rng.choice(list(MIX), p=list(MIX.values()))
         facts = self.writer.world.facts(task, condition, rng)
-        return {"id": row, **self.writer(task, facts, task.answer, self.writer.length)}
+        return {"id": row, **self.writer(task, facts, task.answer, self.writer.row)}
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Chains:
-    """Four questions without facts about the two steps of each chain, as `TRANSITIVE` has them."""
-
-    writer: Writer
-    fours: Sequence[Sequence[Task]]
-    count: int
-    """Of chains in a batch."""
-    seed: int
-
-    @classmethod
-    def of(cls, writer: Writer, tasks: Sequence[Task], count: int, seed: int) -> "Chains":
-        fours = []
-        for task in tasks:
-            if len(task.chains[0]) > 2:
-                (thing, between, *_, kind), (*_, other) = task.chains
-                pairs = ((thing, between), (between, kind), (thing, kind), (thing, other))
-                fours.append([dataclasses.replace(task, thing=a, kind=b) for a, b in pairs])
-        fours = [four for four in fours if all(map(writer.fits, four))]
-        if not fours or not count:
-            raise UserError(
-                "the rule loss needs questions with chains of two facts, and a batch size of 8"
-            )
-        return cls(writer, fours, count, seed)
-
-    def __getitem__(self, step: int) -> dict[str, Any]:
-        rng = np.random.default_rng([self.seed, step])
-        chosen = rng.choice(len(self.fours), self.count)
-        examples = [self.writer(task, ()) for row in chosen.tolist() for task in self.fours[row]]
-        return self.writer.collate(examples, length=self.writer.length)
+def fours(tasks: Sequence[Task]) -> list[list[Task]]:
+    """Of each chain X - Z - Y the four questions of `objectives.rules.TRANSITIVE`."""
+    found = []
+    for task in tasks:
+        if len(task.chains[0]) > 2:
+            (thing, between, *_, kind), (*_, other) = task.chains
+            pairs = ((thing, between), (between, kind), (thing, kind), (thing, other))
+            found.append([dataclasses.replace(task, thing=a, kind=b) for a, b in pairs])
+    return found
 
 
 # --------------------------------------------------------------------------------------- training
@@ -251,18 +232,8 @@ def stream(s: Settings, writer: Writer) -> Streams:
     Raises:
         UserError: no question has room in a row.
     """
-    asked = writer.world.tasks["train"]
-    tasks = [task for task in asked if writer.fits(task)]
-    if len(tasks) < len(asked):
-        longest = max(map(writer.size, asked))
-        said = (
-            f"{len(asked) - len(tasks):,} of {len(asked):,} training questions do not fit into "
-            f"rows of {writer.length} tokens: with --length {longest} all do"
-        )
-        if not tasks:
-            raise UserError(said)
-        print(f"{said}\n")
-    transforms = writer.transforms(writer.length)
+    tasks = writer.fitting(writer.world.tasks["train"])
+    transforms = writer.transforms(writer.row)
     streams: dict[str, Any] = {
         "asked": Batches(
             Training(writer, tasks, s.seed), s.batch_size, transforms, seed=s.seed, **own_share()
@@ -274,9 +245,8 @@ def stream(s: Settings, writer: Writer) -> Streams:
         few = max(s.batch_size // 4, 1)
         streams["plain"] = Batches(plain, few, writer.transforms(25), seed=s.seed, **own_share())
     if s.rule_weight:
-        if (count := s.batch_size // 8) % jax.process_count():
-            raise UserError("the rule loss needs a batch size of 8, or of a multiple, a process")
-        streams["chains"] = Dealt(Chains.of(writer, tasks, count, s.seed), **own_share())
+        chains = Fours.of(writer, fours(tasks), s.batch_size, s.seed)
+        streams["chains"] = Dealt(chains, **own_share())
     return Streams(streams)
 
 
@@ -304,23 +274,11 @@ def build(s: Settings) -> Experiment:
 def objective_of(s: Settings, model: LoRA, writer: Writer) -> Objective:
     """Answers, and perhaps what keeps the model as it was and what asks for transitivity."""
 
-    def reading(objective: Objective) -> Objective:
-        def read(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict]:
-            return objective(params, writer.read(batch), rng)
-
-        read.__name__ = objective.__name__
-        return read
-
-    broken = rule_loss(TRANSITIVE, log_odds=lambda odds, batch: odds)
-
-    def transitive(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, dict]:
-        return broken(log_odds(model, writer, params, batch).reshape(-1, 4), batch)
-
-    parts = {on_batch("asked", reading(causal_lm(model, chunk=1))): 1.0}
+    parts = {on_batch("asked", reading(writer, causal_lm(model, chunk=1))): 1.0}
     if s.keep_weight:
-        parts[on_batch("plain", reading(stay_close(model, untrained)))] = s.keep_weight
+        parts[on_batch("plain", reading(writer, stay_close(model, untrained)))] = s.keep_weight
     if s.rule_weight:
-        parts[on_batch("chains", transitive)] = s.rule_weight
+        parts[on_batch("chains", transitive(model, writer))] = s.rule_weight
     return weighted_sum(parts)
 
 
@@ -376,13 +334,8 @@ def report(
     )
     print_table("Is X a kind of Y? Accuracy", table, about, [s.seed])
     total = {f"{row}/{column}": v for row, cells in table.items() for column, v in cells.items()}
-    measure = jax.jit(causal_lm(model, train=False))
-    held_out = prose.rows(prose.reference(), writer.chat.encode, 96, 16)
-    plain = writer.read(writer.collate([writer.plain(row) for row in held_out]))
-    losses = {
-        name: float(measure(each.params, plain, jax.random.key(0))[0])
-        for name, each in (("as it came", published), (s.injection, judge))
-    }
+    losses = plain_english(model, writer, published.params, judge.params)
+    losses = dict(zip(("as it came", s.injection), losses, strict=True))
     rows = {name: {"nats per token": loss} for name, loss in losses.items()}
     print_table("Plain English", rows, "Python's reference, on which no run trains", [s.seed])
     return total | {f"plain/{name}": loss for name, loss in losses.items()}

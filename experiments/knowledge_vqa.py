@@ -6,48 +6,47 @@
 The question of knowledge_qa.py with a picture in place of the name: "Is this a kind of carnivore?"
 about Tux Paint's stamps whose head noun is in WordNet. EfficientNet-Lite2 and SmolLM2 are fused as
 in vqa.py. The picture is linked to WordNet by the ImageNet classes that the tower finds likeliest
-(without guesses, by the head noun of the training picture that looks most alike), and what the
-rules conclude on these is written before the question:
+(without guesses, by the head noun of the training picture that looks most alike). What the rules
+conclude on these enters as `--injection none|prompt|chained|cross|kbert|ernie|knn` says, see
+fusion_jax/language/injection.py; where there it hangs from the name, here from the word "this".
+chained writes it before the question:
 
     tabby is a kind of cat, feline, carnivore.
 
 Questions come four at a time, about two pictures and two kinds: each picture and each kind is asked
 with yes as often as with no, and siblings are preferred. No thing and no kind of the test is in any
 training question. In training facts are linked, true (of the stamp's own noun), of another thing,
-or absent. `--no-knowledge` trains and tests without any. `--rule-weight` asks the model's own
-answers to fit the rules, without being told what is right: what shows a Z, and every Z being a Y,
-shows a Y, and nothing else beside (as in knowledge_qa.py).
+or absent. `--rule-weight` asks the model's own answers to fit the rules, without being told what is
+right: what shows a Z, and every Z being a Y, shows a Y, and nothing else beside.
 
 Of 476 test questions of seed 0 (244 pictures, 86 kinds), looking Y up in the linked facts answers
 61.6% rightly, in the true ones all, in another's 50.4%.
 
-After 200 steps (`--steps 200 --seeds 3`, and for the last row also `--no-knowledge --length 36`),
-accuracy on the 320 test questions that the report asks, mean ± standard deviation over seeds 0, 1
-and 2:
+`python -m experiments.knowledge_table knowledge_vqa --seeds 3` measures the injections beside each
+other. After 200 steps, accuracy on the 320 test questions that the report asks, mean ± standard
+deviation over seeds 0, 1 and 2; wrong facts (that the thing is of another's kinds, of which it is
+none) stand in place of the true ones in so many questions, and are filtered by names and glosses
+(knowledge/trust.py; fitted, and its threshold chosen, on training things):
 
-                    linked facts   true facts     facts on another  no facts
-    knowledge       0.622 ± 0.020  0.932 ± 0.023  0.497 ± 0.003     0.524 ± 0.020
-      no picture    0.619 ± 0.020  -              -                 0.500 ± 0.000
-    looking Y up    0.633 ± 0.017  1.000 ± 0.000  0.497 ± 0.003     0.500 ± 0.000
-    no knowledge    -              -              -                 0.494 ± 0.008
+                          none           chained        chained, no picture  looking Y up
+    no facts              0.494 ± 0.008  0.524 ± 0.020  0.500 ± 0.000        0.500 ± 0.000
+    linked facts          -              0.622 ± 0.020  0.619 ± 0.020        0.633 ± 0.017
+    true facts            -              0.932 ± 0.023  -                    1.000 ± 0.000
+    facts on another      -              0.497 ± 0.003  -                    0.497 ± 0.003
+    10% wrong             -              0.865 ± 0.031  -                    0.921 ± 0.004
+    30% wrong             -              0.733 ± 0.055  -                    0.773 ± 0.037
+    50% wrong             -              0.605 ± 0.062  -                    0.624 ± 0.049
+    true facts, filtered  -              0.914 ± 0.029  -                    0.975 ± 0.011
+    10% wrong, filtered   -              0.851 ± 0.033  -                    0.921 ± 0.010
+    30% wrong, filtered   -              0.764 ± 0.042  -                    0.820 ± 0.021
+    50% wrong, filtered   -              0.672 ± 0.029  -                    0.708 ± 0.023
 
 So what the tower's guesses link to in the graph helps by 0.13, but no more than looking Y up in it,
 and as much without the picture: the model reads the facts, and the picture is in them. Better links
 would help most: with the true noun's facts 0.93 is right. The rules alone bring nothing
-(`--no-knowledge --length 36 --rule-weight 1`, seed 0: 0.500, and 0.503 without them).
-
-With wrong facts in place of the true ones in some questions (that the thing is of another's kinds,
-of which it is none), as they come and after a filter by names and glosses (knowledge/trust.py) that
-is fitted, and its threshold chosen, on training things:
-
-                    as they come   looking Y up   filtered       looking Y up, filtered
-    true facts      0.932 ± 0.023  1.000 ± 0.000  0.914 ± 0.029  0.975 ± 0.011
-    10% wrong       0.865 ± 0.031  0.921 ± 0.004  0.851 ± 0.033  0.921 ± 0.010
-    30% wrong       0.733 ± 0.055  0.773 ± 0.037  0.764 ± 0.042  0.820 ± 0.021
-    50% wrong       0.605 ± 0.062  0.624 ± 0.049  0.672 ± 0.029  0.708 ± 0.023
-
-The filter costs 0.02 where nothing is wrong and brings 0.07 where half is; none of it falls to what
-is right without facts. Facts are only written here; knowledge_qa.py compares ways to inject them.
+(`--injection none --rule-weight 1`, seed 0: 0.500, and 0.503 without them). The filter costs 0.02
+where nothing is wrong and brings 0.07 where half is; none of it falls to what is right without
+facts.
 """
 
 import dataclasses
@@ -60,15 +59,15 @@ import numpy as np
 
 from fusion_jax.data.domain_batches import own_share
 from fusion_jax.data.pictures import open_pictures
-from fusion_jax.data.pipeline import Batches, collate
-from fusion_jax.data.questions import NO, YES, Question, Thing
+from fusion_jax.data.pipeline import Batches
+from fusion_jax.data.questions import Thing
 from fusion_jax.data.streams import Dealt, Later, Streams
 from fusion_jax.encoders.projection import Project
 from fusion_jax.errors import UserError
 from fusion_jax.evaluation.table import print_table
 from fusion_jax.knowledge.linking import Linker
 from fusion_jax.knowledge.pictured import (
-    Case,
+    SUBJECTS,
     Seen,
     Told,
     ask_about,
@@ -77,18 +76,25 @@ from fusion_jax.knowledge.pictured import (
     looked_up,
     misled,
     quality_filter,
-    written,
 )
-from fusion_jax.knowledge.questions import World, open_knowledge
-from fusion_jax.language.answers import Asked, PictureLM, Writing, log_odds, on_items
+from fusion_jax.knowledge.questions import Task, World, hits, open_knowledge
+from fusion_jax.language.answers import PictureLM
 from fusion_jax.language.ask import Assistant
-from fusion_jax.language.graph_answers import content, explain
+from fusion_jax.language.graph_answers import Judge, Recalling, content, explain, verdict
+from fusion_jax.language.injection import (
+    Fours,
+    Injection,
+    plain_english,
+    reading,
+    transitive,
+    untrained,
+)
+from fusion_jax.language.picture_injection import PictureWriter
 from fusion_jax.language.sight import open_sight
 from fusion_jax.language.start import word_connector
 from fusion_jax.language.tuned import TRAINED
-from fusion_jax.objectives.combine import Batch, Metrics, Objective, on_batch, weighted_sum
+from fusion_jax.objectives.combine import Objective, on_batch, weighted_sum
 from fusion_jax.objectives.generative import causal_lm
-from fusion_jax.objectives.rules import TRANSITIVE, rule_loss
 from fusion_jax.pretrained.load import load
 from fusion_jax.training.experiment import Experiment
 from fusion_jax.training.optimizer import averaged_adamw
@@ -101,11 +107,13 @@ ROOT = "physical_entity.n.01"
 MIX = {"linked facts": 0.4, "true facts": 0.3, "facts on another": 0.1, "no facts": 0.2}
 VIEWS = 4
 """Of each picture, as in vqa.py: what the tower sees of them is kept and used by both."""
+LENGTHS = {"prompt": 144, "chained": 80, "kbert": 96}
+"""Tokens of a training row, which nine of ten need at most; 36 where facts take none."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings(Base):
-    steps: int = 300
+    steps: int = 200
     batch_size: int = 16
     checkpoint_every: int = 100
     learning_rate: float = 3e-3
@@ -115,14 +123,15 @@ class Settings(Base):
     guesses: int = 2
     """ImageNet classes by which a picture is linked; 0 for a tower without a classifier."""
     lora_rank: int = 8
-    knowledge: bool = True
-    """Whether facts are written before the question."""
+    injection: Injection = "chained"
+    """How facts enter, see above."""
     rule_weight: float = 0.0
     """Of the loss that asks the model's own answers without facts to keep transitivity."""
     hops: int = 5
     """Facts in the longest chain from a thing to its kind."""
-    length: int = 80
-    """Tokens of a training row."""
+    length: int | None = None
+    """Tokens of a training row; longer questions are left out, and of longer facts the last. None:
+    what nine of ten need about the stamps."""
     stamps: Path | None = None
     """Tux Paint's stamps, if they are not to be fetched."""
     table: Path | None = None
@@ -139,8 +148,8 @@ class Settings(Base):
 # --------------------------------------------------------------------------------------- training
 
 
-def assemble(s: Settings) -> tuple[Seen, list[Thing], str, PictureLM]:
-    """What is known, what is tested, what to call it, and the model."""
+def assemble(s: Settings) -> tuple[list[Thing], str, PictureLM, PictureWriter]:
+    """What is tested, what to call it, the model, and what writes its questions."""
     pictures = open_pictures(s.stamps, s.table, None, seed=s.seed, development=s.development)
     graph, program = open_knowledge(s.graph, s.rules)
     world = World.of(graph, program, lambda up: {})
@@ -154,95 +163,87 @@ def assemble(s: Settings) -> tuple[Seen, list[Thing], str, PictureLM]:
         checkpoint,
         sight,
         Project(checkpoint.module.width, dropout=0.3),
-        ranks={"attention/(query|key|value|out)": s.lora_rank},
+        ranks={r"layer_\d+/attention/(query|key|value|out)": s.lora_rank},
         shared_width=8,
         start=start,
+        injection=s.injection,
     )
-    return seen, pictures.test, pictures.described, model
+    row = LENGTHS.get(s.injection, 36) if s.length is None else s.length
+    writer = PictureWriter.of(checkpoint, seen, model.writing, s.injection, row, VIEWS)
+    return pictures.test, pictures.described, model, writer
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Chains:
-    """Four questions without facts about the two steps of each chain, as `TRANSITIVE` has them."""
+class Training:
+    """Training examples: questions with what is told of them, about every view in turn."""
 
-    asked: Asked
-    starts: Sequence[int]
-    """The first question of each chain."""
-    count: int
-    """Of chains in a batch."""
-    seed: int
+    writer: PictureWriter
+    asked: Sequence[tuple[Task, list[Told]]]
 
-    @classmethod
-    def of(cls, asked: Asked, count: int, seed: int) -> "Chains":
-        """Those of which all questions have room in a row."""
-        numbers = range(0, len(asked.questions), 4)
-        starts = [first for first in numbers if all(map(asked.fits, range(first, first + 4)))]
-        if not starts:
-            raise UserError(f"no chain of questions fits into {asked.length} tokens: give --length")
-        return cls(asked, starts, count, seed)
+    def __len__(self) -> int:
+        return len(self.asked) * VIEWS
 
-    def __getitem__(self, step: int) -> dict[str, Any]:
-        rng = np.random.default_rng([self.seed, step])
-        chosen = rng.choice(self.starts, self.count)
-        rows = [first + place for first in chosen.tolist() for place in range(4)]
-        examples = [self.asked[row * VIEWS + rng.integers(VIEWS)] for row in rows]
-        return collate(examples, len(rows), self.asked.transforms)
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        task, told = self.asked[index // VIEWS]
+        row = self.writer.row
+        return {"id": index, **self.writer(task, told, task.answer, row, view=index % VIEWS)}
 
 
-def stream(s: Settings, seen: Seen, writing: Writing) -> Batches | Streams:
+def stream(s: Settings, writer: PictureWriter) -> Batches | Streams:
     """Endless training batches: questions, and perhaps chains of questions.
 
     Raises:
-        UserError: a batch too small for a chain.
+        UserError: no question has room in a row.
     """
-    cases = ask_about(seen, seen.train, False, s.seed)
-    rng, found = np.random.default_rng(s.seed), facts_for(seen, cases, s.seed)
-    names = list(MIX) if s.knowledge else ["no facts"]
-    shares = list(MIX.values()) if s.knowledge else [1.0]
-    asked: list[Question] = []
-    for _ in range(3):  # draws of what is written before each
-        drawn = rng.choice(names, len(cases), p=shares)
-        asked += written(seen, cases, [found[name][i] for i, name in enumerate(drawn)])
-    rows = Asked(asked, writing, {}, s.length, views=VIEWS, seed=s.seed)
-    batches = Batches(rows, s.batch_size, rows.transforms, seed=s.seed, **own_share())
+    seen = writer.seen
+    every = ask_about(seen, seen.train, False, s.seed)
+    tasks = writer.fitting(every)
+    rng, found = np.random.default_rng(s.seed), facts_for(seen, tasks, s.seed)
+    names = list(MIX) if s.injection not in ("none", "knn") else ["no facts"]
+    shares = [MIX[name] for name in names]
+    asked = []
+    for _ in range(3):  # draws of what is told of each
+        drawn = rng.choice(names, len(tasks), p=np.divide(shares, sum(shares)))
+        asked += [(tasks[i], found[name][i]) for i, name in enumerate(drawn)]
+    rows, transforms = Training(writer, asked), writer.transforms(writer.row)
+    batches = Batches(rows, s.batch_size, transforms, seed=s.seed, **own_share())
     if not s.rule_weight:
         return batches
-    count = s.batch_size // 8
-    if not count or count % jax.process_count():
-        raise UserError("the rule loss needs a batch size of 8, or of a multiple, a process")
-    questions = [question for four in fours(seen, cases) for question in four]
-    chains = Chains.of(Asked(questions, writing, {}, s.length, views=VIEWS), count, s.seed)
+    chains = Fours.of(writer, fours(seen, every), s.batch_size, s.seed)
     return Streams({"asked": batches, "chains": Dealt(chains, **own_share())})
 
 
-def objective_of(s: Settings, model: PictureLM) -> Objective:
+def objective_of(s: Settings, model: PictureLM, writer: PictureWriter) -> Objective:
     """Answers, and perhaps what asks the model's own answers for transitivity."""
-    answers = on_items(causal_lm(model.tuned, chunk=8))
+    answers = reading(writer, causal_lm(model.tuned, chunk=8))
     if not s.rule_weight:
         return answers
-    yes, no = (model.writing.answer(word)[0] for word in (YES, NO))
-    broken = rule_loss(TRANSITIVE, log_odds=lambda odds, batch: odds)
-
-    def transitive(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Metrics]:
-        return broken(log_odds(model.tuned, params, batch, yes, no).reshape(-1, 4), batch)
-
-    parts = {on_batch("asked", answers): 1.0, on_batch("chains", transitive): s.rule_weight}
-    return weighted_sum(parts)
+    chains = on_batch("chains", transitive(model.tuned, writer))
+    return weighted_sum({on_batch("asked", answers): 1.0, chains: s.rule_weight})
 
 
 def build(s: Settings) -> Experiment:
-    seen, test, described, model = assemble(s)
+    test, described, model, writer = assemble(s)
+
+    def init(key: jax.Array) -> Params:
+        return model.init(key, writer.read(writer.collate([writer.plain([0])])))
 
     def report(params: Params, folder: Path) -> dict[str, float]:
-        cases = ask_about(seen, test, True, s.seed)[: 4 * -(-s.questions // 4)]
-        table = measure(s, seen, model, params, cases)
+        tasks = ask_about(writer.seen, test, True, s.seed)[: 4 * -(-s.questions // 4)]
+        table = measure(s, model, writer, params, tasks)
         print_table("Is this a kind of Y? Accuracy", table, described, [s.seed])
-        return {f"{row}/{name}": v for row, cells in table.items() for name, v in cells.items()}
+        numbers = {f"{row}/{name}": v for row, cells in table.items() for name, v in cells.items()}
+        whole = model.tuned.merged
+        losses = plain_english(model.tuned.model, writer, whole(untrained(params)), whole(params))
+        plain = dict(zip(("as it came", s.injection), losses, strict=True))
+        rows = {name: {"nats per token": loss} for name, loss in plain.items()}
+        print_table("Plain English", rows, "Python's reference, on which no run trains", [s.seed])
+        return numbers | {f"plain/{name}": loss for name, loss in plain.items()}
 
     return Experiment(
-        data=Later(lambda: stream(s, seen, model.writing)),
-        init=model.init,
-        objective=objective_of(s, model),
+        data=Later(lambda: stream(s, writer)),
+        init=init,
+        objective=objective_of(s, model, writer),
         optimizer=averaged_adamw(s.learning_rate, s.steps, weight_decay=0.1),
         pretrained=model.published,
         trainable=TRAINED,
@@ -250,32 +251,51 @@ def build(s: Settings) -> Experiment:
     )
 
 
+# ----------------------------------------------------------------------------------------- report
+
+
+@dataclasses.dataclass(frozen=True)
+class Judges:
+    """Who answers: shown the picture, and not."""
+
+    shown: Judge | Recalling
+    blind: Judge | Recalling
+
+    @classmethod
+    def of(cls, model: PictureLM, writer: PictureWriter, params: Params, batch: int) -> "Judges":
+        """A trained model; kNN-LM takes what is remembered at its word."""
+        shown = Judge.of(model.tuned.model, writer, model.tuned.merged(params), batch)
+        blind = dataclasses.replace(shown, writer=dataclasses.replace(writer, blind=True))
+        if writer.injection != "knn":
+            return cls(shown, blind)
+        settings = {"weight": 0.9, "temperature": 0.003, "asked": True}
+        return cls(Recalling(shown, **settings), Recalling(blind, **settings))
+
+
 def measure(
-    s: Settings, seen: Seen, model: PictureLM, params: Params, cases: Sequence[Case]
+    s: Settings,
+    model: PictureLM,
+    writer: PictureWriter,
+    params: Params,
+    tasks: Sequence[Task],
 ) -> dict[str, dict[str, float]]:
-    """{what is written before the question: {who answers: accuracy}}."""
+    """{what is told before the question: {who answers: accuracy}}."""
     table: dict[str, dict[str, float]] = {}
-    asked: dict[tuple[str, str], list[tuple[str, int | None]]] = {}
-    for name, told in retrieved(s, seen, cases).items():
-        table[name] = {"looking Y up in the facts": looked_up(seen.world, cases, told)}
-        questions = written(seen, cases, told)
-        asked[name, "picture"] = [(each.text, each.row) for each in questions]
+    judges = Judges.of(model, writer, params, 20)
+    for name, told in retrieved(s, writer.seen, tasks).items():
+        asked = list(zip(tasks, told, strict=True))
+        row = table[name] = {"looking Y up": looked_up(writer.world, tasks, told)}
+        row[s.injection] = hits(judges.shown(asked) > 0, tasks)
         if name in ("no facts", "linked facts"):
-            asked[name, "no picture"] = [(each.text, None) for each in questions]
-    once = list(dict.fromkeys(each for row in asked.values() for each in row))
-    scores = model.answerer(params).scores(*zip(*once, strict=True), (YES, NO))
-    said = dict(zip(once, scores.argmax(axis=1) == 0, strict=True))
-    for (name, column), row in asked.items():
-        right = [said[each] == answer for each, (_, _, answer) in zip(row, cases, strict=True)]
-        table[name][column] = float(np.mean(right))
+            row[f"{s.injection}, no picture"] = hits(judges.blind(asked) > 0, tasks)
     return table
 
 
-def retrieved(s: Settings, seen: Seen, cases: Sequence[Case]) -> dict[str, list[list[Told]]]:
+def retrieved(s: Settings, seen: Seen, tasks: Sequence[Task]) -> dict[str, list[list[Told]]]:
     """{condition: the facts of each question}; what glosses speak against is dropped in some."""
-    if not s.knowledge:
-        return {"no facts": [[] for _ in cases]}
-    found, wrong = facts_for(seen, cases, s.seed), misled(seen, cases, s.seed)
+    if s.injection == "none":
+        return {"no facts": [[] for _ in tasks]}
+    found, wrong = facts_for(seen, tasks, s.seed), misled(seen, tasks, s.seed)
     doubtful = {"true facts": found["true facts"], **wrong}
     about = {each for told in doubtful.values() for [each] in told}
     keep = quality_filter(seen, ask_about(seen, seen.train, False, s.seed), about, s.seed)
@@ -295,14 +315,17 @@ class Answerer:
     """Answers about a picture file, and shows the facts and rule steps that it used.
 
     It also says what it would have answered without the facts, and without the picture.
+
+    Attributes:
+        assistant: the model alone, for export.
     """
 
-    seen: Seen
+    judges: Judges
+    writer: PictureWriter
     assistant: Assistant
-    knowledge: bool
 
     def answer(
-        self, question: str, media: Mapping[str, Sequence[Path]] | None = None, **settings: Any
+        self, question: str, media: Mapping[str, Sequence[Path]] | None = None, **_: Any
     ) -> Iterator[str]:
         """The answer in pieces.
 
@@ -312,24 +335,24 @@ class Answerer:
         files = (media or {}).get("image", ())
         if len(files) != 1 or (media or {}).get("audio"):
             raise UserError("ask about one picture: --image FILE")
-        seen, world = self.seen, self.seen.world
+        seen, world = self.writer.seen, self.writer.world
         named = content(question, seen.linker, world.graph)
-        kinds_named = [mention.entities[0] for mention in named]
-        if not kinds_named:
+        if not named:
             raise UserError(f"{question!r} names no kind that the graph knows")
-        told = list(map(seen.facts, seen.linked_file(files[0])[:2])) if self.knowledge else []
-        asked = f"Is this a kind of {world.graph.label(kinds_named[-1])}?"
-        text = seen.said(told) + asked
-        yield from self.assistant.answer(text, {"image": files}, **settings)
+        task = Task(-1, named[-1].entities[0], True, picture=files[0])
+        told = list(map(seen.facts, seen.linked(files[0])[:SUBJECTS]))
+        told = [] if self.writer.injection == "none" else told
+        odds, without = map(float, self.judges.shown([(task, told), (task, [])]))
+        yield f"{verdict(odds)}.\n"
         for entity, facts in told:
-            yield "\n" + "".join(explain(world, facts, entity, kinds_named[-1])).rstrip()
-        for what, less, shown in (("these facts", asked, files), ("the picture", text, ())):
-            if less != text or not shown:
-                without = "".join(self.assistant.answer(less, {"image": shown}, **settings))
-                yield f"\nWithout {what}: {without.strip()}"
+            yield from explain(world, facts, entity, task.kind)
+        if told:
+            yield f"Without these facts: {verdict(without)}.\n"
+        yield f"Without the picture: {verdict(float(self.judges.blind([(task, told)])[0]))}.\n"
 
 
 def assistant(s: Settings, params: Params) -> Answerer:
     """For `python -m fusion_jax ask --workdir ...`."""
-    seen, _, _, model = assemble(s)
-    return Answerer(seen, model.answerer(params).assistant(), s.knowledge)
+    _, _, model, writer = assemble(s)
+    judges = Judges.of(model, writer, params, 2)
+    return Answerer(judges, writer, model.answerer(params).assistant())

@@ -26,7 +26,7 @@ import tyro
 
 from experiments.domain_shift import FLOOR
 from experiments.domain_shift_pairs import chosen
-from experiments.knowledge_qa_table import VARIANTS
+from experiments.knowledge_table import VARIANTS
 from fusion_jax.data.lines import read_jsonl
 from fusion_jax.errors import UserError
 from fusion_jax.evaluation.table import markdown
@@ -116,30 +116,23 @@ def of_link_prediction(workdir: Path, row: str, column: str) -> list[float]:
     return [run["found"]["MRR"] for run in runs if wanted.items() <= run["settings"].items()]
 
 
-def of_injections(workdir: Path, row: str, column: str) -> list[float]:
+def of_injections(experiment: str) -> Found:
     """Accuracy of an injection with certain facts, or the loss on plain English.
 
     The injection is the column; in the README's table, whose rows are injections, the row.
     """
-    runs = [run for _, run in read_jsonl(workdir / "table.jsonl")]
-    sideways = row in VARIANTS or row == "as it came"
-    facts, injection = (column, row) if sideways else (row, column)
-    facts = {"plain English, nats per token": "plain", CUT: "cut below Y"}.get(facts, facts)
-    variant = injection if injection in VARIANTS else "chained"  # whose report has baselines
-    metric = f"{facts}/{VARIANTS[variant]['injection'] if variant == injection else injection}"
-    return [run["found"][metric] for run in runs if run["variant"] == variant]
+    variants = VARIANTS[experiment]
 
+    def find(workdir: Path, row: str, column: str) -> list[float]:
+        runs = [run for _, run in read_jsonl(workdir / "table.jsonl")]
+        sideways = row in variants or row == "as it came"
+        facts, injection = (column, row) if sideways else (row, column)
+        facts = {"plain English, nats per token": "plain", CUT: "cut below Y"}.get(facts, facts)
+        variant = injection if injection in variants else "chained"  # whose report has baselines
+        metric = f"{facts}/{variants[variant]['injection'] if variant == injection else injection}"
+        return [run["found"][metric] for run in runs if run["variant"] == variant]
 
-def of_linked_pictures(workdir: Path, row: str, column: str) -> list[float]:
-    """Accuracy about pictures; who answers is the row, or, where facts are wrong, the column."""
-    if row in ("knowledge", "no picture", "looking Y up", "no knowledge"):
-        facts, who = column, row
-    else:
-        facts, who = row + ", filtered" * column.endswith("filtered"), column
-    answers = "no picture" if who == "no picture" else "picture"
-    answers = "looking Y up in the facts" if who.startswith("looking Y up") else answers
-    folder = workdir / ("without" if row == "no knowledge" else "with")
-    return of_seeds(lambda *_: f"{facts}/{answers}")(folder, row, column)
+    return find
 
 
 def of_pairs(workdir: Path, row: str, column: str) -> list[float]:
@@ -184,13 +177,13 @@ def trimodal(row: str, column: str) -> str:
 TRAIN = ("-m", "fusion_jax", "train")
 INTO = ("--workdir", "{workdir}", "--no-tensorboard")
 RUN = ("--workdir", "{workdir}/run", "--no-tensorboard")
-LINKED = (*TRAIN, "experiments/knowledge_vqa.py", "--steps", "200", "--seeds", "3")
-LINKED += ("--no-tensorboard",)
+TABLE = ("-m", "experiments.knowledge_table")
 SUBSETS = ("audio", "image", "text", "audio+image+text")
 INJECTIONS = (
     *(("none", "prompt", "chained", "knn"), ("cross", "kbert", "ernie")),
     ("rule loss", "as it came", "bag of words"),
 )
+PICTURED = ("none", "chained", "chained, no picture", "looking Y up")
 HELD = ("gained at most", "forgotten at the end", "forgotten at equal gain", "accuracy")
 CUT = "cut, the answer is not in them"
 SCORERS = ("complex", "simple", "distmult", "rotate", "tucker", "conve", "transe")
@@ -239,28 +232,21 @@ CLAIMS = {
         ],
         commands=[
             [
-                *("-m", "experiments.knowledge_qa_table", "--seeds", "3", "--workdir", "{workdir}"),
-                *("--variants", *(n for n in itertools.chain(*INJECTIONS) if n in VARIANTS)),
+                *(*TABLE, "knowledge_qa", "--seeds", "3", "--workdir", "{workdir}", "--variants"),
+                *(n for n in itertools.chain(*INJECTIONS) if n in VARIANTS["knowledge_qa"]),
             ]
         ],
-        found=of_injections,
+        found=of_injections("knowledge_qa"),
     ),
     "knowledge_vqa": Claim(
-        places=[
-            (
-                "experiments/knowledge_vqa.py",
-                ("linked facts", "true facts", "facts on another", "no facts"),
-            ),
-            (
-                "experiments/knowledge_vqa.py",
-                ("as they come", "looking Y up", "filtered", "looking Y up, filtered"),
-            ),
-        ],
+        places=[("experiments/knowledge_vqa.py", PICTURED)],
         commands=[
-            [*LINKED, "--workdir", "{workdir}/with"],
-            [*LINKED, "--no-knowledge", "--length", "36", "--workdir", "{workdir}/without"],
+            [
+                *(*TABLE, "knowledge_vqa", "--seeds", "3", "--workdir", "{workdir}", "--variants"),
+                *(n for n in PICTURED if n in VARIANTS["knowledge_vqa"]),
+            ]
         ],
-        found=of_linked_pictures,
+        found=of_injections("knowledge_vqa"),
     ),
     "domain_shift_pairs": Claim(
         places=[

@@ -1,9 +1,9 @@
 """Pictures linked to a graph, and questions "Is this a kind of Y?" about them.
 
     seen = Seen(world, Linker.of(graph), sight, things, hops=5)
-    cases = ask_about(seen, things, test=False, seed=0)
-    asked = written(seen, cases, facts_for(seen, cases, seed=0)["linked facts"])
-    wrong = misled(seen, cases, seed=0)["30% wrong"]    # in place of true facts
+    tasks = ask_about(seen, things, test=False, seed=0)
+    found = facts_for(seen, tasks, seed=0)["linked facts"]
+    wrong = misled(seen, tasks, seed=0)["30% wrong"]    # in place of true facts
 
 Questions come four at a time, about two pictures and two kinds: each is asked with yes as often as
 with no, and kinds that have much in common are preferred.
@@ -18,16 +18,16 @@ from typing import Any
 
 import numpy as np
 
-from fusion_jax.data.questions import NO, YES, Question, Thing
+from fusion_jax.data.questions import Thing
 from fusion_jax.errors import UserError
 from fusion_jax.knowledge import kinds, trust
 from fusion_jax.knowledge.linking import Linker
-from fusion_jax.knowledge.questions import KIND_OF, Facts, World, meaning
+from fusion_jax.knowledge.questions import Facts, Task, World, hits, meaning
 
-Case = tuple[Thing, int, bool]
-"""A picture, a kind, and whether it is one."""
 Told = tuple[int, Facts]
 """An entity, and facts by which it is of some kinds."""
+SUBJECTS = 2
+"""Entities of one picture on which facts are used: the first that are told."""
 SHARES = (0.1, 0.3, 0.5)
 """Of questions whose facts are wrong."""
 
@@ -71,22 +71,16 @@ class Seen:
         steps = (fact for chain in self.chains(entity).values() for fact in self.world.steps(chain))
         return entity, tuple(dict.fromkeys(steps))
 
-    def linked(self, row: int) -> list[int]:
-        """Entities that a picture is linked to."""
-        if self.sight.guesses is not None:
-            return self.named(self.sight.describe(row))
-        return self._alike(self.sight.pooled([row])[0], row)
+    def linked(self, picture: int | Path) -> list[int]:
+        """Entities that a picture is linked to, of a row or in a file.
 
-    def linked_file(self, file: Path) -> list[int]:
-        """Entities that a picture file is linked to."""
+        By the tower's guesses, else by the noun of the training picture that looks most alike.
+        """
         if self.sight.guesses is not None:
-            return self.named(self.sight.describe_file(file))
-        return self._alike(self.sight.read(file).values[0, 0].mean(axis=0))
-
-    def _alike(self, pooled: np.ndarray, but: int | None = None) -> list[int]:
-        """The noun of the training picture that looks most alike, of all but one row's."""
+            return self.named(self.sight.describe(picture))
         rows, nouns, vectors = self._known
-        return [nouns[int(np.argmax(np.where(rows == but, -np.inf, vectors @ pooled)))]]
+        alike = vectors @ self.sight.pooled([picture])[0]
+        return [nouns[int(np.argmax(np.where(rows == picture, -np.inf, alike)))]]
 
     @cached_property
     def _known(self) -> tuple[np.ndarray, list[int], np.ndarray]:
@@ -104,29 +98,23 @@ class Seen:
             return senses[0][:1] if senses else []
         return list(dict.fromkeys(meaning(self.world, *senses[:2])))
 
-    def said(self, told: Sequence[Told]) -> str:
-        """What the rules conclude on two entities at most, as it stands in a prompt."""
-        label, lines = self.world.graph.label, []
-        for entity, facts in told[:2]:
-            names = ", ".join(map(label, follows(self.world, entity, facts)[: self.hops]))
-            lines += [f"{label(entity)} {KIND_OF} {names}. "] if names else []
-        return "".join(lines)
-
 
 def follows(world: World, entity: int, facts: Facts) -> list[int]:
     """The kinds that it is of by these facts, the nearest first."""
     return list(kinds.ancestors(kinds.parents(map(world.ends, facts)), entity))
 
 
-def looked_up(world: World, cases: Sequence[Case], told: Sequence[Sequence[Told]]) -> float:
+def looked_up(world: World, tasks: Sequence[Task], told: Sequence[Sequence[Told]]) -> float:
     """The share of questions that the facts answer rightly without a model."""
-    found = [any(kind in follows(world, *each) for each in on[:2])
-             for (_, kind, _), on in zip(cases, told, strict=True)]  # fmt: skip
-    return float((np.array(found) == np.array([answer for _, _, answer in cases])).mean())
+    return hits(
+        [any(task.kind in follows(world, *each) for each in on[:SUBJECTS])
+         for task, on in zip(tasks, told, strict=True)],
+        tasks,
+    )  # fmt: skip
 
 
-def ask_about(seen: Seen, things: Sequence[Thing], test: bool, seed: int) -> list[Case]:
-    """Cases, four at a time; a kind is asked about in the test or in training, not in both.
+def ask_about(seen: Seen, things: Sequence[Thing], test: bool, seed: int) -> list[Task]:
+    """Questions, four at a time; a kind is asked about in the test or in training, not in both.
 
     Raises:
         UserError: no two things can be asked about together.
@@ -138,50 +126,51 @@ def ask_about(seen: Seen, things: Sequence[Thing], test: bool, seed: int) -> lis
             above = seen.chains(entity)
             own = [kind for kind in above if _held_out(seen.world.graph.entities[kind]) == test]
             for kind in rng.permutation(own)[:2].tolist():
-                waiting.append((things[index], kind, set(kinds.ancestors(seen.world.up, entity))))
-    parents = {kind: set(kinds.ancestors(seen.world.up, kind)) for _, kind, _ in waiting}
-    cases: list[Case] = []
+                lineage = set(kinds.ancestors(seen.world.up, entity))
+                waiting.append((Task(entity, kind, True, picture=things[index].row), lineage))
+    parents = {task.kind: set(kinds.ancestors(seen.world.up, task.kind)) for task, _ in waiting}
+    tasks: list[Task] = []
     while waiting:
-        thing, kind, lineage = waiting.pop()
+        own, lineage = waiting.pop()
         fit = [
-            (len(parents[kind] ^ parents[other]), place)
-            for place, (_, other, theirs) in enumerate(waiting)
-            if other not in lineage and kind not in theirs
+            (len(parents[own.kind] ^ parents[other.kind]), place)
+            for place, (other, theirs) in enumerate(waiting)
+            if other.kind not in lineage and own.kind not in theirs
         ]
         if fit:
-            mate, other, _ = waiting.pop(min(fit)[1])
-            cases += [(thing, kind, True), (thing, other, False)]
-            cases += [(mate, other, True), (mate, kind, False)]
-    if not cases:
+            mate, _ = waiting.pop(min(fit)[1])
+            tasks += [own, dataclasses.replace(own, kind=mate.kind, answer=False)]
+            tasks += [mate, dataclasses.replace(mate, kind=own.kind, answer=False)]
+    if not tasks:
         raise UserError("no two pictures can be asked about: are their nouns in the graph?")
-    return cases
+    return tasks
 
 
 def _held_out(key: str) -> bool:
     return hashlib.sha256(key.encode()).digest()[0] % 5 < 2
 
 
-def facts_for(seen: Seen, cases: Sequence[Case], seed: int) -> dict[str, list[list[Told]]]:
+def facts_for(seen: Seen, tasks: Sequence[Task], seed: int) -> dict[str, list[list[Told]]]:
     """{condition: the facts that are written, for each question}."""
     rng = np.random.default_rng(seed)
-    own = [[seen.facts(seen.noun(thing))] for thing, _, _ in cases]
+    own = [[seen.facts(task.thing)] for task in tasks]
     return {
-        "no facts": [[] for _ in cases],
-        "linked facts": [list(map(seen.facts, seen.linked(thing.row))) for thing, _, _ in cases],
+        "no facts": [[] for _ in tasks],
+        "linked facts": [list(map(seen.facts, seen.linked(task.picture))) for task in tasks],
         "true facts": own,
-        "facts on another": [own[i] for i in rng.permutation(len(cases))],
+        "facts on another": [own[i] for i in rng.permutation(len(tasks))],
     }
 
 
-def misled(seen: Seen, cases: Sequence[Case], seed: int) -> dict[str, list[list[Told]]]:
+def misled(seen: Seen, tasks: Sequence[Task], seed: int) -> dict[str, list[list[Told]]]:
     """{condition: true facts, in so many questions wrong ones}. More wrong ones include the fewer.
 
     Wrong is that the thing is of a kind that it is not of, and so of all above that: half the time
-    that of the other thing of its four, else that of any. `cases` are whole fours.
+    that of the other thing of its four, else that of any. `tasks` are whole fours.
     """
     rng = np.random.default_rng([seed, 5])
-    nouns = [seen.noun(thing) for thing, _, _ in cases]
-    luck, others = rng.random(len(cases)), rng.permutation(len(cases))
+    nouns = [task.thing for task in tasks]
+    luck, others = rng.random(len(tasks)), rng.permutation(len(tasks))
     found = {share: [] for share in SHARES}
     for place, noun in enumerate(nouns):
         mate = _as_if(seen, noun, nouns[place ^ 2])
@@ -203,7 +192,7 @@ def _as_if(seen: Seen, entity: int, other: int) -> Told:
 
 
 def quality_filter(
-    seen: Seen, train: Sequence[Case], asked: Collection[Told], seed: int
+    seen: Seen, train: Sequence[Task], asked: Collection[Told], seed: int
 ) -> trust.Filter:
     """Drops doubtful facts, see `trust`: fitted on facts of training questions.
 
@@ -214,7 +203,7 @@ def quality_filter(
     """
     world = seen.world
     ways = [[on[0] for on in told] for told in misled(seen, train, seed).values()]
-    true = {fact for thing, _, _ in train for fact in seen.facts(seen.noun(thing))[1]}
+    true = {fact for task in train for fact in seen.facts(task.thing)[1]}
     false = {
         fact
         for way in ways
@@ -233,41 +222,24 @@ def quality_filter(
     return trust.Filter.chosen(world, sure, found, right)
 
 
-def fours(seen: Seen, cases: Sequence[Case]) -> list[list[Question]]:
+def fours(seen: Seen, tasks: Sequence[Task]) -> list[list[Task]]:
     """Of each chain picture - Z - Y the four questions of `objectives.rules.TRANSITIVE`.
 
     None of them asks about a kind of the test; that a Z is a Y is asked without a picture.
 
     Args:
-        cases: of training, as `ask_about` has them: each yes with its no.
+        tasks: of training, as `ask_about` has them: each yes with its no.
 
     Raises:
         UserError: no chain has a kind between.
     """
     graph, found = seen.world.graph, []
-    for (thing, kind, _), (_, other, _) in zip(cases[::2], cases[1::2], strict=True):
-        _, *between, _ = seen.chains(seen.noun(thing))[kind]
+    for task, other in zip(tasks[::2], tasks[1::2], strict=True):
+        _, *between, _ = seen.chains(task.thing)[task.kind]
         own = [each for each in between if not _held_out(graph.entities[each])]
         if own:
-            middle, end = (graph.label(each) for each in (own[0], kind))
-            asked = [(thing.row, f"Is this a kind of {middle}?")]
-            asked += [(None, f"Is {middle} a kind of {end}?")]
-            asked += [(thing.row, f"Is this a kind of {graph.label(y)}?") for y in (kind, other)]
-            found.append([Question(row, "kind", text, YES) for row, text in asked])
+            middle = dataclasses.replace(task, kind=own[0])
+            found.append([middle, Task(own[0], task.kind, True), task, other])
     if not found:
         raise UserError("the rule loss needs pictures that are of a kind by way of another")
     return found
-
-
-def written(seen: Seen, cases: Sequence[Case], told: Sequence[Sequence[Told]]) -> list[Question]:
-    """With facts on those entities before each question."""
-    label = seen.world.graph.label
-    return [
-        Question(
-            thing.row,
-            "kind",
-            f"{seen.said(on)}Is this a kind of {label(kind)}?",
-            YES if answer else NO,
-        )
-        for (thing, kind, answer), on in zip(cases, told, strict=True)
-    ]

@@ -1,6 +1,7 @@
 """Questions "Is X a kind of Y?", what a retriever finds for them, and what follows from it."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -30,13 +31,18 @@ is_a(?x, ?z) <= is_a(?x, ?y), is_a(?y, ?z)
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A question, its answer and the chains of facts: of its own thing, then of another thing."""
+    """A question, its answer and the chains of facts: of its own thing, then of another thing.
+
+    Attributes:
+        picture: that which is shown in place of the thing's name, by its row or as a file.
+    """
 
     thing: int
     kind: int
     answer: bool
-    chains: Chains
+    chains: Chains = ((), ())
     siblings: bool = True
+    picture: int | Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +140,8 @@ class World:
     def question(self, task: Task) -> str:
         """In words."""
         label = self.graph.label
-        return f"Is {label(task.thing)} a kind of {label(task.kind)}?"
+        thing = "this" if task.picture is not None else label(task.thing)
+        return f"Is {thing} a kind of {label(task.kind)}?"
 
     def looked_up(self, task: Task, facts: Facts) -> bool:
         """Whether the kind's name stands anywhere in the facts: an answer without a step."""
@@ -304,6 +311,22 @@ def retrieve(world: World, tasks: Sequence[Task]) -> dict[str, list[Facts]]:
         mixed = [w if u < share else t for u, t, w in zip(luck, true, wrong, strict=True)]
         found[f"{share:.0%} wrong"] = mixed
     return found
+
+
+def remember(world: World, facts: Facts, also: Sequence[tuple[int, int]] = ()) -> list[Task]:
+    """What the rules say of the things that the facts speak of, as questions with answers.
+
+    `also`: pairs of a thing and a kind that are remembered besides.
+    """
+    if not facts:
+        return []
+    closure = world.closure(facts)
+    things, above = map(dict.fromkeys, zip(*map(world.ends, facts), strict=True))
+    return [
+        Task(thing, kind, closure.holds(thing, "is_a", kind))
+        for thing, kind in dict.fromkeys((*itertools.product(things, above), *also))
+        if thing != kind
+    ]
 
 
 def hits(said: Sequence[bool] | np.ndarray, tasks: Sequence[Task]) -> float:

@@ -8,6 +8,7 @@ model.answerer(params).write(["What is this?"], [row], max_tokens=16)
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, wraps
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -19,8 +20,9 @@ from fusion_jax.data.questions import Question
 from fusion_jax.errors import UserError
 from fusion_jax.language.ask import Assistant, Encoder
 from fusion_jax.language.chat import Chat
-from fusion_jax.language.fused import Batch, FusedLM, Layout, Params, answer_logits
+from fusion_jax.language.fused import Batch, FusedLM, Layout, Params
 from fusion_jax.language.generate import choose, generate
+from fusion_jax.language.injection import fuse
 from fusion_jax.language.items import answer_all, as_items
 from fusion_jax.language.prompt import bucket, pad
 from fusion_jax.language.sight import CLASS_NAMES, Sight
@@ -62,9 +64,9 @@ class Writing:
         layout = model.layout(jax.random.key(0), {"image": sight.items([None])})
         return cls(sight, chat, layout, checkpoint.config)
 
-    def content(self, text: str, row: int | None, view: int = 0) -> str:
+    def content(self, text: str, picture: int | Path | None, view: int = 0) -> str:
         """What the user says: the picture's mark and what is guessed of it, then the question."""
-        return text if row is None else f"<image>{self.sight.describe(row, view)}{text}"
+        return text if picture is None else f"<image>{self.sight.describe(picture, view)}{text}"
 
     def prompt(self, text: str, row: int | None) -> list[int]:
         """Ids after which the model answers, about the picture of a row or about none."""
@@ -135,11 +137,6 @@ class Asked:
             "answer": self.numbers.get(question.answer, -1),
         }
 
-    def fits(self, number: int) -> bool:
-        """Whether a question has room in a row with its answer, whatever view is shown."""
-        views = range(number * self.views, (number + 1) * self.views)
-        return all(len(self._written(index)[0]) <= self.length for index in views)
-
     def _written(self, index: int) -> tuple[list[int], list[float], int | None, int]:
         """Ids, their weights, and the row and view of the picture that is shown, if any."""
         question, view = self.questions[index // self.views], index % self.views
@@ -160,18 +157,6 @@ def on_items(objective: Callable[..., Any]) -> Callable[..., Any]:
         return objective(params, as_items(batch, "image"), rng)
 
     return with_items
-
-
-def log_odds(model: Any, params: Params, batch: Batch, yes: int, no: int) -> jax.Array:
-    """log p(yes) - log p(no) where the answers begin, [b]; the model does not see these.
-
-    Args:
-        model: a fused model, or `Tuned`.
-        batch: of `Asked`, each row with an answer.
-        yes, no: the tokens with which they begin.
-    """
-    logits = answer_logits(model, params, as_items(batch, "image"))
-    return logits[:, yes] - logits[:, no]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -201,7 +186,7 @@ class Answerer:
             writing.chat,
             writing.layout,
             readers={"image": sight.read},
-            words={"image": sight.describe_file},
+            words={"image": sight.describe},
             encoders={
                 "image": Encoder(sight.look, sight.params, sight.published.transform, labels, count)
             },
@@ -306,6 +291,7 @@ class PictureLM:
         ranks: Mapping[str, int],
         shared_width: int,
         start: Params | None = None,
+        injection: str = "none",
     ) -> "PictureLM":
         """Around that checkpoint.
 
@@ -314,15 +300,17 @@ class PictureLM:
             ranks: of LoRA, {pattern of the decoder's paths: rank}; {} for none.
             shared_width: of the space in which question, answer and picture are compared.
             start: params from which the connector starts, any part of them.
+            injection: how facts enter, see injection.py.
         """
-        model = FusedLM(checkpoint.module, {"image": connector}, embedding_width=shared_width)
+        connectors, settings = {"image": connector}, {"embedding_width": shared_width}
+        model = fuse(checkpoint.module, injection, connectors, **settings)
         tuned = Tuned(model, ranks, dropout=0.1)
         base = {"decoder": checkpoint.params} | ({"connectors_image": start} if start else {})
         return cls(tuned, {"base": base}, Writing.of(checkpoint, model, sight))
 
-    def init(self, key: jax.Array) -> Params:
-        """`Experiment.init`."""
-        return self.tuned.init(key, {"image": self.writing.sight.items([None])})
+    def init(self, key: jax.Array, batch: Batch | None = None) -> Params:
+        """`Experiment.init`; `batch` is what the model reads where that is not pictures alone."""
+        return self.tuned.init(key, batch or {"image": self.writing.sight.items([None])})
 
     def answerer(self, params: Params) -> Answerer:
         """The model as trained."""

@@ -25,6 +25,7 @@ from einops import rearrange
 from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from fusion_jax.attention import Mask
 from fusion_jax.errors import UserError
 from fusion_jax.language.decoder import Decoder
 from fusion_jax.language.generate import cross_context
@@ -63,7 +64,7 @@ class FusedLM(nn.Module):
     """
 
     decoder: Decoder
-    connectors: Mapping[str, nn.Module]
+    connectors: Mapping[str, nn.Module] = dataclasses.field(default_factory=dict)
     encoders: Mapping[str, nn.Module] = dataclasses.field(default_factory=dict)
     cross: str | None = None
     prefix: bool = False
@@ -132,6 +133,12 @@ class FusedLM(nn.Module):
             mask = mask & (~here | jnp.take_along_axis(media.mask, order, axis=1))
         return Prompt(ids, mask, vectors, prefix=self.prefix, **context)
 
+    def _mask(
+        self, prompt: Prompt, question: jax.Array, segments: jax.Array | None, batch: Batch
+    ) -> Mask:
+        """What sees what in one pass over whole rows; `question` is False from the answer on."""
+        return text_mask(prompt.mask, segments=segments, prefix=question if self.prefix else None)
+
     def __call__(self, batch: Batch, train: bool = False) -> FusedOutputs:
         """One pass over whole rows, for training.
 
@@ -145,7 +152,7 @@ class FusedLM(nn.Module):
         segments = fill(batch["segment"]) if "segment" in batch else None
         answers = fill(batch["weight"]) > 0 if "weight" in batch else jnp.zeros_like(prompt.mask)
         question = (positions(answers, segments) == 0) & ~answers
-        mask = text_mask(prompt.mask, segments=segments, prefix=question if self.prefix else None)
+        mask = self._mask(prompt, question, segments, batch)
         hidden, _ = self.decoder(
             prompt.vectors, mask, train=train, **cross_context(prompt, prompt.query_items)
         )

@@ -7,7 +7,6 @@ Answerer(judge, linker).answer("Is a whale a mammal?")
 """
 
 import dataclasses
-import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -23,10 +22,11 @@ from fusion_jax.knowledge.chaining import sentence
 from fusion_jax.knowledge.graph import Graph
 from fusion_jax.knowledge.linking import Linker, Mention
 from fusion_jax.knowledge.questions import Facts, Task, World, asked_about, hits, retrieve
-from fusion_jax.language.injection import Params, Writer, states
+from fusion_jax.language.injection import FactWriter, Params, Writer, states
 from fusion_jax.language.nearest import Memory
 
-Asked = Sequence[tuple[Task, Facts]]
+Asked = Sequence[tuple[Task, Any]]
+"""Questions, each with its facts as the writer takes them."""
 Recalled = tuple[np.ndarray, np.float32, Memory]
 """Of a question the state, the model's log odds of yes, and what is remembered."""
 _FORM = re.compile("is|are|be|was|were|an?|the|any|some|all|do|does|kinds?|sort|type|of|this")
@@ -57,14 +57,14 @@ class Judge:
 
     states: Callable[..., Any]
     params: Params
-    writer: Writer
+    writer: FactWriter
     batch_size: int = 16
     known: dict[tuple[bytes, ...], tuple[np.ndarray, float]] = dataclasses.field(
         default_factory=dict
     )
 
     @classmethod
-    def of(cls, model: Any, writer: Writer, params: Params, batch_size: int = 16) -> "Judge":
+    def of(cls, model: Any, writer: FactWriter, params: Params, batch_size: int = 16) -> "Judge":
         """Of a model by `injection.fuse`, perhaps within `LoRA`."""
         return cls(jax.jit(partial(states, model, writer)), params, writer, batch_size)
 
@@ -125,19 +125,18 @@ class Recalling:
 
     def recalled(self, asked: Asked) -> list[Recalled]:
         """What `mixed` needs, whatever the settings."""
-        world = self.judge.writer.world
-        own = [((t.thing, t.kind),) if self.asked else () for t, _ in asked]
-        about = [(facts, pairs) for (_, facts), pairs in zip(asked, own, strict=True)]
-        said = {each: remember(world, *each) for each in dict.fromkeys(about)}
-        contexts = [(task, ()) for tasks in said.values() for task in tasks]
+        remembered = self.judge.writer.remembered
+        said = [tuple(remembered(*each, asked=self.asked)) for each in asked]
+        distinct = list(dict.fromkeys(said))
+        contexts = [(task, ()) for tasks in distinct for task in tasks]
         keys = iter(self._unit(contexts)[0]) if contexts else iter(())
         memories = {
-            each: Memory.of(
+            tasks: Memory.of(
                 np.array([next(keys) for _ in tasks]), np.array([int(t.answer) for t in tasks])
             )
-            for each, tasks in said.items()
+            for tasks in distinct
         }
-        return list(zip(*self._unit(asked), map(memories.get, about), strict=True))
+        return list(zip(*self._unit(asked), map(memories.get, said), strict=True))
 
     def mixed(self, recalled: Sequence[Recalled]) -> np.ndarray:
         """Log odds [n]."""
@@ -153,22 +152,6 @@ class Recalling:
         hidden, odds = self.judge.read(asked)
         hidden = hidden.astype(np.float32)
         return hidden / np.linalg.norm(hidden, axis=1, keepdims=True), odds.astype(np.float32)
-
-
-def remember(world: World, facts: Facts, also: Sequence[tuple[int, int]] = ()) -> list[Task]:
-    """What the rules say of the things that the facts speak of, as questions with answers.
-
-    `also`: pairs of a thing and a kind that are remembered besides.
-    """
-    if not facts:
-        return []
-    closure = world.closure(facts)
-    things, above = map(dict.fromkeys, zip(*map(world.ends, facts), strict=True))
-    return [
-        Task(thing, kind, closure.holds(thing, "is_a", kind), ((thing,), (thing,)))
-        for thing, kind in dict.fromkeys((*itertools.product(things, above), *also))
-        if thing != kind
-    ]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -6,18 +6,21 @@
     cross     these conclusions as vectors, read by gated cross-attention (Flamingo)
     kbert     these conclusions as branches that hang from the subject (`knowledge_tree`)
     ernie     their mean vector added to the subject's words (`entity_vectors`)
-    knn       not in the model: as remembered answers (`graph_answers.remember`)
+    knn       not in the model: as remembered answers (`graph_answers.Recalling`)
 
     writer = Writer.of(checkpoint, world, "kbert")
     batch = writer.collate([writer(task, facts), ...])
     odds = log_odds(LoRA(fuse(checkpoint.module, "kbert")), writer, params, batch)
 
-Without facts each of them reads the question alone, and computes what the decoder does.
+Without facts each of them reads the question alone, and computes what the decoder does. With a
+picture in place of X: picture_injection.py.
 """
 
 import dataclasses
+import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import wraps
 from typing import Any, Literal, get_args
 
 import flax.linen as nn
@@ -26,17 +29,20 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from fusion_jax.data import prose
 from fusion_jax.data.pipeline import Padded, collate
 from fusion_jax.errors import UserError
-from fusion_jax.knowledge.questions import KIND_OF, Facts, Task, World
+from fusion_jax.knowledge.questions import KIND_OF, Task, World, remember
 from fusion_jax.language.chat import Chat
 from fusion_jax.language.connectors import Projection, with_cross_attention
 from fusion_jax.language.decoder import Decoder
 from fusion_jax.language.entity_vectors import EntityLM
-from fusion_jax.language.fused import FusedLM
+from fusion_jax.language.fused import FusedLM, mark
 from fusion_jax.language.knowledge_tree import Mention, Tree, TreeLM
 from fusion_jax.language.prompt import bucket
-from fusion_jax.objectives.combine import Batch, Params
+from fusion_jax.objectives.combine import Batch, Metrics, Objective, Params
+from fusion_jax.objectives.generative import causal_lm
+from fusion_jax.objectives.rules import TRANSITIVE, rule_loss
 from fusion_jax.pretrained.checkpoint import whole
 from fusion_jax.tokens import Tokens
 
@@ -44,81 +50,63 @@ Injection = Literal["none", "prompt", "chained", "cross", "kbert", "ernie", "knn
 INJECTIONS = get_args(Injection)
 LENGTHS = {"prompt": 56, "chained": 26, "kbert": 24}
 """Tokens of a training row, which nine of ten need at most; 14 where facts take none."""
-TRAINED = "^lora/|/media/|/connectors_|/entity/"
-"""Params that a fused model trains; the decoder stays as published."""
 MOST = 8
 """Conclusions on one subject that are used, the nearest first."""
 BRANCHES = ("positions", "branch", "mention", "anchor")
 Example = dict[str, Any]
+Pairs = Sequence[tuple[int, int]]
+"""What is said: an entity, and a kind that it is of."""
 
 
-def fuse(decoder: Decoder, injection: str) -> nn.Module:
-    """The decoder, under "decoder", as a model that reads what the `Writer` writes."""
+def fuse(
+    decoder: Decoder,
+    injection: str,
+    connectors: Mapping[str, nn.Module] | None = None,
+    **settings: Any,
+) -> FusedLM:
+    """The decoder, under "decoder", as a model that reads what its writer writes.
+
+    Args:
+        connectors, settings: as `FusedLM` has them, for other data beside the facts.
+    """
+    connectors = dict(connectors or {})
     if injection == "cross":
-        connectors = {"facts": Projection(decoder.width, layers=1, norm=True)}
+        connectors["facts"] = Projection(decoder.width, layers=1, norm=True)
         decoder = with_cross_attention(decoder, every=min(6, len(decoder.blocks)))
-        return FusedLM(decoder, connectors, cross="facts")
-    if injection == "kbert":
-        return TreeLM(decoder)
-    return EntityLM(decoder) if injection == "ernie" else FusedLM(decoder, {})
+        return FusedLM(decoder, connectors, cross="facts", **settings)
+    model = {"kbert": TreeLM, "ernie": EntityLM}.get(injection, FusedLM)
+    return model(decoder, connectors, **settings)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Writer:
-    """Writes questions and facts as the model reads them.
+class FactWriter:
+    """How a question becomes ids, with the facts as words among them or in fields beside them.
+
+    What is asked is of the class's own: see `Writer` for names, `PictureWriter` for pictures.
 
     Attributes:
         world: the graph and the rules.
         chat: the model's tokenizer.
         injection: one of INJECTIONS.
         table: the model's token embeddings [v, width], of which names' vectors are made.
-        row: tokens of a training row; None: as `LENGTHS` says.
+        row: tokens of a training row.
     """
 
     world: World
     chat: Chat
     injection: str
     table: np.ndarray
-    row: int | None = None
+    row: int
 
-    @classmethod
-    def of(cls, checkpoint: Any, world: World, injection: str, row: int | None = None) -> "Writer":
-        """For a published decoder, as `pretrained.load` gave it."""
-        table = np.asarray(whole(checkpoint.params["embedding"]["embedding"]), np.float32)
-        return cls(world, Chat.of(checkpoint), injection, table, row)
-
-    @property
-    def length(self) -> int:
-        """Tokens of a training row."""
-        return LENGTHS.get(self.injection, 14) if self.row is None else self.row
-
-    @property
-    def answers(self) -> dict[bool, int]:
-        """The one token that says yes, and no."""
-        return {said: self.chat.encode(word)[0] for said, word in ((True, " Yes"), (False, " No"))}
-
-    def size(self, task: Task) -> int:
-        """Tokens of the question itself with its answer."""
-        return len(self._written(task, (), task.answer)["text"])
-
-    def fits(self, task: Task) -> bool:
-        """Whether the question itself, with its answer, has room in a training row."""
-        return self.size(task) <= self.length
-
-    def transforms(self, length: int) -> dict[str, Padded]:
-        """The fields of an example, as `Batches` collates them."""
-        width, fields = self.table.shape[1], {"text": np.int32, "weight": np.float32}
-        if self.injection == "kbert":
-            fields |= dict.fromkeys(BRANCHES, np.int32)
-        found = {name: Padded(name, (length,), dtype) for name, dtype in fields.items()}
-        if self.injection == "ernie":
-            found["entities"] = Padded("entities", (length, width))
-        if self.injection == "cross":
-            found["facts"] = Padded("facts", (MOST, 2 * width))
-        return found
+    most = MOST
 
     def __call__(
-        self, task: Task, facts: Facts, answer: bool | None = None, most: int | None = None
+        self,
+        task: Task,
+        facts: Sequence[Any],
+        answer: bool | None = None,
+        most: int | None = None,
+        **shown: Any,
     ) -> Example:
         """A question and its facts, and perhaps the answer with weight 1.
 
@@ -131,24 +119,49 @@ class Writer:
         silent = self.injection in ("none", "knn")
         used = () if silent else self.used(task, facts)
         while True:
-            example = self._written(task, used, answer)
+            example = self._written(task, used, answer, **shown)
             if most is None or len(example["text"]) <= most:
                 return example
             if not used:
                 raise UserError(f"{self.world.question(task)!r} takes more than {most} tokens")
             used = used[:-1]
 
-    def used(self, task: Task, facts: Facts) -> Sequence[Any]:
-        """What is used of the facts: all in a prompt, else what follows on the subject."""
-        if self.injection == "prompt":
-            return facts
-        return self.world.conclusions(task, facts)[:MOST]
+    def size(self, task: Task) -> int:
+        """Tokens of the question itself with its answer."""
+        return len(self._written(task, (), task.answer)["text"])
 
-    def looked_up(self, task: Task, facts: Facts) -> bool:
-        """Whether the kind's name is in what is used of the facts: an answer by copying alone."""
-        if self.injection == "prompt":
-            return self.world.looked_up(task, facts)
-        return self.world.named(task, self.used(task, facts))
+    def fits(self, task: Task) -> bool:
+        """Whether the question itself, with its answer, has room in a training row."""
+        return self.size(task) <= self.row
+
+    def fitting(self, tasks: Sequence[Task]) -> list[Task]:
+        """Those that fit; says so if not all do.
+
+        Raises:
+            UserError: none does.
+        """
+        found = [task for task in tasks if self.fits(task)]
+        if len(found) < len(tasks):
+            said = (
+                f"{len(tasks) - len(found):,} of {len(tasks):,} training questions do not fit into "
+                f"rows of {self.row} tokens: with --length {max(map(self.size, tasks))} all do"
+            )
+            if not found:
+                raise UserError(said)
+            print(f"{said}\n")
+        return found
+
+    def transforms(self, length: int) -> dict[str, Padded]:
+        """The fields of an example, as `Batches` collates them."""
+        width, fields = self.table.shape[1], {"text": np.int32, "weight": np.float32}
+        if self.injection == "kbert":
+            fields |= dict.fromkeys(BRANCHES, np.int32)
+        found = {name: Padded(name, (length,), dtype) for name, dtype in fields.items()}
+        if self.injection == "ernie":
+            found["entities"] = Padded("entities", (length, width))
+        if self.injection == "cross":
+            found["facts"] = Padded("facts", (self.most, 2 * width))
+        return found
 
     def plain(self, ids: Sequence[int]) -> Example:
         """Any text without facts; each token counts."""
@@ -178,45 +191,31 @@ class Writer:
             batch["tree"] = Tree(batch["text"].values, **fields)
         return batch
 
-    # ------------------------------------------------------------------------------- examples
-
-    def _written(self, task: Task, used: Sequence[Any], answer: bool | None) -> Example:
-        label = self.world.graph.label
-        before = ""
-        if self.injection == "chained" and used:
-            said = ", ".join(label(kind) for kind in used)
-            before = f"{label(task.thing)} {KIND_OF} {said}.\n"
-        if self.injection == "prompt" and used:
-            pairs = map(self.world.ends, used)
-            lines = (f"{label(entity)} {KIND_OF} {label(kind)}." for entity, kind in pairs)
-            before = " ".join(lines) + "\n"
-        text = before + self.world.question(task)
-        written = self.chat.tokenizer.encode(text, add_special_tokens=False)
-        ids = [*written.ids] + ([] if answer is None else [self.answers[answer]])
-        weight = np.zeros(len(ids), np.float32)
-        weight[len(written.ids) :] = 1.0
-        start = len(before) + len("Is ")
-        inside = [
-            place
-            for place, (first, last) in enumerate(written.offsets)
-            if first < start + len(label(task.thing)) and last > start
+    def sentences(self, said: Pairs) -> list[str]:
+        """What stands in a prompt: a sentence for each fact, or for all conclusions on one."""
+        label, apart = self.world.graph.label, self.injection == "prompt"
+        if self.injection not in ("prompt", "chained"):
+            return []
+        groups = itertools.groupby(enumerate(said), lambda each: each if apart else each[1][0])
+        lines = [[pair for _, pair in group] for _, group in groups]
+        return [
+            f"{label(pairs[0][0])} {KIND_OF} {', '.join(label(kind) for _, kind in pairs)}."
+            for pairs in lines
         ]
-        return self._example(ids, weight, task.thing, used, inside)
 
     def _example(
         self,
         ids: Sequence[int],
         weight: np.ndarray,
-        thing: int = -1,
-        said: Sequence[int] = (),
+        said: Pairs = (),
         inside: Sequence[int] = (),
     ) -> Example:
-        """`inside`: the tokens that name the thing."""
+        """`inside`: the tokens that name what the facts are about."""
         example = {"text": np.array(ids, np.int32), "weight": weight}
         width = self.table.shape[1]
         if self.injection == "kbert":
             label = self.world.graph.label
-            facts = [self.chat.encode(f" {KIND_OF} {label(kind)}") for kind in said]
+            facts = [self.chat.encode(f" {KIND_OF} {label(kind)}") for _, kind in said]
             mentions = [Mention(inside[0], inside[-1] + 1, facts)] if facts else []
             tree = Tree.of(ids, mentions)
             example = {"text": tree.ids, "weight": np.pad(weight, (0, len(tree.ids) - len(ids)))}
@@ -224,12 +223,13 @@ class Writer:
         if self.injection == "ernie":
             example["entities"] = np.zeros((len(ids), width), np.float32)
             if said:
-                example["entities"][list(inside)] = np.mean([self.vector(k) for k in said], axis=0)
+                mean = np.mean([self.vector(kind) for _, kind in said], axis=0)
+                example["entities"][list(inside)] = mean
         if self.injection == "cross":
-            vectors = [np.concatenate([self.vector(thing), self.vector(kind)]) for kind in said]
+            vectors = [np.concatenate([self.vector(end) for end in pair]) for pair in said]
             example["facts"] = np.array(vectors, np.float32).reshape(len(said), 2 * width)
             # Everything after the mark looks at the facts.
-            example["text"] = np.append(np.int32(-1), example["text"])
+            example["text"] = np.append(np.int32(mark({"facts": None}, "facts")), example["text"])
             example["weight"] = np.append(np.float32(0), weight)
         return example
 
@@ -239,7 +239,65 @@ class Writer:
         return mean / (np.linalg.norm(mean) + 1e-6)
 
 
-def states(model: Any, writer: Writer, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+class Writer(FactWriter):
+    """Questions about things by their names; facts are those of `World.facts`."""
+
+    @classmethod
+    def of(cls, checkpoint: Any, world: World, injection: str, row: int | None = None) -> "Writer":
+        """For a published decoder, as `pretrained.load` gave it; `row` None: as `LENGTHS` says."""
+        row = LENGTHS.get(injection, 14) if row is None else row
+        return cls(world, Chat.of(checkpoint), injection, name_table(checkpoint), row)
+
+    @property
+    def answers(self) -> dict[bool, int]:
+        """The one token that says yes, and no."""
+        return {said: self.chat.encode(word)[0] for said, word in ((True, " Yes"), (False, " No"))}
+
+    def used(self, task: Task, facts: Sequence[Any]) -> Pairs:
+        """What is used of the facts: all in a prompt, else what follows on the subject."""
+        if self.injection == "prompt":
+            return [self.world.ends(fact) for fact in facts]
+        return [(task.thing, kind) for kind in self.world.conclusions(task, facts)[: self.most]]
+
+    def looked_up(self, task: Task, facts: Sequence[Any]) -> bool:
+        """Whether the kind's name is in what is used of the facts: an answer by copying alone."""
+        if self.injection == "prompt":
+            return self.world.looked_up(task, tuple(facts))
+        return self.world.named(task, [kind for _, kind in self.used(task, facts)])
+
+    def remembered(self, task: Task, facts: Sequence[Any], asked: bool) -> Sequence[Task]:
+        """What kNN-LM remembers of the facts; with `asked` also what they say to the question."""
+        return remember(self.world, tuple(facts), ((task.thing, task.kind),) if asked else ())
+
+    def draw(self, rng: np.random.Generator) -> dict[str, Any]:
+        """What a training example leaves to chance, as arguments of the call: nothing."""
+        return {}
+
+    def _written(self, task: Task, used: Pairs, answer: bool | None) -> Example:
+        before = "".join(f"{line} " for line in self.sentences(used)).rstrip()
+        before += "\n" if before else ""
+        text = before + self.world.question(task)
+        written = self.chat.tokenizer.encode(text, add_special_tokens=False)
+        ids = [*written.ids] + ([] if answer is None else [self.answers[answer]])
+        weight = np.zeros(len(ids), np.float32)
+        weight[len(written.ids) :] = 1.0
+        start = len(before) + len("Is ")
+        inside = [
+            place
+            for place, (first, last) in enumerate(written.offsets)
+            if first < start + len(self.world.graph.label(task.thing)) and last > start
+        ]
+        return self._example(ids, weight, used, inside)
+
+
+def name_table(checkpoint: Any) -> np.ndarray:
+    """The token embeddings [v, width] of a published decoder, float32."""
+    return np.asarray(whole(checkpoint.params["embedding"]["embedding"]), np.float32)
+
+
+def states(
+    model: Any, writer: FactWriter, params: Params, batch: Batch
+) -> tuple[jax.Array, jax.Array]:
     """After each question: hidden states [b, width], and log odds of yes against no [b]."""
     read = writer.read(batch)
     outputs = model.apply({"params": params}, read)
@@ -253,9 +311,78 @@ def states(model: Any, writer: Writer, params: Params, batch: Batch) -> tuple[ja
     return hidden[:, 0], logits[:, yes] - logits[:, no]
 
 
-def log_odds(model: Any, writer: Writer, params: Params, batch: Batch) -> jax.Array:
+def log_odds(model: Any, writer: FactWriter, params: Params, batch: Batch) -> jax.Array:
     """log p(Yes) - log p(No) after each question, [b]."""
     return states(model, writer, params, batch)[1]
+
+
+def reading(writer: FactWriter, objective: Objective) -> Objective:
+    """The objective on batches as the writer collates them."""
+
+    @wraps(objective)
+    def read(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Metrics]:
+        return objective(params, writer.read(batch), rng)
+
+    return read
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Fours:
+    """Batches of four questions without facts on each chain, as `TRANSITIVE` has them.
+
+    Attributes:
+        count: of chains in a batch.
+    """
+
+    writer: FactWriter
+    fours: Sequence[Sequence[Task]]
+    count: int
+    seed: int
+
+    @classmethod
+    def of(
+        cls, writer: FactWriter, fours: Sequence[Sequence[Task]], batch_size: int, seed: int
+    ) -> "Fours":
+        """Half as many questions as a batch has, of the chains that have room in its rows.
+
+        Raises:
+            UserError: a batch too small for a chain; no chain that has room.
+        """
+        count = batch_size // 8
+        if not count or count % jax.process_count():
+            raise UserError("the rule loss needs a batch size of 8, or of a multiple, a process")
+        fitting = [four for four in fours if all(map(writer.fits, four))]
+        if not fitting:
+            raise UserError(
+                "the rule loss needs questions with chains of two facts that fit into "
+                f"{writer.row} tokens: give --length or --hops"
+            )
+        return cls(writer, fitting, count, seed)
+
+    def __getitem__(self, step: int) -> dict[str, Any]:
+        rng = np.random.default_rng([self.seed, step])
+        chosen = rng.choice(len(self.fours), self.count)
+        tasks = [task for row in chosen.tolist() for task in self.fours[row]]
+        examples = [self.writer(task, (), **self.writer.draw(rng)) for task in tasks]
+        return self.writer.collate(examples, length=self.writer.row)
+
+
+def transitive(model: Any, writer: FactWriter) -> Objective:
+    """Asks the model's own answers on a batch of `Fours` for transitivity."""
+    broken = rule_loss(TRANSITIVE, log_odds=lambda odds, batch: odds)
+
+    def transitive(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Metrics]:
+        return broken(log_odds(model, writer, params, batch).reshape(-1, 4), batch)
+
+    return transitive
+
+
+def plain_english(model: Any, writer: FactWriter, *params: Params) -> list[float]:
+    """Nats a token on Python's reference, on which nothing here trains, without facts."""
+    measure = jax.jit(causal_lm(model, train=False))
+    rows = prose.rows(prose.reference(), writer.chat.encode, 96, 16)
+    batch = writer.read(writer.collate([writer.plain(row) for row in rows]))
+    return [float(measure(each, batch, jax.random.key(0))[0]) for each in params]
 
 
 def untrained(params: Params) -> Params:

@@ -12,9 +12,7 @@ tokens see the branch; the rest learns of it through them.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,9 +20,9 @@ from flax import struct
 
 from fusion_jax.attention import Mask
 from fusion_jax.errors import UserError
-from fusion_jax.language.decoder import Decoder
-from fusion_jax.language.fused import FusedOutputs
-from fusion_jax.tokens import Tokens, fill
+from fusion_jax.language.fused import Batch, FusedLM
+from fusion_jax.language.prompt import Prompt
+from fusion_jax.tokens import Tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,22 +108,23 @@ class TreeMask(Mask):
         return ((along | back | facts) & real)[:, None]
 
 
-class TreeLM(nn.Module):
-    """A decoder that reads trees; its params are the decoder's, under "decoder".
+class TreeLM(FusedLM):
+    """A fused model that reads trees; its params are a `FusedLM`'s. Media stand on the trunk.
 
-    For `causal_lm` and for reading off what follows the trunk; it writes no text by itself, since
-    its cache would have to know the trees.
+    For `causal_lm` and for reading off what follows the trunk; it writes text without trees only,
+    since its cache would have to know them.
     """
 
-    decoder: Decoder
-
-    def __call__(self, batch: dict[str, Any], train: bool = False) -> FusedOutputs:
-        """batch as `stack` makes it -> hidden states [b, t, width]."""
-        text, tree = batch["text"], jax.tree.map(jnp.asarray, batch["tree"])
-        mask = TreeMask(tree.positions, tree.positions, text.mask, tree=tree)
-        hidden, _ = self.decoder(fill(text), mask, train=train)
-        return FusedOutputs(hidden, text.mask, {}, {})
-
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """Hidden states [b, t, width] -> float32 logits [b, t, vocabulary]."""
-        return self.decoder.logits(hidden)
+    def _mask(
+        self, prompt: Prompt, question: jax.Array, segments: jax.Array | None, batch: Batch
+    ) -> Mask:
+        if "tree" not in batch:
+            return super()._mask(prompt, question, segments, batch)
+        tree = jax.tree.map(jnp.asarray, batch["tree"])
+        # An absent item takes no place: what comes after it on the trunk, or hangs there, moves up.
+        gone = batch["text"].mask & ~prompt.mask & (tree.branch == 0)
+        before = jnp.cumsum(gone, axis=1, dtype=jnp.int32) - gone.astype(jnp.int32)
+        place = jnp.where(tree.branch > 0, tree.anchor, tree.positions)
+        moved = jnp.take_along_axis(before, place, axis=1)
+        tree = tree.replace(positions=tree.positions - moved, anchor=tree.anchor - moved)
+        return TreeMask(tree.positions, tree.positions, prompt.mask, tree=tree)

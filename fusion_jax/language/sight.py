@@ -3,7 +3,7 @@
     sight = open_sight(source, "efficientnet-lite2", rows=training_rows, views=4, guesses=3)
     sight.tokens(row)         # [t, d] of the whole picture, computed once and kept beside the data
     sight.describe(row)       # "tabby, tiger cat, lynx.\n"
-    sight.read(Path("cat.png")), sight.describe_file(Path("cat.png"))       # of any other picture
+    sight.read(Path("cat.png")), sight.describe(Path("cat.png"))            # of any other picture
 
 The guesses are the ImageNet classes that the tower's own classifier finds likeliest; in a prompt
 they follow the picture's tokens.
@@ -96,24 +96,24 @@ class Sight:
         """Tokens of a picture, and their width."""
         return self.scale.shape
 
-    def tokens(self, row: int, view: int = 0) -> np.ndarray | None:
-        """Standardized tokens [t, d], float32; None without a picture."""
-        found = self._stored(row, view)
+    def tokens(self, picture: int | Path, view: int = 0) -> np.ndarray | None:
+        """Standardized tokens [t, d] of a row or a file, float32; None without a picture."""
+        found = self._encoded(picture, view)
         return None if found is None else self.scale({"image": found}, None)
 
-    def items(self, rows: Sequence[int | None]) -> Tokens:
+    def items(self, rows: Sequence[int | Path | None]) -> Tokens:
         """One picture a row of a batch, [b, 1, t, d]; absent where the row is None."""
         return one_each([None if row is None else self.tokens(row) for row in rows], self.shape)
 
-    def pooled(self, rows: Sequence[int]) -> np.ndarray:
+    def pooled(self, rows: Sequence[int | Path]) -> np.ndarray:
         """The mean token of each whole picture, [rows, d]; zeros, as in the mean, without one."""
         found = (self.tokens(row) for row in rows)
         return np.stack([np.zeros(self.shape[1]) if t is None else t.mean(0) for t in found])
 
-    def describe(self, row: int, view: int = 0) -> str:
+    def describe(self, picture: int | Path, view: int = 0) -> str:
         """The guesses about that view, as they stand in a prompt; "" without any."""
-        found = self._stored(row, view)
-        return "" if found is None else self._in_words(found)
+        found = self._encoded(picture, view)
+        return "" if found is None or self.guesses is None else self.guesses(found) + ".\n"
 
     def read(self, file: Path) -> Tokens:
         """A picture file as one item of a prompt: values [1, 1, t, d], mask [1, 1, t].
@@ -121,12 +121,8 @@ class Sight:
         Raises:
             UserError: it cannot be read as a picture; it is huge.
         """
-        values = self.scale({"image": self._encoded(file)}, None)[None, None]
+        values = self.tokens(file)[None, None]
         return Tokens(values, np.ones(values.shape[:3], bool))
-
-    def describe_file(self, file: Path) -> str:
-        """The guesses about a picture file."""
-        return self._in_words(self._encoded(file))
 
     @property
     def params(self) -> dict[str, Any]:
@@ -151,17 +147,14 @@ class Sight:
             logits = values.mean(axis=1) @ params["kernel"] + params["bias"][None]
         return Tokens((values - mean) / deviation, tokens.mask), logits
 
-    def _stored(self, row: int, view: int) -> np.ndarray | None:
-        views = self.frozen[row].get("image")
-        return None if views is None else views[str(view)]
-
-    def _in_words(self, tokens: np.ndarray) -> str:
-        return "" if self.guesses is None else self.guesses(tokens) + ".\n"
-
-    def _encoded(self, file: Path) -> np.ndarray:
-        content = read_medium(file)
-        picture = self.tower.transform({"image": content, "name": str(file)}, None)
-        encoded = self.tower.encode(Tokens(picture[None], np.ones(1, bool)))
+    def _encoded(self, picture: int | Path, view: int) -> np.ndarray | None:
+        if not isinstance(picture, Path):
+            views = self.frozen[picture].get("image")
+            return None if views is None else views[str(view)]
+        shown = {"image": read_medium(picture), "name": str(picture)}
+        encoded = self.tower.encode(
+            Tokens(self.tower.transform(shown, None)[None], np.ones(1, bool))
+        )
         # Rounded as what is kept beside the data.
         return np.asarray(encoded.values[0]).astype(np.float16)
 

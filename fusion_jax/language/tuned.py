@@ -17,8 +17,9 @@ from fusion_jax.adaptation import lora
 from fusion_jax.language.fused import Batch, FusedLM, Params
 from fusion_jax.tokens import Tokens
 
-TRAINED = r"^lora/|^base/(connectors|encoders|heads)_"
-"""Adapters, connectors and the heads of the shared space; all else stays as published."""
+TRAINED = r"^lora/|^base/((connectors|encoders|heads)_|entity/)|/media/"
+"""Adapters, connectors, the heads of the shared space and what lets facts in (see injection.py);
+all else stays as published."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +49,8 @@ class Tuned:
         """Fresh params; those of the decoder are to be replaced by published ones.
 
         Args:
-            media: a row of each kind that the model reads; only their shapes matter.
+            media: a row of each kind that the model reads; only their shapes matter. What goes
+                with text, such as entity vectors, takes the "text" that it goes with.
         """
         base_key, lora_key = jax.random.split(key)
         text = Tokens(jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool))

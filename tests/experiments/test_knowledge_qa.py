@@ -11,12 +11,13 @@ from flax.traverse_util import unflatten_dict
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 
-from experiments import knowledge_qa, knowledge_qa_table
+from experiments import knowledge_qa, knowledge_table
 from fusion_jax.__main__ import main
 from fusion_jax.errors import UserError
 from fusion_jax.knowledge import trust
 from fusion_jax.knowledge.questions import Task
 from fusion_jax.language.graph_answers import Recalling
+from fusion_jax.language.injection import Fours
 from fusion_jax.pretrained.checkpoint import shapes_of
 from fusion_jax.pretrained.load import family_of
 from fusion_jax.pretrained.save import save
@@ -191,15 +192,18 @@ def test_the_rule_loss_takes_chains_of_two_facts(monkeypatch):
         def __call__(self, task, facts):
             return task.thing, task.kind
 
-    writer = Writer(fits=lambda task: True, length=8, collate=lambda rows, length: np.array(rows))
+    writer = Writer(
+        fits=lambda task: True, row=8, draw=lambda rng: {},
+        collate=lambda rows, length: np.array(rows),
+    )  # fmt: skip
     alone, one = (Task(0, 1, True, (own, (3, 4, 5))) for own in ((0,), (0, 1)))
     two = Task(0, 2, True, ((0, 1, 2), (3, 4)))
-    (four,) = knowledge_qa.Chains.of(writer, [alone, one, two], 1, 0).fours
+    (four,) = knowledge_qa.fours([alone, one, two])
     assert [(task.thing, task.kind) for task in four] == [(0, 1), (1, 2), (0, 2), (0, 4)]
     with pytest.raises(UserError, match="chains of two facts"):
-        knowledge_qa.Chains.of(writer, [alone, one], 1, 0)
+        Fours.of(writer, knowledge_qa.fours([alone, one]), 8, 0)
     three = Task(0, 2, True, ((5, 6, 7), (8, 9)))
-    chains = knowledge_qa.Chains.of(writer, [two, three], 8, 0)
+    chains = Fours.of(writer, knowledge_qa.fours([two, three]), 64, 0)
     drawn = chains[3]
     assert len(drawn) == 32 and len(np.unique(drawn, axis=0)) > 4
     monkeypatch.setattr(jax, "process_index", lambda: 1)
@@ -214,7 +218,7 @@ def test_the_table_has_a_column_for_each_variant_that_all_seeds_have(capsys):
     done = [row("none", 0, "none", 0.5), row("chained", 0, "chained", 0.6)]
     done += [row("none", 1, "none", 0.7), row("chained", 1, "chained", 0.8)]
     done += [row("rule loss", 0, "none", 0.9)]
-    knowledge_qa_table.tabulate(done)
+    knowledge_table.tabulate("knowledge_qa", done)
     said = capsys.readouterr().out
     assert "0.600 ± 0.141" in said and "0.700 ± 0.141" in said and "0.500 ± 0.000" in said
     assert "none" in said and "bag of words" in said and "rule loss" not in said
@@ -228,8 +232,10 @@ def test_a_row_counts_whatever_it_says_of_settings_that_change_nothing(monkeypat
     log = tmp_path / "table.jsonl"
     measured = []
     found = row["found"]
-    monkeypatch.setattr(knowledge_qa_table, "measure", lambda s: measured.append(s) or found)
+    monkeypatch.setattr(knowledge_table, "measure", lambda module, s: measured.append(s) or found)
     for also, times in (({"checkpoint_every": 100}, 0), ({"rank": 7}, 1)):
         log.write_text(json.dumps(row | {"settings": own | also}) + "\n")
-        knowledge_qa_table.run(knowledge_qa_table.Settings(1, ("none",), workdir=tmp_path))
+        knowledge_table.run(
+            knowledge_table.Settings("knowledge_qa", 1, ("none",), workdir=tmp_path)
+        )
         assert len(measured) == times

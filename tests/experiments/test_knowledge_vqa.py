@@ -4,7 +4,6 @@ import dataclasses
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -14,7 +13,7 @@ from PIL import Image
 from colab.quick import SIGHT
 from experiments import knowledge_vqa
 from fusion_jax.__main__ import main
-from fusion_jax.data.questions import NO, YES, Thing
+from fusion_jax.data.questions import Thing
 from fusion_jax.errors import UserError
 from fusion_jax.knowledge import graph, rules, trust
 from fusion_jax.knowledge.linking import Linker
@@ -28,10 +27,10 @@ from fusion_jax.knowledge.pictured import (
     looked_up,
     misled,
     quality_filter,
-    written,
 )
 from fusion_jax.knowledge.questions import World
-from fusion_jax.language.answers import log_odds
+from fusion_jax.language.fused import FusedLM, answer_logits
+from fusion_jax.language.injection import INJECTIONS, Fours, log_odds
 from fusion_jax.language.prompt import pad
 from tests.experiments.test_vqa import LANGUAGE_MODEL
 
@@ -58,7 +57,8 @@ def flags(tmp_path_factory, save_tiny):
     (folder / "mine.rules").write_text("is_a(?x, ?z) <= is_a(?x, ?y), is_a(?y, ?z)\n")
     names = [*KINDS, *MIDDLES, *(f"noun{i}" for i in range(60))]
     words = [*WORDS.split(), *names]
-    save_tiny(folder, words, {"lm": LANGUAGE_MODEL, "tower": SIGHT})
+    two = LANGUAGE_MODEL | {"num_hidden_layers": 2}  # a branch is seen through its mention
+    save_tiny(folder, words, {"lm": two, "tower": SIGHT})
     return [
         *("--table", str(folder / "mine.jsonl"), "--tower", str(folder / "tower")),
         *("--graph", str(folder / "facts.tsv"), "--rules", str(folder / "mine.rules")),
@@ -67,25 +67,38 @@ def flags(tmp_path_factory, save_tiny):
     ]
 
 
-def test_trains_reports_and_answers(flags, tmp_path, monkeypatch, capsys):
+def settings(flags, tmp_path, monkeypatch, **own):
+    """The same settings as the flags give."""
+    monkeypatch.setenv("FUSION_JAX_HOME", str(tmp_path / "home"))
+    values = dict(zip(flags[::2], flags[1::2], strict=False))
+    paths = {name: Path(values[f"--{name}"]) for name in ("table", "graph", "rules")}
+    models = {"language_model": values["--language-model"], "tower": values["--tower"]}
+    return knowledge_vqa.Settings(**paths, **models, guesses=0, length=64, batch_size=8, **own)
+
+
+@pytest.mark.parametrize("injection", ["chained", "kbert", "cross"])
+def test_trains_reports_and_answers(flags, injection, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FUSION_JAX_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(trust, "text_features", lambda texts: np.ones((len(texts), 2)))
     run = tmp_path / "run"
-    assert main(["train", "experiments/knowledge_vqa.py", *flags, "--workdir", str(run)]) == 0
+    command = [*flags, "--injection", injection, "--workdir", str(run)]
+    assert main(["train", "experiments/knowledge_vqa.py", *command]) == 0
     numbers = json.loads((run / "report" / "metrics.json").read_text())
-    assert numbers["true facts/looking Y up in the facts"] == 1
-    assert numbers["no facts/looking Y up in the facts"] == 0.5
-    assert numbers["no facts/no picture"] == 0.5  # each kind is asked with yes as often as with no
-    assert 0 <= numbers["linked facts/picture"] <= 1
-    assert "50% wrong, filtered/picture" in numbers
-    question = ["ask", "--workdir", str(run), "--max-tokens", "2"]
+    assert numbers["true facts/looking Y up"] == 1
+    assert numbers["no facts/looking Y up"] == 0.5
+    # Each kind is asked with yes as often as with no.
+    assert numbers[f"no facts/{injection}, no picture"] == 0.5
+    assert 0 <= numbers[f"linked facts/{injection}"] <= 1
+    assert f"50% wrong, filtered/{injection}" in numbers
+    assert numbers[f"plain/{injection}"] > 0
+    question = ["ask", "--workdir", str(run)]
     picture = flags[1].replace("mine.jsonl", "3.png")
     capsys.readouterr()
     assert main([*question, "Is this a night?", "--image", picture]) == 0
     said = capsys.readouterr().out
     assert re.search(r"is_a\(noun\d*[13579], day[a-h]\)", said)  # it looks like those of the day
-    assert "\nWithout these facts: " in said
-    assert "\nWithout the picture: " in said
+    for line in ("(Yes|No)", "Without these facts: (Yes|No)", "Without the picture: (Yes|No)"):
+        assert re.search(rf"^{line} \(0\.\d\d\)\.$", said, re.M)
     for bad, message in (
         (["Is this a night?"], "one picture"),
         (["Is this a unicorn?", "--image", picture], "names no kind"),
@@ -93,53 +106,112 @@ def test_trains_reports_and_answers(flags, tmp_path, monkeypatch, capsys):
     ):
         assert main([*question, *bad]) == 2
         assert message in capsys.readouterr().err.splitlines()[-1]
-    artifact = tmp_path / "artifact"  # the model that sees, without the facts
-    assert main(["export", "--workdir", str(run), str(artifact)]) == 0
-    assert "looks facts up" in capsys.readouterr().out
-    assert set(json.loads((artifact / "model.json").read_text())["inputs"]) == {"image"}
+    if injection == "chained":
+        artifact = tmp_path / "artifact"  # the model that sees, without the facts
+        assert main(["export", "--workdir", str(run), str(artifact)]) == 0
+        assert "looks facts up" in capsys.readouterr().out
+        assert set(json.loads((artifact / "model.json").read_text())["inputs"]) == {"image"}
+
+
+@pytest.mark.parametrize("injection", INJECTIONS)
+def test_facts_reach_the_answer_in_training_and_in_the_report_alike(
+    flags, injection, tmp_path, monkeypatch
+):
+    """What is trained is what is asked later; facts change it, and without any it is one model."""
+    s = settings(flags, tmp_path, monkeypatch, injection=injection)
+    _, _, model, writer = knowledge_vqa.assemble(s)
+    key = jax.random.key(0)
+    params = model.init(key, writer.read(writer.collate([writer.plain([0])])))
+    params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(key, x.shape), params)
+    tasks = ask_about(writer.seen, writer.seen.train, False, 0)[:3]
+    told = facts_for(writer.seen, tasks, 0)["true facts"]
+    examples = [writer(t, on, t.answer, writer.row) for t, on in zip(tasks, told, strict=True)]
+    batch = writer.read(writer.collate(examples, length=writer.row))
+    trained = answer_logits(model.tuned, params, batch)
+    odds = trained[:, writer.answers[True]] - trained[:, writer.answers[False]]
+    judges = knowledge_vqa.Judges.of(model, writer, params, 4)
+    asked = list(zip(tasks, told, strict=True))
+    read = judges.shown if injection != "knn" else judges.shown.judge
+    np.testing.assert_allclose(read(asked), odds, atol=1e-3)
+
+    bare = [(task, []) for task in tasks]
+    without = read(bare)
+    assert (np.abs(read(asked) - without).max() > 1e-3) == (injection not in ("none", "knn"))
+    if injection == "knn":  # what is remembered is taken at its word
+        lies = [(task, writer.seen.facts(task.thing)) for task in tasks]
+        said = judges.shown([(task, [fact]) for task, fact in lies]) > 0
+        assert said.tolist() == [task.answer for task in tasks]
+        np.testing.assert_allclose(judges.shown(bare), without, atol=1e-6)
+    plain = FusedLM(model.tuned.model.decoder, {"image": model.tuned.model.connectors["image"]})
+    layout = plain.layout(key, {"image": writer.writing.sight.items([None])})
+    for judge, picture in ((read, tasks[0].picture), (judges.blind, None)):
+        content = writer.writing.content(writer.world.question(tasks[0]), picture)
+        ids = writer.writing.chat.prompt([{"role": "user", "content": content}], layout)
+        image = writer.writing.sight.items([picture])
+        merged = model.tuned.merged(params)
+        own = {"text": pad([ids]), "image": image}
+        hidden = plain.apply({"params": merged}, own).hidden
+        logits = plain.apply({"params": merged}, hidden, method="logits")[0, -1]
+        expected = logits[writer.answers[True]] - logits[writer.answers[False]]
+        np.testing.assert_allclose(judge(bare[:1])[0], expected, atol=1e-3)
+
+
+def test_facts_are_said_at_the_word_this_and_the_last_are_left_out(flags, tmp_path, monkeypatch):
+    s = settings(flags, tmp_path, monkeypatch, injection="kbert")
+    _, _, _, writer = knowledge_vqa.assemble(s)
+    task = ask_about(writer.seen, writer.seen.train, False, 0)[0]
+    told = [writer.seen.facts(task.thing)]
+    this = writer.chat.encode(" this")
+    example = writer(task, told)
+    at = np.flatnonzero(example["mention"] * (example["branch"] == 0))
+    assert example["text"][at].tolist() == this
+    assert example["branch"].max() == 2  # its middle and its kind
+    assert set(example["anchor"][example["branch"] > 0].tolist()) == {at[0]}
+    short = writer(task, told, most=len(example["text"]) - 1)
+    assert short["branch"].max() == 1
+    with pytest.raises(UserError, match="takes more than 3 tokens"):
+        writer(task, told, most=3)
+    ernie = dataclasses.replace(writer, injection="ernie")(task, told)
+    assert np.flatnonzero(ernie["entities"].any(axis=1)).tolist() == at.tolist()
 
 
 def test_rule_loss_reads_the_models_own_answers(flags, tmp_path, monkeypatch):
-    """Of four questions the odds are those of scoring yes and no, and they take a gradient."""
-    monkeypatch.setenv("FUSION_JAX_HOME", str(tmp_path / "home"))
-    values = dict(zip(flags[::2], flags[1::2], strict=False))
-    paths = {name: Path(values[f"--{name}"]) for name in ("table", "graph", "rules")}
-    s = knowledge_vqa.Settings(
-        **paths, language_model=values["--language-model"], tower=values["--tower"],
-        guesses=0, length=48, batch_size=8, rule_weight=1.0,
-    )  # fmt: skip
-    seen, _, _, model = knowledge_vqa.assemble(s)
+    """Of four questions the odds are those of the model, and they take a gradient."""
+    s = settings(flags, tmp_path, monkeypatch, rule_weight=1.0)
+    _, _, model, writer = knowledge_vqa.assemble(s)
     params = model.init(jax.random.key(0))
     params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape), params)
-    batch = knowledge_vqa.stream(s, seen, model.writing)[3]
+    batch = knowledge_vqa.stream(s, writer)[3]
     assert {*batch} == {"asked", "chains"} and len(batch["chains"]["text"].values) == 4
     assert batch["chains"]["image"].mask.any(axis=1).tolist() == [True, False, True, True]
-    yes, no = (model.writing.answer(word)[0] for word in (YES, NO))
-    odds = log_odds(model.tuned, params, batch["chains"], yes, no)
+    odds = log_odds(model.tuned, writer, params, batch["chains"])
 
-    cases = ask_about(seen, seen.train, False, 0)
-    chosen = np.random.default_rng([0, 3, 0]).choice(len(fours(seen, cases)))
-    ids = model.writing.prompt(fours(seen, cases)[chosen][1].text, None)  # without a picture
-    answerer = model.answerer(params)
-    hidden = answerer.model.apply({"params": answerer.params}, {"text": pad([ids])}).hidden
-    logits = answerer.model.apply({"params": answerer.params}, hidden, method="logits")[0, -1]
-    np.testing.assert_allclose(odds[1], logits[yes] - logits[no], atol=1e-4)
+    chains = fours(writer.seen, ask_about(writer.seen, writer.seen.train, False, 0))
+    chosen = np.random.default_rng([0, 3]).choice(len(chains), 1)[0]
+    text = writer.world.question(chains[chosen][1])  # without a picture
+    ids = writer.chat.prompt([{"role": "user", "content": text}])
+    merged = {"params": model.tuned.merged(params)}
+    hidden = model.tuned.model.apply(merged, {"text": pad([ids])}).hidden
+    logits = model.tuned.model.apply(merged, hidden, method="logits")[0, -1]
+    expected = logits[writer.answers[True]] - logits[writer.answers[False]]
+    np.testing.assert_allclose(odds[1], expected, atol=1e-4)
 
-    (_, metrics), slopes = jax.value_and_grad(knowledge_vqa.objective_of(s, model), has_aux=True)(
+    objective = knowledge_vqa.objective_of(s, model, writer)
+    (_, metrics), slopes = jax.value_and_grad(objective, has_aux=True)(
         params, batch, jax.random.key(0)
     )
     t = jax.nn.sigmoid(odds)
     expected = -np.mean(np.log([1 - t[0] * t[1] * (1 - t[2]), 1 - t[2] * t[3]]))
     np.testing.assert_allclose(metrics["chains/transitive"], expected, atol=1e-5)
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(slopes["lora"]))
-    short = fours(seen, cases)[0]  # a chain of which one has no room is left out
-    long = [*short[:3], dataclasses.replace(short[3], text="night " * 46)]
-    monkeypatch.setattr(knowledge_vqa, "fours", lambda *_: [short] * 20 + [long])
-    chains = knowledge_vqa.stream(s, seen, model.writing).streams["chains"]
-    weights = [chains[step]["weight"].values for step in range(40)]
-    assert all((each > 0).any(axis=1).all() for each in weights)
+    short = chains[0]  # a chain of which one has no room is left out
+    narrow = dataclasses.replace(writer, row=max(map(writer.size, short)))
+    assert Fours.of(narrow, [short], 8, 0).fours == [short]
+    narrow = dataclasses.replace(writer, row=narrow.row - 1)
+    with pytest.raises(UserError, match="give --length"):
+        Fours.of(narrow, [short], 8, 0)
     with pytest.raises(UserError, match="batch size of 8"):
-        knowledge_vqa.stream(dataclasses.replace(s, batch_size=4), seen, model.writing)
+        knowledge_vqa.stream(dataclasses.replace(s, batch_size=4), writer)
 
 
 class Sight:
@@ -147,11 +219,8 @@ class Sight:
 
     guesses = True
 
-    def describe(self, row):
-        return f"noun{row}, unheard of.\n"
-
-    def describe_file(self, file):
-        return self.describe(int(file.stem))
+    def describe(self, picture):
+        return f"noun{picture}, unheard of.\n"
 
 
 @pytest.fixture(scope="module")
@@ -175,55 +244,32 @@ def seen():
 
 def test_questions_are_balanced_and_facts_are_those_of_what_was_guessed(seen):
     names, things = seen.world.graph.entities, seen.train
-    number = {name: i for i, name in enumerate(names)}
     train, test = (ask_about(seen, things, side, 0) for side in (False, True))
-    for cases, side in ((train, False), (test, True)):
-        assert len(cases) % 4 == 0 and cases
-        asked = [(thing.row, kind) for thing, kind, _ in cases]
-        for key in range(2):
-            yes = sorted(each[key] for each, case in zip(asked, cases, strict=True) if case[2])
-            no = sorted(each[key] for each, case in zip(asked, cases, strict=True) if not case[2])
+    for tasks, side in ((train, False), (test, True)):
+        assert len(tasks) % 4 == 0 and tasks
+        for key in ("picture", "kind"):
+            yes = sorted(getattr(task, key) for task in tasks if task.answer)
+            no = sorted(getattr(task, key) for task in tasks if not task.answer)
             assert yes == no
-        assert all(_held_out(names[kind]) == side for _, kind, _ in cases)
-        assert all((kind in seen.chains(number[t.caption[2:]])) == yes for t, kind, yes in cases)
+        assert all(_held_out(names[task.kind]) == side for task in tasks)
+        assert all(names[task.thing] == f"noun{task.picture}" for task in tasks)
+        assert all((task.kind in seen.chains(task.thing)) == task.answer for task in tasks)
     facts = facts_for(seen, test, 0)
     assert facts["linked facts"] == facts["true facts"]
-    thing, kind, _ = test[0]
-    above = ", ".join(names[k] for k in seen.chains(number[thing.noun]))
-    expected = f"{thing.noun} is a kind of {above}. Is this a kind of {names[kind]}?"
-    assert written(seen, test[:1], facts["true facts"][:1])[0].text == expected
-    bare = f"Is this a kind of {names[kind]}?"
-    assert written(seen, test[:1], [[]])[0].text == bare
-
-    # It repeats what it is asked, and of how many pictures; the tower guesses the test's thing.
-    file = Path(f"{thing.row}.png")
-    repeats = SimpleNamespace(
-        answer=lambda text, media: iter([f"{text} {len(media['image'])}"]),
-    )
-    answerer = knowledge_vqa.Answerer(seen, repeats, knowledge=True)
-    first, *shown = "".join(answerer.answer(bare, {"image": [file]})).splitlines()
-    assert first == f"{expected} 1" and shown[0] == "Facts:"
-    assert shown[-2:] == [
-        f"Without these facts: {bare} 1",
-        f"Without the picture: {expected} 0",
-    ]
-    answerer = knowledge_vqa.Answerer(seen, repeats, knowledge=False)
-    unaided = "".join(answerer.answer(bare, {"image": [file]}))
-    assert unaided == f"{bare} 1\nWithout the picture: {bare} 0"
+    assert facts["true facts"][0] == [seen.facts(test[0].thing)] and not any(facts["no facts"])
 
 
 def test_fours_are_chains_without_kinds_of_the_test(seen):
-    graph, things = seen.world.graph, {thing.row: thing for thing in seen.train}
-    number = {name: i for i, name in enumerate(graph.entities)}
     found = fours(seen, ask_about(seen, seen.train, False, 0))
     assert found
     for first, second, third, fourth in found:
-        assert first.row == third.row == fourth.row and second.row is None
-        above = seen.chains(number[things[first.row].noun])
-        z, y, w = (number[each.text[:-1].split()[-1]] for each in (first, third, fourth))
-        assert second.text == f"Is {graph.entities[z]} a kind of {graph.entities[y]}?"
-        assert z in above and y in above and y in seen.chains(z) and w not in above
-        assert not any(_held_out(graph.entities[each]) for each in (z, y, w))
+        assert first.picture == third.picture == fourth.picture is not None
+        assert second.picture is None and (second.thing, second.kind) == (first.kind, third.kind)
+        above = seen.chains(first.thing)
+        assert {first.kind, third.kind} <= {*above} and fourth.kind not in above
+        assert third.kind in seen.chains(second.thing)
+        kinds = (first.kind, third.kind, fourth.kind)
+        assert not any(_held_out(seen.world.graph.entities[kind]) for kind in kinds)
 
 
 def test_wrong_facts_are_false_and_a_filter_drops_them(seen, monkeypatch):
@@ -237,7 +283,7 @@ def test_wrong_facts_are_false_and_a_filter_drops_them(seen, monkeypatch):
     assert changed[0] < changed[1] < changed[2] and 0.3 < len(changed[2]) / len(test) < 0.7
     for place in changed[2]:
         [(entity, facts)] = wrong["50% wrong"][place]
-        assert entity == seen.noun(test[place][0])
+        assert entity == test[place].thing
         said = follows(seen.world, entity, facts)
         assert said and not {*said} & {*seen.chains(entity)}
     share = {name: looked_up(seen.world, test, told) for name, told in wrong.items()}

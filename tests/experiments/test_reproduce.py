@@ -108,26 +108,6 @@ def test_every_spread_that_is_stated_is_compared():
         assert repeated <= set.union(*compared.values()), source.name
 
 
-def test_pictures_with_facts_are_read_as_their_tables_are_made(tmp_path):
-    names = ("linked facts/picture", "linked facts/no picture", "10% wrong/picture")
-    names += ("10% wrong, filtered/picture", "10% wrong, filtered/looking Y up in the facts")
-    for number, folder in enumerate(("with", "without")):
-        (tmp_path / folder).mkdir()
-        values = {name: [100 * number + place] for place, name in enumerate(names)}
-        values["no facts/picture"] = [100 * number + 50]
-        (tmp_path / folder / "seeds.json").write_text(json.dumps(values))
-    for row, column, expected in (
-        ("knowledge", "linked facts", 0),
-        ("no picture", "linked facts", 1),
-        ("knowledge", "no facts", 50),
-        ("no knowledge", "no facts", 150),
-        ("10% wrong", "as they come", 2),
-        ("10% wrong", "filtered", 3),
-        ("10% wrong", "looking Y up, filtered", 4),
-    ):
-        assert reproduce.of_linked_pictures(tmp_path, row, column) == [expected]
-
-
 def test_what_compression_loses_is_read_of_each_seed(tmp_path):
     for seed, lost in enumerate((0.25, 0.5)):
         rows = {
@@ -156,7 +136,14 @@ def test_injections_are_read_from_either_side_of_a_table(tmp_path):
         ("no facts", "rule loss", 0.75),
         ("plain English, nats per token", "rule loss", 3.5),
     ):
-        assert reproduce.of_injections(tmp_path, row, column) == [expected]
+        assert reproduce.of_injections("knowledge_qa")(tmp_path, row, column) == [expected]
+    found = {"no facts/chained, no picture": 0.5, "10% wrong/looking Y up": 0.25}
+    run = {"variant": "chained", "found": found}
+    (tmp_path / "table.jsonl").write_text(json.dumps(run) + "\n")
+    for column in reproduce.PICTURED[2:]:
+        row = "no facts" if "picture" in column else "10% wrong"
+        value = reproduce.of_injections("knowledge_vqa")(tmp_path, row, column)
+        assert value == [found[f"{row}/{column}"]]
 
 
 def test_pairs_are_read_as_their_table_is_made(tmp_path):

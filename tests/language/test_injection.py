@@ -11,11 +11,11 @@ from fusion_jax.adaptation import lora
 from fusion_jax.adaptation.lora import LoRA
 from fusion_jax.errors import UserError
 from fusion_jax.knowledge.linking import Linker
-from fusion_jax.knowledge.questions import World
+from fusion_jax.knowledge.questions import World, remember
 from fusion_jax.language.chat import Chat
 from fusion_jax.language.fused import FusedLM, init_around
-from fusion_jax.language.graph_answers import Answerer, Judge, Recalling, remember
-from fusion_jax.language.injection import INJECTIONS, Writer, fuse, states, untrained
+from fusion_jax.language.graph_answers import Answerer, Judge, Recalling
+from fusion_jax.language.injection import INJECTIONS, LENGTHS, Writer, fuse, states, untrained
 from fusion_jax.language.prompt import pad
 from fusion_jax.objectives.generative import stay_close
 from tests.knowledge.test_questions import INVERTED, NAMES, RIGHT, WORLD, WRONG, found
@@ -33,7 +33,9 @@ FACTS = found(RIGHT, "true")[1]
 def writer_for(injection: str, world: World = WORLD) -> Writer:
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, "<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return Writer(world, Chat(tokenizer, None, {}, ()), injection, TABLE)
+    return Writer(
+        world, Chat(tokenizer, None, {}, ()), injection, TABLE, LENGTHS.get(injection, 14)
+    )
 
 
 def said(writer: Writer, facts) -> str:

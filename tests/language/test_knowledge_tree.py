@@ -8,9 +8,12 @@ import pytest
 from fusion_jax.attention import dense_attend
 from fusion_jax.attention_kernels import cudnn, splash
 from fusion_jax.errors import UserError
+from fusion_jax.language.connectors import Projection
+from fusion_jax.language.fused import FusedLM, init_around
 from fusion_jax.language.knowledge_tree import Mention, Tree, TreeLM, TreeMask, stack
 from fusion_jax.language.prompt import pad, text_mask
 from fusion_jax.ring import ring
+from fusion_jax.tokens import Tokens
 from fusion_jax.training.sharding import make_mesh
 from tests.language import tiny
 
@@ -97,3 +100,28 @@ def test_bad_trees_are_told():
         Tree.of(SENTENCE, [Mention(3, 9, ())])
     with pytest.raises(UserError, match="has 11 tokens, room is for 8"):
         stack([TREE], 8)
+
+
+def test_a_picture_on_the_trunk_is_read_and_an_absent_one_takes_no_place():
+    decoder, key = tiny.decoder(), jax.random.key(0)
+    model = TreeLM(decoder, {"image": Projection(tiny.WIDTH)})
+    mark, rng = -1, np.random.default_rng(0)
+    values = rng.normal(size=(1, 1, 2, 3)).astype(np.float32)
+    image = Tokens(values, np.ones((1, 1, 2), bool))
+    shown = [SENTENCE[0], mark, mark, *SENTENCE[1:]]
+    facts = [Mention(3, 5, FACTS)]  # where Mention(1, 3) was without the picture
+    batch = stack([Tree.of(shown, facts)], 16) | {"image": image}
+    params = init_around(model, key, batch, {"decoder": tiny.random_params(decoder)})
+    run = jax.jit(lambda batch: model.apply({"params": params}, batch).hidden)
+
+    absent = run(batch | {"image": Tokens(values, np.zeros((1, 1, 2), bool))})[0]
+    without = run(stack([Tree.of(SENTENCE, [Mention(1, 3, FACTS)])], 16) | {"image": image})[0]
+    last = int(batch["text"].mask.sum())
+    np.testing.assert_allclose(absent[0], without[0], atol=1e-5)
+    np.testing.assert_allclose(absent[3:last], without[1 : last - 2], atol=1e-5)
+    assert np.abs(run(batch)[0, 3:last] - absent[3:last]).max() > 1e-3
+
+    bare = stack([Tree.of(shown, [])], 16) | {"image": image}
+    plain = FusedLM(decoder, model.connectors)
+    fused = plain.apply({"params": params}, {"text": bare["text"], "image": image}).hidden
+    np.testing.assert_allclose(run(bare)[0, :7], fused[0, :7], atol=1e-5)
