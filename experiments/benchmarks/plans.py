@@ -5,7 +5,35 @@
     python -m experiments.benchmarks.plans --output plans.jsonl --table-only
 
 Text alone, a row of 2048 tokens a chip, bfloat16, remat, scanned layers, plain XLA attention. What
-does not fit goes through the remedies of `plan`. No chip runs: MFU is a bound (training/plan.py).
+does not fit goes through the remedies of `plan`. No chip runs: MFU is a bound (training/plan.py),
+by the FLOPs and by what is sent. All compile, and all fit as they are, with `--mesh fsdp=-1`; GiB
+of each chip, of which v5e has 16 and v5p 95 (jax 0.10.2 and libtpu 0.0.52, 36 minutes of one core;
+of a program for v5p this jaxlib cannot read what it sends):
+
+    model          trained  slice      held   peak   sent a step  MFU at most
+    gemma2-2b      lora     v5e:4x4     0.31   2.83         12.4  72% (compute)
+    gemma2-9b      lora     v5e:4x4     1.09   4.57         40.8  70% (compute)
+    gemma2-27b     lora     v5e:4x4     3.19   7.45        110.0  68% (compute)
+    llama3-8b      lora     v5e:4x4     0.94   2.76         31.4  75% (compute)
+    qwen3-30b-a3b  lora     v5e:4x4     3.56   5.96        108.5  30% (links)
+    gemma2-2b      lora     v5p:2x2x2   0.62   3.09      unknown  72% (compute)
+    gemma2-9b      lora     v5p:2x2x2   2.18   5.79      unknown  70% (compute)
+    gemma2-27b     lora     v5p:2x2x2   6.37  10.77      unknown  68% (compute)
+    llama3-8b      lora     v5p:2x2x2   1.89   3.72      unknown  75% (compute)
+    qwen3-30b-a3b  lora     v5p:2x2x2   7.13   9.58      unknown  71% (compute)
+    gemma2-2b      full     v5e:4x4     1.83   7.60         24.7  79% (compute)
+    gemma2-9b      full     v5e:4x4     6.46  14.04         77.2  77% (compute)
+    llama3-8b      full     v5e:4x4     5.61  11.38         54.3  81% (compute)
+    gemma2-27b     full     v5e:8x8     4.75  13.65        230.5  76% (compute)
+    qwen3-30b-a3b  full     v5e:8x8     5.33  12.51        162.0  28% (links)
+    gemma2-2b      full     v5p:2x2x2   3.65   8.68      unknown  79% (compute)
+    gemma2-9b      full     v5p:2x2x2  12.91  23.55      unknown  77% (compute)
+    gemma2-27b     full     v5p:2x2x2  38.04  60.65      unknown  76% (compute)
+    llama3-8b      full     v5p:2x2x2  11.22  18.06      unknown  81% (compute)
+    qwen3-30b-a3b  full     v5p:2x2x2  42.65  66.61      unknown  77% (compute)
+
+The mixture of experts is limited by its links on v5e: all experts are gathered, and each token uses
+8 of 128. More rows a chip would help.
 """
 
 import dataclasses
@@ -77,6 +105,7 @@ def run(case: str) -> dict[str, object]:
         "chips": len(devices),
         "tries": tries,
         "seconds": needs.seconds(chip),
+        "memory_seconds": needs.memory_seconds(chip),
         "mfu": needs.mfu(chip, useful) if needs.fits else None,
         "useful": useful,
         "took": time.perf_counter() - began,

@@ -37,7 +37,8 @@ class Needs:
         fits: whether it compiled.
         flops: with what is computed again in the backward pass.
         accessed: read from and written to memory, by XLA's count, its loops corrected as FLOPs are.
-            It holds what stays in a chip's own caches too, so that it errs on the high side.
+            It holds what stays in a chip's own caches too, so that it errs on the high side, and
+            no bound is made of it.
         sent: to other chips by kind of collective, see `collectives.traffic`.
         counts: collectives of each kind in a step. All three are None where jaxlib cannot read
             the program that libtpu made.
@@ -64,9 +65,12 @@ class Needs:
         """How long a step takes at least, by what limits it: each alone and at its peak rate."""
         found = {"compute": self.flops / chip.flops}
         if self.sent is not None:
-            found["memory"] = self.accessed / chip.memory_bandwidth
             found["links"] = sum(self.sent.values()) / chip.link_bandwidth
         return found
+
+    def memory_seconds(self, chip: Chip) -> float:
+        """How long `accessed` would take at the peak rate; 0 where it is unknown."""
+        return (self.accessed or 0.0) / chip.memory_bandwidth
 
     def mfu(self, chip: Chip, useful: float) -> float:
         """The most that `useful` FLOPs (nothing is computed twice) are of the peak, by this."""

@@ -172,17 +172,22 @@ def _described(
         table.add_row("a step takes at least", each)
         bound = max(seconds, key=seconds.get)
         table.add_row("MFU at most", f"{needs.mfu(chip, useful):.0%}, limited by {bound}")
+        if memory := needs.memory_seconds(chip):
+            said = f"{memory * 1e3:.1f} ms, what caches serve included"
+            table.add_row("all bytes that XLA counts take", said)
     return table
 
 
 def _ranked(found: dict[str, plan.Needs], chip: Chip | None, useful: float) -> Table:
-    """Meshes that fit, the fastest by the roofline first; then those that do not."""
+    """Meshes that fit, those first that may be the fastest; then those that do not."""
 
-    def order(mesh: str) -> tuple[bool, float]:
+    def order(mesh: str) -> tuple[bool, float, float]:
         needs = found[mesh]
         if not needs.fits:
-            return True, needs.peak
-        return False, max(needs.seconds(chip).values()) if chip else needs.peak
+            return True, needs.peak, 0.0
+        if chip is None:
+            return False, needs.peak, 0.0
+        return False, max(needs.seconds(chip).values()), needs.memory_seconds(chip)
 
     table = Table("mesh", "peak", "sent", "a step takes at least", "MFU at most")
     for mesh in sorted(found, key=order):
