@@ -143,7 +143,20 @@ def lost(process, victim):
     assert last.startswith(f"error: of 2 processes {victim}") and "no sign of life for 5 s" in last
 
 
-def test_one_curve_on_two_processes_then_eight_then_two(unkilled, tmp_path):
+def interrupted(processes, victim, workdir):
+    """Sends Ctrl-C to one of them when the run has gone on for some steps; what they all said."""
+    step = read_metrics(workdir / "metrics.jsonl")[-1]["step"] + 3
+    while read_metrics(workdir / "metrics.jsonl")[-1]["step"] < step:
+        time.sleep(0.002)
+        assert all(process.poll() is None for process in processes)
+    processes[victim].send_signal(signal.SIGINT)
+    ends = list(map(finish, processes))
+    assert [status for status, _ in ends] == [0] * len(processes), ends
+    assert "interrupted: saved step" in ends[0][1]
+    return ends
+
+
+def test_one_curve_on_two_processes_then_eight_then_two_then_four(unkilled, tmp_path):
     """One is killed while both save, then all are stopped by Ctrl-C on another than the first.
 
     Params are split over the processes, so that each saves and reads its own part of them.
@@ -163,18 +176,13 @@ def test_one_curve_on_two_processes_then_eight_then_two(unkilled, tmp_path):
 
     rarely = command(tmp_path, "--checkpoint-every", "1000", "--pause", "0.2", *split)
     eight = together(8, *rarely, lost_after=100, slurm=True)
-    while max(row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")) < saved + 3:
-        time.sleep(0.002)
-        assert all(process.poll() is None for process in eight)
-    eight[5].send_signal(signal.SIGINT)
-    ends = list(map(finish, eight))
-    assert [status for status, _ in ends] == [0] * 8, ends
+    ends = interrupted(eight, 5, tmp_path)
     assert f"resumed from step {saved}\n" in ends[0][1]
-    assert "interrupted: saved step" in ends[0][1]
+    interrupted(together(2, *rarely), 1, tmp_path)
 
-    ends = list(map(finish, together(2, *command(tmp_path, *split))))
-    assert [status for status, _ in ends] == [0, 0], ends
-    assert ["step 30: validation/fit" in error for _, error in ends] == [True, False]
+    ends = list(map(finish, together(4, *command(tmp_path, *split))))
+    assert [status for status, _ in ends] == [0] * 4, ends
+    assert ["step 30: validation/fit" in error for _, error in ends] == [True] + [False] * 3
     found = read_metrics(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in found] == [row["step"] for row in unkilled]
     for mine, theirs in zip(found, unkilled, strict=True):
