@@ -292,8 +292,8 @@ assert quick or right > 0.8
 # questions. What their whole training gives has not been measured yet; this much shows the way.
 
 # %%
-listen_steps = 300  # @param {type:"integer"}
-steps = 380  # @param {type:"integer"}
+listen_steps = 200  # @param {type:"integer"}
+steps = 250  # @param {type:"integer"}
 from fusion_jax.__main__ import main
 
 translation, dialogue = runs / "colab_translation", runs / "colab_dialogue"
