@@ -91,7 +91,6 @@ import optax
 
 from fusion_jax.adaptation import lora
 from fusion_jax.adaptation.lora import LoRA
-from fusion_jax.data import prose
 from fusion_jax.data.domain_batches import own_share
 from fusion_jax.data.pipeline import Batches
 from fusion_jax.data.streams import Dealt, Later, Streams
@@ -115,14 +114,13 @@ from fusion_jax.language.injection import (
     Injection,
     Writer,
     fuse,
+    objective,
+    plain_batches,
     plain_english,
-    reading,
-    transitive,
     untrained,
 )
 from fusion_jax.language.tuned import TRAINED
-from fusion_jax.objectives.combine import Objective, Params, on_batch, weighted_sum
-from fusion_jax.objectives.generative import causal_lm, stay_close
+from fusion_jax.objectives.combine import Params
 from fusion_jax.pretrained.load import load
 from fusion_jax.training.experiment import Experiment
 from fusion_jax.training.settings import Settings as Base
@@ -240,10 +238,7 @@ def stream(s: Settings, writer: Writer) -> Streams:
         )
     }
     if s.keep_weight:
-        rows = prose.rows(prose.docstrings(), writer.chat.encode, 24, 2000)
-        plain = [{"id": row, **writer.plain(ids)} for row, ids in enumerate(rows)]
-        few = max(s.batch_size // 4, 1)
-        streams["plain"] = Batches(plain, few, writer.transforms(25), seed=s.seed, **own_share())
+        streams["plain"] = plain_batches(writer, s.batch_size, s.seed)
     if s.rule_weight:
         chains = Fours.of(writer, fours(tasks), s.batch_size, s.seed)
         streams["chains"] = Dealt(chains, **own_share())
@@ -263,23 +258,14 @@ def build(s: Settings) -> Experiment:
     return Experiment(
         data=Later(lambda: stream(s, writer)),
         init=init,
-        objective=objective_of(s, model, writer),
+        objective=objective(
+            model, writer, keep_weight=s.keep_weight, rule_weight=s.rule_weight, chunk=1
+        ),
         optimizer=optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule)),
         pretrained={"base": {"decoder": checkpoint.params}},
         trainable=TRAINED,
         report=partial(report, s, model, writer) if s.questions else None,
     )
-
-
-def objective_of(s: Settings, model: LoRA, writer: Writer) -> Objective:
-    """Answers, and perhaps what keeps the model as it was and what asks for transitivity."""
-
-    parts = {on_batch("asked", reading(writer, causal_lm(model, chunk=1))): 1.0}
-    if s.keep_weight:
-        parts[on_batch("plain", reading(writer, stay_close(model, untrained)))] = s.keep_weight
-    if s.rule_weight:
-        parts[on_batch("chains", transitive(model, writer))] = s.rule_weight
-    return weighted_sum(parts)
 
 
 # ---------------------------------------------------------------------------------------- report

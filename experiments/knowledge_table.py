@@ -23,15 +23,12 @@ from fusion_jax.training import experiment as experiments
 from fusion_jax.training import loop, runtime
 
 EXPERIMENTS = {"knowledge_qa": knowledge_qa, "knowledge_vqa": knowledge_vqa}
-ALIKE: dict[str, dict[str, Any]] = {
+VARIANTS: dict[str, dict[str, Any]] = {
     **{name: {"injection": name} for name in INJECTIONS if name != "knn"},
     "rule loss": {"injection": "none", "rule_weight": 0.3},
     "knn": {"injection": "knn"},  # after none, whose params it takes
     "chained + rule loss": {"injection": "chained", "rule_weight": 0.3},
-}
-VARIANTS = {
-    "knowledge_qa": ALIKE | {"chained, not held": {"injection": "chained", "keep_weight": 0.0}},
-    "knowledge_vqa": ALIKE,
+    "chained, not held": {"injection": "chained", "keep_weight": 0.0},
 }
 ABOUT = {
     "knowledge_qa": ("Is X a kind of Y?", "WordNet, unseen things and kinds"),
@@ -69,7 +66,7 @@ def measure(module: ModuleType, s: Any) -> dict[str, float]:
 
 def run(s: Settings) -> None:
     """Runs what is missing, then prints all that is there."""
-    module, variants = EXPERIMENTS[s.experiment], VARIANTS[s.experiment]
+    module = EXPERIMENTS[s.experiment]
     folder = s.workdir or Path(f"runs/{s.experiment}_table")
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "table.jsonl"
@@ -77,14 +74,14 @@ def run(s: Settings) -> None:
     for row in done:
         row["settings"] = module.Settings.recorded(row["settings"])
     for seed in range(s.seeds):
-        for name in s.variants or variants:
+        for name in s.variants or VARIANTS:
             own = module.Settings(
                 seed=seed,
                 steps=s.steps,
                 development=s.development,
                 workdir=folder / f"{name.replace(' ', '_')}_{seed}",
                 tensorboard=False,
-                **variants[name],
+                **VARIANTS[name],
             )
             key = {"variant": name, "seed": seed, "settings": own.identity()}
             key["development"] = s.development
@@ -100,7 +97,7 @@ def tabulate(experiment: str, done: list[dict[str, Any]]) -> None:
     """A column for each variant that every seed has."""
     seeds = sorted({row["seed"] for row in done})
     table: dict[str, dict[str, list[float]]] = {}
-    for name, settings in VARIANTS[experiment].items():
+    for name, settings in VARIANTS.items():
         mine = {row["seed"]: row["found"] for row in done if row["variant"] == name}
         if sorted(mine) != seeds:
             continue

@@ -84,17 +84,15 @@ from fusion_jax.language.graph_answers import Judge, Recalling, content, explain
 from fusion_jax.language.injection import (
     Fours,
     Injection,
+    objective,
+    plain_batches,
     plain_english,
-    reading,
-    transitive,
     untrained,
 )
 from fusion_jax.language.picture_injection import PictureWriter
 from fusion_jax.language.sight import open_sight
 from fusion_jax.language.start import word_connector
 from fusion_jax.language.tuned import TRAINED
-from fusion_jax.objectives.combine import Objective, on_batch, weighted_sum
-from fusion_jax.objectives.generative import causal_lm
 from fusion_jax.pretrained.load import load
 from fusion_jax.training.experiment import Experiment
 from fusion_jax.training.optimizer import averaged_adamw
@@ -127,6 +125,8 @@ class Settings(Base):
     """How facts enter, see above."""
     rule_weight: float = 0.0
     """Of the loss that asks the model's own answers without facts to keep transitivity."""
+    keep_weight: float = 1.0
+    """Of the divergence from the published model on plain English; 0: nothing holds it."""
     hops: int = 5
     """Facts in the longest chain from a thing to its kind."""
     length: int | None = None
@@ -189,8 +189,8 @@ class Training:
         return {"id": index, **self.writer(task, told, task.answer, row, view=index % VIEWS)}
 
 
-def stream(s: Settings, writer: PictureWriter) -> Batches | Streams:
-    """Endless training batches: questions, and perhaps chains of questions.
+def stream(s: Settings, writer: PictureWriter) -> Streams:
+    """Endless training batches: questions, and perhaps plain English and chains of questions.
 
     Raises:
         UserError: no question has room in a row.
@@ -207,19 +207,13 @@ def stream(s: Settings, writer: PictureWriter) -> Batches | Streams:
         asked += [(tasks[i], found[name][i]) for i, name in enumerate(drawn)]
     rows, transforms = Training(writer, asked), writer.transforms(writer.row)
     batches = Batches(rows, s.batch_size, transforms, seed=s.seed, **own_share())
-    if not s.rule_weight:
-        return batches
-    chains = Fours.of(writer, fours(seen, every), s.batch_size, s.seed)
-    return Streams({"asked": batches, "chains": Dealt(chains, **own_share())})
-
-
-def objective_of(s: Settings, model: PictureLM, writer: PictureWriter) -> Objective:
-    """Answers, and perhaps what asks the model's own answers for transitivity."""
-    answers = reading(writer, causal_lm(model.tuned, chunk=8))
-    if not s.rule_weight:
-        return answers
-    chains = on_batch("chains", transitive(model.tuned, writer))
-    return weighted_sum({on_batch("asked", answers): 1.0, chains: s.rule_weight})
+    streams: dict[str, Any] = {"asked": batches}
+    if s.keep_weight:
+        streams["plain"] = plain_batches(writer, s.batch_size, s.seed)
+    if s.rule_weight:
+        chains = Fours.of(writer, fours(seen, every), s.batch_size, s.seed)
+        streams["chains"] = Dealt(chains, **own_share())
+    return Streams(streams)
 
 
 def build(s: Settings) -> Experiment:
@@ -243,7 +237,9 @@ def build(s: Settings) -> Experiment:
     return Experiment(
         data=Later(lambda: stream(s, writer)),
         init=init,
-        objective=objective_of(s, model, writer),
+        objective=objective(
+            model.tuned, writer, keep_weight=s.keep_weight, rule_weight=s.rule_weight, chunk=8
+        ),
         optimizer=averaged_adamw(s.learning_rate, s.steps, weight_decay=0.1),
         pretrained=model.published,
         trainable=TRAINED,

@@ -116,23 +116,18 @@ def of_link_prediction(workdir: Path, row: str, column: str) -> list[float]:
     return [run["found"]["MRR"] for run in runs if wanted.items() <= run["settings"].items()]
 
 
-def of_injections(experiment: str) -> Found:
+def of_injections(workdir: Path, row: str, column: str) -> list[float]:
     """Accuracy of an injection with certain facts, or the loss on plain English.
 
     The injection is the column; in the README's table, whose rows are injections, the row.
     """
-    variants = VARIANTS[experiment]
-
-    def find(workdir: Path, row: str, column: str) -> list[float]:
-        runs = [run for _, run in read_jsonl(workdir / "table.jsonl")]
-        sideways = row in variants or row == "as it came"
-        facts, injection = (column, row) if sideways else (row, column)
-        facts = {"plain English, nats per token": "plain", CUT: "cut below Y"}.get(facts, facts)
-        variant = injection if injection in variants else "chained"  # whose report has baselines
-        metric = f"{facts}/{variants[variant]['injection'] if variant == injection else injection}"
-        return [run["found"][metric] for run in runs if run["variant"] == variant]
-
-    return find
+    runs = [run for _, run in read_jsonl(workdir / "table.jsonl")]
+    sideways = row in VARIANTS or row == "as it came"
+    facts, injection = (column, row) if sideways else (row, column)
+    facts = {"plain English, nats per token": "plain", CUT: "cut below Y"}.get(facts, facts)
+    variant = injection if injection in VARIANTS else "chained"  # whose report has baselines
+    metric = f"{facts}/{VARIANTS[variant]['injection'] if variant == injection else injection}"
+    return [run["found"][metric] for run in runs if run["variant"] == variant]
 
 
 def of_pairs(workdir: Path, row: str, column: str) -> list[float]:
@@ -233,20 +228,20 @@ CLAIMS = {
         commands=[
             [
                 *(*TABLE, "knowledge_qa", "--seeds", "3", "--workdir", "{workdir}", "--variants"),
-                *(n for n in itertools.chain(*INJECTIONS) if n in VARIANTS["knowledge_qa"]),
+                *(n for n in itertools.chain(*INJECTIONS) if n in VARIANTS),
             ]
         ],
-        found=of_injections("knowledge_qa"),
+        found=of_injections,
     ),
     "knowledge_vqa": Claim(
         places=[("experiments/knowledge_vqa.py", PICTURED)],
         commands=[
             [
                 *(*TABLE, "knowledge_vqa", "--seeds", "3", "--workdir", "{workdir}", "--variants"),
-                *(n for n in PICTURED if n in VARIANTS["knowledge_vqa"]),
+                *(n for n in PICTURED if n in VARIANTS),
             ]
         ],
-        found=of_injections("knowledge_vqa"),
+        found=of_injections,
     ),
     "domain_shift_pairs": Claim(
         places=[

@@ -30,7 +30,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from fusion_jax.data import prose
-from fusion_jax.data.pipeline import Padded, collate
+from fusion_jax.data.domain_batches import own_share
+from fusion_jax.data.pipeline import Batches, Padded, collate
 from fusion_jax.errors import UserError
 from fusion_jax.knowledge.questions import KIND_OF, Task, World, remember
 from fusion_jax.language.chat import Chat
@@ -40,8 +41,15 @@ from fusion_jax.language.entity_vectors import EntityLM
 from fusion_jax.language.fused import FusedLM, mark
 from fusion_jax.language.knowledge_tree import Mention, Tree, TreeLM
 from fusion_jax.language.prompt import bucket
-from fusion_jax.objectives.combine import Batch, Metrics, Objective, Params
-from fusion_jax.objectives.generative import causal_lm
+from fusion_jax.objectives.combine import (
+    Batch,
+    Metrics,
+    Objective,
+    Params,
+    on_batch,
+    weighted_sum,
+)
+from fusion_jax.objectives.generative import causal_lm, stay_close
 from fusion_jax.objectives.rules import TRANSITIVE, rule_loss
 from fusion_jax.pretrained.checkpoint import whole
 from fusion_jax.tokens import Tokens
@@ -375,6 +383,30 @@ def transitive(model: Any, writer: FactWriter) -> Objective:
         return broken(log_odds(model, writer, params, batch).reshape(-1, 4), batch)
 
     return transitive
+
+
+def objective(
+    model: Any, writer: FactWriter, *, keep_weight: float, rule_weight: float, chunk: int
+) -> Objective:
+    """Answers; what keeps the model as it was; what asks its answers for transitivity.
+
+    On batches {"asked", "plain" (of `plain_batches`), "chains" (of `Fours`)}, those of weight 0
+    left out.
+    """
+    parts = {on_batch("asked", reading(writer, causal_lm(model, chunk=chunk))): 1.0}
+    if keep_weight:
+        parts[on_batch("plain", reading(writer, stay_close(model, untrained)))] = keep_weight
+    if rule_weight:
+        parts[on_batch("chains", transitive(model, writer))] = rule_weight
+    return weighted_sum(parts)
+
+
+def plain_batches(writer: FactWriter, batch_size: int, seed: int) -> Batches:
+    """Endless rows of plain English, a quarter as many as questions."""
+    rows = prose.rows(prose.docstrings(), writer.chat.encode, 24, 2000)
+    plain = [{"id": row, **writer.plain(ids)} for row, ids in enumerate(rows)]
+    few = max(batch_size // 4, 1)
+    return Batches(plain, few, writer.transforms(25), seed=seed, **own_share())
 
 
 def plain_english(model: Any, writer: FactWriter, *params: Params) -> list[float]:

@@ -30,7 +30,7 @@ from fusion_jax.knowledge.pictured import (
 )
 from fusion_jax.knowledge.questions import World
 from fusion_jax.language.fused import FusedLM, answer_logits
-from fusion_jax.language.injection import INJECTIONS, Fours, log_odds
+from fusion_jax.language.injection import INJECTIONS, Fours, log_odds, objective, untrained
 from fusion_jax.language.prompt import pad
 from tests.experiments.test_vqa import LANGUAGE_MODEL
 
@@ -63,7 +63,7 @@ def flags(tmp_path_factory, save_tiny):
         *("--table", str(folder / "mine.jsonl"), "--tower", str(folder / "tower")),
         *("--graph", str(folder / "facts.tsv"), "--rules", str(folder / "mine.rules")),
         *("--language-model", str(folder / "lm"), "--guesses", "0", "--length", "48"),
-        *("--steps", "2", "--batch-size", "8", "--no-tensorboard"),
+        *("--steps", "2", "--batch-size", "8", "--keep-weight", "0", "--no-tensorboard"),
     ]
 
 
@@ -177,7 +177,7 @@ def test_facts_are_said_at_the_word_this_and_the_last_are_left_out(flags, tmp_pa
 
 def test_rule_loss_reads_the_models_own_answers(flags, tmp_path, monkeypatch):
     """Of four questions the odds are those of the model, and they take a gradient."""
-    s = settings(flags, tmp_path, monkeypatch, rule_weight=1.0)
+    s = settings(flags, tmp_path, monkeypatch, rule_weight=1.0, keep_weight=0.0)
     _, _, model, writer = knowledge_vqa.assemble(s)
     params = model.init(jax.random.key(0))
     params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape), params)
@@ -196,14 +196,20 @@ def test_rule_loss_reads_the_models_own_answers(flags, tmp_path, monkeypatch):
     expected = logits[writer.answers[True]] - logits[writer.answers[False]]
     np.testing.assert_allclose(odds[1], expected, atol=1e-4)
 
-    objective = knowledge_vqa.objective_of(s, model, writer)
-    (_, metrics), slopes = jax.value_and_grad(objective, has_aux=True)(
-        params, batch, jax.random.key(0)
-    )
+    weights = {"keep_weight": s.keep_weight, "rule_weight": s.rule_weight}
+    loss = objective(model.tuned, writer, chunk=8, **weights)
+    (_, metrics), slopes = jax.value_and_grad(loss, has_aux=True)(params, batch, jax.random.key(0))
     t = jax.nn.sigmoid(odds)
     expected = -np.mean(np.log([1 - t[0] * t[1] * (1 - t[2]), 1 - t[2] * t[3]]))
     np.testing.assert_allclose(metrics["chains/transitive"], expected, atol=1e-5)
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(slopes["lora"]))
+    plain = knowledge_vqa.stream(dataclasses.replace(s, keep_weight=1.0), writer)[0]["plain"]
+    assert len(plain["text"].values) == 2 and not plain["image"].mask.any()
+    held = objective(model.tuned, writer, chunk=8, keep_weight=1.0, rule_weight=0.0)
+    batch |= {"plain": plain}
+    for own, close in ((untrained(params), True), (params, False)):
+        found = held(own, batch, jax.random.key(0))[1]
+        assert (found["plain/stay_close"] < 1e-6) == close
     short = chains[0]  # a chain of which one has no room is left out
     narrow = dataclasses.replace(writer, row=max(map(writer.size, short)))
     assert Fours.of(narrow, [short], 8, 0).fours == [short]

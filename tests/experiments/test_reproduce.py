@@ -136,13 +136,13 @@ def test_injections_are_read_from_either_side_of_a_table(tmp_path):
         ("no facts", "rule loss", 0.75),
         ("plain English, nats per token", "rule loss", 3.5),
     ):
-        assert reproduce.of_injections("knowledge_qa")(tmp_path, row, column) == [expected]
+        assert reproduce.of_injections(tmp_path, row, column) == [expected]
     found = {"no facts/chained, no picture": 0.5, "10% wrong/looking Y up": 0.25}
     run = {"variant": "chained", "found": found}
     (tmp_path / "table.jsonl").write_text(json.dumps(run) + "\n")
     for column in reproduce.PICTURED[2:]:
         row = "no facts" if "picture" in column else "10% wrong"
-        value = reproduce.of_injections("knowledge_vqa")(tmp_path, row, column)
+        value = reproduce.of_injections(tmp_path, row, column)
         assert value == [found[f"{row}/{column}"]]
 
 
