@@ -311,7 +311,7 @@ command = ["train", "experiments/translation.py", "--workdir", str(translation)]
 assert main([*command, *flags, *few]) == 0
 if not quick:
     flags = ["--questions", "500", "--answered", "150", "--sentences", "300"]
-    flags += ["--overwrite", "--no-tensorboard"]
+    flags += ["--most", "12", "--overwrite", "--no-tensorboard"]
     command = ["train", "experiments/dialogue.py", "--workdir", str(dialogue)]
     assert main([*command, *flags, *few]) == 0
 

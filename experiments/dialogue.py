@@ -43,6 +43,7 @@ from fusion_jax.pretrained.load import load
 from fusion_jax.training.experiment import Experiment
 from fusion_jax.training.partition import Params
 from fusion_jax.training.settings import Settings as Base
+from fusion_jax.training.settings import runtime
 from fusion_jax.training.step import parameter_ema
 
 TEMPLATES = (
@@ -90,6 +91,8 @@ class Settings(Base):
     """Of each recording of training: as it is, then at other speeds and in noise of 0 to 20 dB."""
     length: int = 96
     """Ids of a turn."""
+    most: int | None = runtime(None)
+    """Test turns of each kind in the report, at most; None: all."""
     asked: Path | None = None
     """Your own recorded questions beside these: JSONL of {"audio", "question", "answer"}."""
     stamps: Path | None = None
@@ -343,9 +346,8 @@ def report(
     recognise = cascade(s.tower)
     errors: dict[str, dict[str, float]] = {}
     agreement: dict[str, dict[str, float]] = {}
-    for kind, rows in corpus.tests.items():
-        if not rows:
-            continue
+    tests = {kind: rows[: s.most] for kind, rows in corpus.tests.items() if rows}
+    for kind, rows in tests.items():
         said = [corpus.utterances[row].text for row in rows]
         typed = model.own_answers(said, s.answer_tokens)
         if rows[0] in corpus.answers:
@@ -370,7 +372,7 @@ def report(
             texts = [model.text(ids) for ids in found]
             score = chrf(texts, [model.text(ids) for ids in typed]).value
             agreement.setdefault(f"{kind}, chrF", {})[name] = score
-    counts = ", ".join(f"{len(rows)} {kind}" for kind, rows in corpus.tests.items())
+    counts = ", ".join(f"{len(rows)} {kind}" for kind, rows in tests.items())
     about = f"things and prompts never trained on: {counts}"
     print_table("Word error rate", errors, about, [s.seed])
     print_table(
