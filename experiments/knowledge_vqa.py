@@ -65,6 +65,7 @@ from fusion_jax.data.streams import Dealt, Later, Streams
 from fusion_jax.encoders.projection import Project
 from fusion_jax.errors import UserError
 from fusion_jax.evaluation.table import print_table
+from fusion_jax.evaluation.words import bag_of_words
 from fusion_jax.knowledge.linking import Linker
 from fusion_jax.knowledge.pictured import (
     SUBJECTS,
@@ -284,6 +285,10 @@ def measure(
         row[s.injection] = hits(judges.shown(asked) > 0, tasks)
         if name in ("no facts", "linked facts"):
             row[f"{s.injection}, no picture"] = hits(judges.blind(asked) > 0, tasks)
+    every = ask_about(writer.seen, writer.seen.train, False, s.seed)
+    words = [writer.world.question(task) for task in (*every, *tasks)]
+    known = np.array([2.0 * task.answer - 1 for task in every], np.float32)
+    table["no facts"]["bag of words"] = hits(bag_of_words(words, known) > 0, tasks)
     return table
 
 

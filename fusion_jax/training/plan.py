@@ -174,13 +174,15 @@ def useful_flops(build: Build, settings: Settings, mesh: Mesh, loops: int) -> fl
 def remedies(settings: Settings, chips: int, held: bool = False) -> Iterator[Settings]:
     """Settings that take less memory, each with what the ones before it changed, cheapest first.
 
+    All with layers rolled up: their buffers are those of one, and it compiles in its time.
+
     Args:
         held: what is held between steps is too much already, which remat does not change.
     """
-    if not settings.remat:
-        settings = dataclasses.replace(settings, remat=True)
-        if not held:
-            yield settings
+    before = settings
+    settings = dataclasses.replace(settings, remat=True, scan=True)
+    if settings != before and not held:
+        yield settings
     if mesh_shape(settings.mesh, chips) != (1, chips, 1):
         settings = dataclasses.replace(settings, mesh="fsdp=-1")
         yield settings

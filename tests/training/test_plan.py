@@ -307,6 +307,7 @@ def test_a_step_compiles_for_chips_that_are_not_here():
 
 def test_remedies_change_one_thing_after_another():
     found = list(plan.remedies(of(remat=False, batch_size=16), 4))
+    assert all(s.scan for s in found)
     said = [(s.remat, s.mesh, s.dtype, s.accumulation) for s in found]
     assert said[:5] == [
         (True, "data=-1", "float32", 1),
@@ -317,4 +318,4 @@ def test_remedies_change_one_thing_after_another():
     ]
     assert found[-1].mesh == "fsdp=-1,tensor=2"
     first = next(plan.remedies(of(remat=False, batch_size=16), 4, held=True))
-    assert (first.remat, first.mesh) == (True, "fsdp=-1")
+    assert (first.remat, first.scan, first.mesh) == (True, True, "fsdp=-1")
