@@ -124,9 +124,14 @@ def test_injections_are_read_from_either_side_of_a_table(tmp_path):
     runs = [
         {
             "variant": "chained",
+            "seed": 0,
             "found": {"cut below Y/chained": 0.5, "no facts/bag of words": 0.25},
         },
-        {"variant": "rule loss", "found": {"no facts/none": 0.75, "plain/none": 3.5}},
+        {
+            "variant": "rule loss",
+            "seed": 0,
+            "found": {"no facts/none": 0.75, "plain/none": 3.5, "no facts/bag of words": 0.25},
+        },
     ]
     (tmp_path / "table.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs))
     for row, column, expected in (
@@ -137,13 +142,7 @@ def test_injections_are_read_from_either_side_of_a_table(tmp_path):
         ("plain English, nats per token", "rule loss", 3.5),
     ):
         assert reproduce.of_injections(tmp_path, row, column) == [expected]
-    found = {"no facts/chained, no picture": 0.5, "10% wrong/looking Y up": 0.25}
-    run = {"variant": "chained", "found": found}
-    (tmp_path / "table.jsonl").write_text(json.dumps(run) + "\n")
-    for column in reproduce.PICTURED[2:]:
-        row = "no facts" if "picture" in column else "10% wrong"
-        value = reproduce.of_injections(tmp_path, row, column)
-        assert value == [found[f"{row}/{column}"]]
+    assert reproduce.of_injections(tmp_path, "no facts", "none") == []
 
 
 def test_pairs_are_read_as_their_table_is_made(tmp_path):
