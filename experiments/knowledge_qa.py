@@ -109,11 +109,9 @@ from fusion_jax.knowledge.questions import (
     tasks_of,
 )
 from fusion_jax.language.graph_answers import Answerer, Judge, Recalling
-from fusion_jax.language.injection import (
+from fusion_jax.language.injection import Injection, Writer, fuse
+from fusion_jax.language.injection_training import (
     Fours,
-    Injection,
-    Writer,
-    fuse,
     objective,
     plain_batches,
     plain_english,

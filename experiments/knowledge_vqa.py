@@ -84,9 +84,9 @@ from fusion_jax.knowledge.questions import Task, World, hits, open_knowledge
 from fusion_jax.language.answers import PictureLM
 from fusion_jax.language.ask import Assistant
 from fusion_jax.language.graph_answers import Judge, Recalling, content, explain, verdict
-from fusion_jax.language.injection import (
+from fusion_jax.language.injection import Injection
+from fusion_jax.language.injection_training import (
     Fours,
-    Injection,
     objective,
     plain_batches,
     plain_english,

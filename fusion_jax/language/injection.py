@@ -13,25 +13,20 @@
     odds = log_odds(LoRA(fuse(checkpoint.module, "kbert")), writer, params, batch)
 
 Without facts each of them reads the question alone, and computes what the decoder does. With a
-picture in place of X: picture_injection.py.
+picture in place of X: picture_injection.py; how it is trained: injection_training.py.
 """
 
 import dataclasses
 import itertools
-import re
 from collections.abc import Mapping, Sequence
-from functools import wraps
 from typing import Any, Literal, get_args
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 
-from fusion_jax.data import prose
-from fusion_jax.data.domain_batches import own_share
-from fusion_jax.data.pipeline import Batches, Padded, collate
+from fusion_jax.data.pipeline import Padded, collate
 from fusion_jax.errors import UserError
 from fusion_jax.knowledge.questions import KIND_OF, Task, World, remember
 from fusion_jax.language.chat import Chat
@@ -41,16 +36,7 @@ from fusion_jax.language.entity_vectors import EntityLM
 from fusion_jax.language.fused import FusedLM, mark
 from fusion_jax.language.knowledge_tree import Mention, Tree, TreeLM
 from fusion_jax.language.prompt import bucket
-from fusion_jax.objectives.combine import (
-    Batch,
-    Metrics,
-    Objective,
-    Params,
-    on_batch,
-    weighted_sum,
-)
-from fusion_jax.objectives.generative import causal_lm, stay_close
-from fusion_jax.objectives.rules import TRANSITIVE, rule_loss
+from fusion_jax.objectives.combine import Batch, Params
 from fusion_jax.pretrained.checkpoint import whole
 from fusion_jax.tokens import Tokens
 
@@ -322,103 +308,3 @@ def states(
 def log_odds(model: Any, writer: FactWriter, params: Params, batch: Batch) -> jax.Array:
     """log p(Yes) - log p(No) after each question, [b]."""
     return states(model, writer, params, batch)[1]
-
-
-def reading(writer: FactWriter, objective: Objective) -> Objective:
-    """The objective on batches as the writer collates them."""
-
-    @wraps(objective)
-    def read(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Metrics]:
-        return objective(params, writer.read(batch), rng)
-
-    return read
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Fours:
-    """Batches of four questions without facts on each chain, as `TRANSITIVE` has them.
-
-    Attributes:
-        count: of chains in a batch.
-    """
-
-    writer: FactWriter
-    fours: Sequence[Sequence[Task]]
-    count: int
-    seed: int
-
-    @classmethod
-    def of(
-        cls, writer: FactWriter, fours: Sequence[Sequence[Task]], batch_size: int, seed: int
-    ) -> "Fours":
-        """Half as many questions as a batch has, of the chains that have room in its rows.
-
-        Raises:
-            UserError: a batch too small for a chain; no chain that has room.
-        """
-        count = batch_size // 8
-        if not count or count % jax.process_count():
-            raise UserError("the rule loss needs a batch size of 8, or of a multiple, a process")
-        fitting = [four for four in fours if all(map(writer.fits, four))]
-        if not fitting:
-            raise UserError(
-                "the rule loss needs questions with chains of two facts that fit into "
-                f"{writer.row} tokens: give --length or --hops"
-            )
-        return cls(writer, fitting, count, seed)
-
-    def __getitem__(self, step: int) -> dict[str, Any]:
-        rng = np.random.default_rng([self.seed, step])
-        chosen = rng.choice(len(self.fours), self.count)
-        tasks = [task for row in chosen.tolist() for task in self.fours[row]]
-        examples = [self.writer(task, (), **self.writer.draw(rng)) for task in tasks]
-        return self.writer.collate(examples, length=self.writer.row)
-
-
-def transitive(model: Any, writer: FactWriter) -> Objective:
-    """Asks the model's own answers on a batch of `Fours` for transitivity."""
-    broken = rule_loss(TRANSITIVE, log_odds=lambda odds, batch: odds)
-
-    def transitive(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Metrics]:
-        return broken(log_odds(model, writer, params, batch).reshape(-1, 4), batch)
-
-    return transitive
-
-
-def objective(
-    model: Any, writer: FactWriter, *, keep_weight: float, rule_weight: float, chunk: int
-) -> Objective:
-    """Answers; what keeps the model as it was; what asks its answers for transitivity.
-
-    On batches {"asked", "plain" (of `plain_batches`), "chains" (of `Fours`)}, those of weight 0
-    left out.
-    """
-    parts = {on_batch("asked", reading(writer, causal_lm(model, chunk=chunk))): 1.0}
-    if keep_weight:
-        parts[on_batch("plain", reading(writer, stay_close(model, untrained)))] = keep_weight
-    if rule_weight:
-        parts[on_batch("chains", transitive(model, writer))] = rule_weight
-    return weighted_sum(parts)
-
-
-def plain_batches(writer: FactWriter, batch_size: int, seed: int) -> Batches:
-    """Endless rows of plain English, a quarter as many as questions."""
-    rows = prose.rows(prose.docstrings(), writer.chat.encode, 24, 2000)
-    plain = [{"id": row, **writer.plain(ids)} for row, ids in enumerate(rows)]
-    few = max(batch_size // 4, 1)
-    return Batches(plain, few, writer.transforms(25), seed=seed, **own_share())
-
-
-def plain_english(model: Any, writer: FactWriter, *params: Params) -> list[float]:
-    """Nats a token on Python's reference, on which nothing here trains, without facts."""
-    measure = jax.jit(causal_lm(model, train=False))
-    rows = prose.rows(prose.reference(), writer.chat.encode, 96, 16)
-    batch = writer.read(writer.collate([writer.plain(row) for row in rows]))
-    return [float(measure(each, batch, jax.random.key(0))[0]) for each in params]
-
-
-def untrained(params: Params) -> Params:
-    """With all that was added off: LoRA's matrices, Flamingo's gates and ERNIE's projection 0."""
-    flat = flatten_dict(params, sep="/")
-    off = {k: jnp.zeros_like(v) for k, v in flat.items() if re.search("^lora/|_gate$|/entity/", k)}
-    return unflatten_dict(flat | off, sep="/")

@@ -17,7 +17,7 @@ from fusion_jax.errors import UserError
 from fusion_jax.knowledge import trust
 from fusion_jax.knowledge.questions import Task
 from fusion_jax.language.graph_answers import Recalling
-from fusion_jax.language.injection import Fours
+from fusion_jax.language.injection_training import Fours
 from fusion_jax.pretrained.checkpoint import shapes_of
 from fusion_jax.pretrained.load import family_of
 from fusion_jax.pretrained.save import save

@@ -30,7 +30,8 @@ from fusion_jax.knowledge.pictured import (
 )
 from fusion_jax.knowledge.questions import World
 from fusion_jax.language.fused import FusedLM, answer_logits
-from fusion_jax.language.injection import INJECTIONS, Fours, log_odds, objective, untrained
+from fusion_jax.language.injection import INJECTIONS, log_odds
+from fusion_jax.language.injection_training import Fours, objective, untrained
 from fusion_jax.language.prompt import pad
 from tests.experiments.test_vqa import LANGUAGE_MODEL
 

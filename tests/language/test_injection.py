@@ -15,7 +15,8 @@ from fusion_jax.knowledge.questions import World, remember
 from fusion_jax.language.chat import Chat
 from fusion_jax.language.fused import FusedLM, init_around
 from fusion_jax.language.graph_answers import Answerer, Judge, Recalling
-from fusion_jax.language.injection import INJECTIONS, LENGTHS, Writer, fuse, states, untrained
+from fusion_jax.language.injection import INJECTIONS, LENGTHS, Writer, fuse, states
+from fusion_jax.language.injection_training import untrained
 from fusion_jax.language.prompt import pad
 from fusion_jax.objectives.generative import stay_close
 from tests.knowledge.test_questions import INVERTED, NAMES, RIGHT, WORLD, WRONG, found
