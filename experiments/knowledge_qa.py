@@ -280,7 +280,9 @@ def report(
     judge = Judge.of(model, writer, params)
     published = dataclasses.replace(judge, params=untrained(params), known={})
     held = [task for task in world.tasks["validation"] if task.siblings][: s.questions // 2]
-    answering = Recalling.chosen(judge, held) if s.injection == "knn" else judge
+    answering = judge
+    if s.injection == "knn":
+        answering = Recalling.chosen(judge, held, retrieve(world, held).values())
     found = retrieve(world, own) if s.injection != "none" else {"no facts": [()] * len(own)}
     if s.injection != "none":
         entities = {e for task in (*held, *own) for chain in task.chains for e in chain}
@@ -331,7 +333,8 @@ def assistant(s: Settings, params: Params) -> Answerer:
     singular = wordnet.exceptions() if s.graph is None else {}
     if s.injection == "knn":  # its settings are chosen as in the report, on fewer questions
         held = [task for task in writer.world.tasks["validation"] if task.siblings][:24]
-        chosen = Recalling.chosen(Judge.of(model, writer, params), held)
+        found = retrieve(writer.world, held).values()
+        chosen = Recalling.chosen(Judge.of(model, writer, params), held, found)
         answering = dataclasses.replace(chosen, asked=True)
     else:
         answering = Judge.of(model, writer, params, batch_size=1)

@@ -261,14 +261,28 @@ class Judges:
     blind: Judge | Recalling
 
     @classmethod
-    def of(cls, model: PictureLM, writer: PictureWriter, params: Params, batch: int) -> "Judges":
-        """A trained model; kNN-LM takes what is remembered at its word."""
-        shown = Judge.of(model.tuned.model, writer, model.tuned.merged(params), batch)
+    def of(
+        cls, model: PictureLM, writer: PictureWriter, params: Params, batch_size: int, seed: int
+    ) -> "Judges":
+        """A trained model; kNN-LM nearly takes what is remembered at its word.
+
+        How near is near enough for that is chosen on training questions, as the quality filter is.
+        """
+        shown = Judge.of(model.tuned.model, writer, model.tuned.merged(params), batch_size)
         blind = dataclasses.replace(shown, writer=dataclasses.replace(writer, blind=True))
         if writer.injection != "knn":
             return cls(shown, blind)
-        settings = {"weight": 0.9, "temperature": 0.003, "asked": True}
-        return cls(Recalling(shown, **settings), Recalling(blind, **settings))
+        tasks = ask_about(writer.seen, writer.seen.train, False, seed)[:48]
+        found = facts_for(writer.seen, tasks, seed)
+        chosen = Recalling.chosen(
+            shown,
+            tasks,
+            [found["linked facts"], found["true facts"]],
+            weights=(0.9,),
+            temperatures=(3e-5, 3e-4, 3e-3, 3e-2),
+            asked=True,
+        )
+        return cls(chosen, dataclasses.replace(chosen, judge=blind))
 
 
 def measure(
@@ -280,7 +294,7 @@ def measure(
 ) -> dict[str, dict[str, float]]:
     """{what is told before the question: {who answers: accuracy}}."""
     table: dict[str, dict[str, float]] = {}
-    judges = Judges.of(model, writer, params, 20)
+    judges = Judges.of(model, writer, params, 20, s.seed)
     for name, told in retrieved(s, writer.seen, tasks).items():
         asked = list(zip(tasks, told, strict=True))
         row = table[name] = {"looking Y up": looked_up(writer.world, tasks, told)}
@@ -357,5 +371,5 @@ class Answerer:
 def assistant(s: Settings, params: Params) -> Answerer:
     """For `python -m fusion_jax ask --workdir ...`."""
     _, _, model, writer = assemble(s)
-    judges = Judges.of(model, writer, params, 2)
+    judges = Judges.of(model, writer, params, 2, s.seed)
     return Answerer(judges, writer, model.answerer(params).assistant())

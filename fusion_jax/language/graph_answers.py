@@ -8,7 +8,7 @@ Answerer(judge, linker).answer("Is a whale a mammal?")
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ from fusion_jax.knowledge import kinds
 from fusion_jax.knowledge.chaining import sentence
 from fusion_jax.knowledge.graph import Graph
 from fusion_jax.knowledge.linking import Linker, Mention
-from fusion_jax.knowledge.questions import Facts, Task, World, asked_about, hits, retrieve
+from fusion_jax.knowledge.questions import Facts, Task, World, asked_about, hits
 from fusion_jax.language.injection import FactWriter, Params, Writer, states
 from fusion_jax.language.nearest import Memory
 
@@ -108,13 +108,24 @@ class Recalling:
     asked: bool = False
 
     @classmethod
-    def chosen(cls, judge: Judge, tasks: Sequence[Task]) -> "Recalling":
-        """With the settings that are best on validation questions, whatever is retrieved."""
-        retrieved = retrieve(judge.writer.world, tasks).values()
-        recalled = [
-            cls(judge).recalled(list(zip(tasks, facts, strict=True))) for facts in retrieved
-        ]
-        choices = [cls(judge, w, t) for w in (0.3, 0.6, 0.9) for t in (0.003, 0.03, 0.3)]
+    def chosen(
+        cls,
+        judge: Judge,
+        tasks: Sequence[Task],
+        retrieved: Iterable[Sequence[Any]],
+        *,
+        weights: Sequence[float] = (0.3, 0.6, 0.9),
+        temperatures: Sequence[float] = (0.003, 0.03, 0.3),
+        asked: bool = False,
+    ) -> "Recalling":
+        """With the settings that are best on held-out questions, whatever is retrieved.
+
+        Args:
+            retrieved: the facts of each question, one way to retrieve them after the other.
+        """
+        every = cls(judge, asked=asked)
+        recalled = [every.recalled(list(zip(tasks, facts, strict=True))) for facts in retrieved]
+        choices = [cls(judge, w, t, asked) for w in weights for t in temperatures]
         return max(
             choices, key=lambda each: np.mean([hits(each.mixed(r) > 0, tasks) for r in recalled])
         )

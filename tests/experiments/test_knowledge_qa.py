@@ -111,7 +111,7 @@ def test_trains_reports_and_answers_with_facts_and_steps(world, tmp_path, monkey
 def test_knn_says_no_with_the_settings_that_answer_validation_questions_best(world, monkeypatch):
     held = []
 
-    def chosen(judge, tasks):
+    def chosen(judge, tasks, retrieved):
         held.extend(tasks)
         return Recalling(judge, weight=0.9, temperature=0.003)
 

@@ -130,7 +130,7 @@ def test_facts_reach_the_answer_in_training_and_in_the_report_alike(
     batch = writer.read(writer.collate(examples, length=writer.row))
     trained = answer_logits(model.tuned, params, batch)
     odds = trained[:, writer.answers[True]] - trained[:, writer.answers[False]]
-    judges = knowledge_vqa.Judges.of(model, writer, params, 4)
+    judges = knowledge_vqa.Judges.of(model, writer, params, 4, 0)
     asked = list(zip(tasks, told, strict=True))
     read = judges.shown if injection != "knn" else judges.shown.judge
     np.testing.assert_allclose(read(asked), odds, atol=1e-3)
