@@ -117,7 +117,7 @@ class Settings(Base):
     vqa2: Path | None = None
     """A folder of VQAv2 in place of them: its four JSON files, train2014/ and val2014/."""
     most: int = 5000
-    """Of people's own questions that the report asks, drawn at random."""
+    """Test pictures, and of people's own questions, that the report asks about; drawn at random."""
     development: bool = False
     """Keep the validation split out of training and report on it in place of the test split."""
 
@@ -183,9 +183,13 @@ def build(s: Settings) -> Experiment:
 
     def report(params: Params, folder: Path) -> dict[str, float]:
         answerer = model.answerer(params)
-        found = measure(answerer, pictures.train, pictures.test, s.seed)
+        drawn = np.random.default_rng(s.seed).permutation(len(pictures.test))[: s.most]
+        test = [pictures.test[row] for row in np.sort(drawn)]
+        found = measure(answerer, pictures.train, test, s.seed)
         found |= measure_asked(answerer, pictures.test, s.most, s.seed)
-        print_table("Answers right, by kind of question", found, pictures.described, [s.seed])
+        asked = "" if len(test) == len(pictures.test) else f"; asked about {len(test)} of them"
+        data = pictures.described + asked
+        print_table("Answers right, by kind of question", found, data, [s.seed])
         return {
             f"{kind}/{seen}": share for kind, row in found.items() for seen, share in row.items()
         }
