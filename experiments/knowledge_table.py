@@ -107,7 +107,8 @@ def tabulate(experiment: str, done: list[dict[str, Any]]) -> None:
             row, _, column = metric.rpartition("/")
             own, blind = column == injection, column == f"{injection}, no picture"
             column = name + column.removeprefix(injection) if own or blind else column
-            if own or blind or name == "chained":  # the baselines, once
+            # Baselines once: those that depend on what is shown are of chained.
+            if own or blind or name == "chained" or column in ("looking Y up", "bag of words"):
                 values = [mine[seed].get(metric) for seed in seeds]
                 if None not in values:  # not of a log in which some rows are older
                     table.setdefault(row, {}).setdefault(column, values)

@@ -125,8 +125,13 @@ def test_injections_are_read_from_either_side_of_a_table(tmp_path):
         {
             "variant": "chained",
             "seed": 0,
-            "found": {"cut below Y/chained": 0.5, "no facts/bag of words": 0.25},
+            "found": {
+                "cut below Y/chained": 0.5,
+                "no facts/bag of words": 0.25,
+                "no facts/as it came": 0.125,
+            },
         },
+        {"variant": "prompt", "seed": 0, "found": {"no facts/as it came": 1.0}},
         {
             "variant": "rule loss",
             "seed": 0,
@@ -138,6 +143,7 @@ def test_injections_are_read_from_either_side_of_a_table(tmp_path):
         ("cut below Y", "chained", 0.5),
         ("chained", reproduce.CUT, 0.5),
         ("no facts", "bag of words", 0.25),
+        ("as it came", "no facts", 0.125),  # shown what chained is shown
         ("no facts", "rule loss", 0.75),
         ("plain English, nats per token", "rule loss", 3.5),
     ):
