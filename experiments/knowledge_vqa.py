@@ -375,5 +375,6 @@ class Answerer:
 def assistant(s: Settings, params: Params) -> Answerer:
     """For `python -m fusion_jax ask --workdir ...`."""
     _, _, model, writer = assemble(s)
-    judges = Judges.of(model, writer, params, 2, s.seed)
+    few = 16 if s.injection == "knn" else 2  # it first answers many, to choose its settings
+    judges = Judges.of(model, writer, params, few, s.seed)
     return Answerer(judges, writer, model.answerer(params).assistant())

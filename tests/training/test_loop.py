@@ -145,7 +145,7 @@ def lost(process, victim):
 
 def interrupted(processes, victim, workdir):
     """Sends Ctrl-C to one of them when the run has gone on for some steps; what they all said."""
-    step = read_metrics(workdir / "metrics.jsonl")[-1]["step"] + 3
+    step = read_metrics(workdir / "metrics.jsonl")[-1]["step"] + 2
     while read_metrics(workdir / "metrics.jsonl")[-1]["step"] < step:
         time.sleep(0.002)
         assert all(process.poll() is None for process in processes)
@@ -178,7 +178,8 @@ def test_one_curve_on_two_processes_then_eight_then_two_then_four(unkilled, tmp_
     eight = together(8, *rarely, lost_after=100, slurm=True)
     ends = interrupted(eight, 5, tmp_path)
     assert f"resumed from step {saved}\n" in ends[0][1]
-    interrupted(together(2, *rarely), 1, tmp_path)
+    slowly = (*rarely, "--pause", "1")  # so that some steps are left for four
+    interrupted(together(2, *slowly), 1, tmp_path)
 
     ends = list(map(finish, together(4, *command(tmp_path, *split))))
     assert [status for status, _ in ends] == [0] * 4, ends

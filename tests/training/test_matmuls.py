@@ -36,7 +36,7 @@ def test_a_product_and_its_gradients_are_near_the_full_ones(kind, error):
     pairs = zip(pulled(partial(product, kind=kind)), pulled(jnp.matmul), strict=True)
     gaps = [float(jnp.linalg.norm(found - full) / jnp.linalg.norm(full)) for found, full in pairs]
     assert max(gaps) < error and min(gaps[:2]) > 1e-4
-    assert (gaps[2] == 0) == (kind == "int8")  # of the kernel: in full precision
+    assert (gaps[2] < 1e-6) == (kind == "int8")  # of the kernel: in full precision
 
 
 def test_layers_that_are_meant_train_as_in_full_precision():
