@@ -187,14 +187,16 @@ class FactWriter:
 
     def sentences(self, said: Pairs) -> list[str]:
         """What stands in a prompt: a sentence for each fact, or for all conclusions on one."""
-        label, apart = self.world.graph.label, self.injection == "prompt"
-        if self.injection not in ("prompt", "chained"):
+        label = self.world.graph.label
+        if self.injection == "prompt":
+            groups = [[pair] for pair in said]
+        elif self.injection == "chained":
+            groups = [list(own) for _, own in itertools.groupby(said, key=lambda pair: pair[0])]
+        else:
             return []
-        groups = itertools.groupby(enumerate(said), lambda each: each if apart else each[1][0])
-        lines = [[pair for _, pair in group] for _, group in groups]
         return [
             f"{label(pairs[0][0])} {KIND_OF} {', '.join(label(kind) for _, kind in pairs)}."
-            for pairs in lines
+            for pairs in groups
         ]
 
     def _example(

@@ -110,9 +110,10 @@ class PictureWriter(FactWriter):
         picture, writing = None if self.blind else task.picture, self.writing
         content = writing.content(before + self.world.question(task), picture, view)
         messages = [{"role": "user", "content": content}]
-        ids = writing.chat.prompt(messages, writing.layout)
-        weight = [0.0] * len(ids)
-        if answer is not None:
+        if answer is None:
+            ids = writing.chat.prompt(messages, writing.layout)
+            weight = [0.0] * len(ids)
+        else:
             messages += [{"role": "assistant", "content": YES if answer else NO}]
             ids, weight = writing.chat.training(messages, writing.layout)
         inside = _last(writing.chat, ids, " this") if used and not before else []
