@@ -249,7 +249,7 @@ def build(s: Settings) -> Experiment:
 
     def init(key: jax.Array) -> Params:
         base = model.model.init(key, example)["params"]
-        ranks = {r"layer_\d+/attention/(query|key|value|out)": s.rank}
+        ranks = {r"layers?(_\d+)?/attention/(query|key|value|out)": s.rank}
         return {"base": base, "lora": lora.init(key, base, ranks)}
 
     schedule = optax.warmup_cosine_decay_schedule(0.0, s.learning_rate, s.steps // 20, s.steps)

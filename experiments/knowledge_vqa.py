@@ -172,7 +172,7 @@ def assemble(s: Settings) -> tuple[list[Thing], str, PictureLM, PictureWriter]:
         checkpoint,
         sight,
         Project(checkpoint.module.width, dropout=0.3),
-        ranks={r"layer_\d+/attention/(query|key|value|out)": s.lora_rank},
+        ranks={r"layers?(_\d+)?/attention/(query|key|value|out)": s.lora_rank},
         shared_width=8,
         start=start,
         injection=s.injection,

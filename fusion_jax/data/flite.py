@@ -5,6 +5,7 @@
 Nearer to people than espeak-ng is, and English only. Debian's libflite1 brings it.
 """
 
+import contextlib
 import ctypes
 import dataclasses
 import functools
@@ -19,6 +20,8 @@ from fusion_jax.errors import UserError
 
 VOICES = ("awb", "kal16", "rms", "slt")
 """A Scottish man, an American man (diphones), an American man and an American woman."""
+
+ALSA = "libasound.so.2"
 
 _ONE_AT_A_TIME = threading.Lock()  # a voice's settings are those of the process
 
@@ -80,6 +83,7 @@ def speak(text: str, voice: Voice = Voice()) -> np.ndarray:
 
 @functools.cache
 def _library() -> ctypes.CDLL:
+    _open_alsa()
     library = _open("libflite.so.1")
     library.flite_init()
     library.flite_text_to_wave.restype = ctypes.POINTER(_Wave)
@@ -99,11 +103,23 @@ def _speaker(name: str) -> "ctypes._Pointer[_Voice]":
     return register(None)
 
 
-def _open(name: str) -> ctypes.CDLL:
-    """A library of the package, its symbols seen by those opened later."""
-    about = debian.find_or_fetch("libflite1", Path("usr/share/doc/libflite1"), "Festival Lite")
+def _open_alsa() -> None:
+    """Opens what Festival Lite could play with: it does not load without, and servers lack it."""
+    with contextlib.suppress(OSError):
+        ctypes.CDLL(ALSA, ctypes.RTLD_GLOBAL)
+        return
+    try:
+        _open(ALSA, "libasound2t64")
+    except UserError:  # the name before 2024
+        _open(ALSA, "libasound2")
+
+
+def _open(name: str, package: str = "libflite1") -> ctypes.CDLL:
+    """A library of a package, its symbols seen by those opened later."""
+    inside = Path("usr/share/doc") / package
+    about = debian.find_or_fetch(package, inside, f"{name} for Festival Lite")
     found = next(iter(sorted((about.parents[2] / "lib").glob(f"*/{name}"))), None)
     try:
         return ctypes.CDLL(str(found or name), ctypes.RTLD_GLOBAL)
     except OSError as error:
-        raise UserError(f"cannot open Festival Lite ({error}); install libflite1") from error
+        raise UserError(f"cannot open {name} ({error}); install {package}") from error

@@ -209,9 +209,14 @@ def with_cross_attention(decoder: Decoder, *, every: int = 4, heads: int = 8) ->
 
     So does OpenFlamingo. Before the first block the gradient of its gate was ten times that of all
     the others in SmolLM2, where what is embedded is small, and clipping held up all else.
+
+    Raises:
+        UserError: `every` below 1, or a decoder whose layers are scanned.
     """
     if every < 1:
         raise UserError(f"every={every} must be at least 1")
+    if decoder.scan:
+        raise UserError("cross-attention stands between some layers: leave --scan out")
     gated: dict[int, Any] = {}
 
     def place(index: int, block: Any) -> Any:

@@ -83,6 +83,7 @@ def test_trains_reports_and_answers(flags, injection, tmp_path, monkeypatch, cap
     monkeypatch.setattr(trust, "text_features", lambda texts: np.ones((len(texts), 2)))
     run = tmp_path / "run"
     command = [*flags, "--injection", injection, "--workdir", str(run)]
+    command += ["--scan"] if injection == "kbert" else []
     assert main(["train", "experiments/knowledge_vqa.py", *command]) == 0
     numbers = json.loads((run / "report" / "metrics.json").read_text())
     assert numbers["true facts/looking Y up"] == 1

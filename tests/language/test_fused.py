@@ -236,5 +236,7 @@ def test_bad_prompts_and_parts():
         FusedLM(DECODER, {"image": Projection(8)}).init(jax.random.key(0), batch)
     with pytest.raises(UserError, match="expects no such param"):
         init_around(build(), jax.random.key(0), batch, {"decoder": {"head": jnp.ones(3)}})
+    with pytest.raises(UserError, match="leave --scan out"):
+        with_cross_attention(DECODER.clone(scan=True))
     with pytest.raises(UserError, match="among the connectors"):
         FusedLM(DECODER, {}, cross="image").init(jax.random.key(0), batch)
