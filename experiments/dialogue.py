@@ -17,13 +17,12 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 import optax
 from tokenizers import Tokenizer
 
 from fusion_jax.data import asterisk, concepts, espeak, flite, questions, stamps
-from fusion_jax.data.audio import SAMPLE_RATE, decode, whole_seconds
+from fusion_jax.data.audio import SAMPLE_RATE, decode
 from fusion_jax.data.domain_batches import own_share
 from fusion_jax.data.pipeline import Batches, Mixture
 from fusion_jax.data.speech_sets import spoken_questions
@@ -36,6 +35,7 @@ from fusion_jax.knowledge import wordnet
 from fusion_jax.language.ask import Assistant
 from fusion_jax.language.hearing import Dictation, Turn, open_hearing
 from fusion_jax.language.listener import Spelling
+from fusion_jax.language.recogniser import recogniser
 from fusion_jax.language.spoken import SpokenLM
 from fusion_jax.language.tuned import TRAINED
 from fusion_jax.objectives.recognition import answer_and_spell
@@ -393,22 +393,12 @@ def report(
 def cascade(tower: str) -> Callable[[Sequence[Utterance]], list[str]] | None:
     """What the tower's own decoder writes of recordings, where it has one."""
     try:
-        opened = load(tower, "recogniser")
+        write = recogniser(tower)
     except UserError:
         return None
-    apply = opened.module.apply
-    transcribe = jax.jit(
-        lambda params, sound: apply({"params": params}, sound, method="transcribe")
-    )
 
     def recognise(those: Sequence[Utterance]) -> list[str]:
-        written = []
-        for said in those:
-            sound = said.sound()
-            samples = decode(sound) if isinstance(sound, bytes) else sound
-            found = transcribe(opened.params, whole_seconds(samples))
-            ids = np.asarray(found.values[0])[np.asarray(found.mask[0])].tolist()
-            written.append(opened.tokenizer.decode(ids).strip())
-        return written
+        sounds = (said.sound() for said in those)
+        return [write(decode(s) if isinstance(s, bytes) else s) for s in sounds]
 
     return recognise

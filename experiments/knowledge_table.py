@@ -28,8 +28,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rule loss": {"injection": "none", "rule_weight": 0.3},
     "knn": {"injection": "knn"},  # after none, whose params it takes
     "chained + rule loss": {"injection": "chained", "rule_weight": 0.3},
-    "none, not held": {"injection": "none", "keep_weight": 0.0},
-    "chained, not held": {"injection": "chained", "keep_weight": 0.0},
 }
 ABOUT = {
     "knowledge_qa": ("Is X a kind of Y?", "WordNet, unseen things and kinds"),

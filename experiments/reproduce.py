@@ -181,7 +181,7 @@ INJECTIONS = (
     *(("none", "prompt", "chained", "knn"), ("cross", "kbert", "ernie")),
     ("rule loss", "as it came", "bag of words"),
 )
-PICTURED = ("none", "knn", "none, not held", "chained, not held")
+PICTURED = ("none", "knn", "chained", "ernie")
 HELD = ("gained at most", "forgotten at the end", "forgotten at equal gain", "accuracy")
 CUT = "cut, the answer is not in them"
 SCORERS = ("complex", "simple", "distmult", "rotate", "tucker", "conve", "transe")

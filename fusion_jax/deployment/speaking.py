@@ -7,7 +7,7 @@ model; it cannot tell how likely another answer was.
 import dataclasses
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,7 +27,13 @@ from fusion_jax.language.hearing import LONGEST
 
 
 class Answers(Protocol):
-    """For instance `graph_answers.Answerer`; may have an `assistant` whose readers it uses."""
+    """For instance `graph_answers.Answerer`.
+
+    Attributes:
+        readers: which files it takes, "image" and "audio".
+    """
+
+    readers: Collection[str]
 
     def answer(self, question: str, media: Any = None, **how: Any) -> Iterator[str]: ...
 
@@ -64,11 +70,10 @@ class Speaker(Generator):
     scores = False
 
     def __init__(self, answers: Answers):
-        readers = getattr(getattr(answers, "assistant", answers), "readers", {})
         self.answers, self.rows, self.context = answers, 1, 2048
         heard = {"rate": SAMPLE_RATE, "longest": int(LONGEST * SAMPLE_RATE)}
         self.inputs = {
-            name: {"kind": name} | (heard if name == "audio" else {}) for name in readers
+            name: {"kind": name} | (heard if name == "audio" else {}) for name in answers.readers
         }
         self.readers = {name: File(spec) for name, spec in self.inputs.items()}
 

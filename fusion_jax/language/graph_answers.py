@@ -8,9 +8,10 @@ Answerer(judge, linker).answer("Is a whale a mammal?")
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from fusion_jax.knowledge.linking import Linker, Mention
 from fusion_jax.knowledge.questions import Facts, Task, World, asked_about, hits
 from fusion_jax.language.injection import FactWriter, Params, Writer, states
 from fusion_jax.language.nearest import Memory
+from fusion_jax.language.recogniser import in_words
 
 Asked = Sequence[tuple[Task, Any]]
 """Questions, each with its facts as the writer takes them."""
@@ -175,15 +177,22 @@ class Answerer:
     judge: Judge | Recalling
     writer: Writer
     linker: Linker
+    readers: ClassVar = ("audio",)
 
-    def answer(self, question: str, media: Any = None, **_: Any) -> Iterator[str]:
-        """The answer in pieces.
+    def answer(
+        self, question: str, media: Mapping[str, Sequence[Path]] | None = None, **_: Any
+    ) -> Iterator[str]:
+        """The answer in pieces; first what was understood of a spoken question.
 
         Raises:
-            UserError: files; a question in which no thing and kind are named.
+            UserError: pictures; a question in which no thing and kind are named; see `in_words`.
         """
-        if any((media or {}).values()):
-            raise UserError("this model answers questions about names, without files")
+        files = media or {}
+        if any(files[name] for name in files if name not in self.readers):
+            raise UserError("this model answers questions about names, without pictures")
+        if spoken := files.get("audio"):
+            question = in_words(question, spoken)
+            yield f"Heard: {question}\n"
         world = self.writer.world
         mentions = content(question, self.linker, world.graph)
         if len(mentions) < 2:

@@ -163,14 +163,20 @@ def reopen(workdir: Path, mesh: str | None = None) -> tuple[ModuleType, Settings
         mesh: of devices, to split a model that one cannot hold.
 
     Raises:
-        UserError: there is no run in it.
+        UserError: there is no run in it, or one of another version of this package.
     """
     record = workdir / "run.json"
     if not record.exists():
         seeds = sorted(each.parent.name for each in workdir.glob("seed-*/run.json"))
         advice = f"give one of its seeds, {workdir / seeds[0]}" if seeds else "train first"
         raise UserError(f"{workdir} holds no run (no run.json): {advice}, or check --workdir")
-    module = load_file(workdir / "experiment.py")
+    try:
+        module = load_file(workdir / "experiment.py")
+    except ImportError as error:
+        raise UserError(
+            f"{workdir} was trained with another version of fusion_jax ({error}): open it with "
+            "that one, or train anew"
+        ) from error
     content = json.loads(record.read_text())
     saved = content["settings"]
     saved |= {name: str(workdir / path) for name, path in content.get("own", {}).items()}

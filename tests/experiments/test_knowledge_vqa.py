@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import soundfile
 from PIL import Image
 
 from colab.quick import SIGHT
@@ -29,6 +30,7 @@ from fusion_jax.knowledge.pictured import (
     quality_filter,
 )
 from fusion_jax.knowledge.questions import World
+from fusion_jax.language import recogniser
 from fusion_jax.language.fused import FusedLM, answer_logits
 from fusion_jax.language.injection import INJECTIONS, log_odds
 from fusion_jax.language.injection_training import Fours, objective, untrained
@@ -109,6 +111,12 @@ def test_trains_reports_and_answers(flags, injection, tmp_path, monkeypatch, cap
         assert main([*question, *bad]) == 2
         assert message in capsys.readouterr().err.splitlines()[-1]
     if injection == "chained":
+        words = lambda samples: "Is this a night?"  # noqa: E731
+        monkeypatch.setattr(recogniser, "recogniser", lambda name: words)
+        spoken = tmp_path / "asked.wav"
+        soundfile.write(spoken, np.sin(np.arange(8000)), 16_000)
+        assert main([*question, "", "--image", picture, "--audio", str(spoken)]) == 0
+        assert capsys.readouterr().out == f"Heard: Is this a night?\n{said}"
         artifact = tmp_path / "artifact"  # the model that sees, without the facts
         assert main(["export", "--workdir", str(run), str(artifact)]) == 0
         assert "looks facts up" in capsys.readouterr().out

@@ -247,10 +247,15 @@ def test_lines_are_turns_and_a_wrong_one_is_told(assistant, tmp_path):
     assert len(conversation.turns) == 1
 
 
-def test_whom_to_ask():
+def test_whom_to_ask(tmp_path):
     with pytest.raises(UserError, match="either --model"):
         ask("Who?")
     with pytest.raises(UserError, match="--model is no run"):
         ask("Who?", model="nobody", senses=Path("nowhere"))
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "run.json").write_text("{}")
+    (tmp_path / "old" / "experiment.py").write_text("from fusion_jax.paths import gone\n")
+    with pytest.raises(UserError, match=r"another version of fusion_jax \(cannot import .*gone"):
+        ask("Who?", workdir=tmp_path / "old")
     with pytest.raises(UserError, match="holds no run"):
         ask("Who?", workdir=Path("nowhere"))

@@ -12,6 +12,7 @@ from fusion_jax.adaptation.lora import LoRA
 from fusion_jax.errors import UserError
 from fusion_jax.knowledge.linking import Linker
 from fusion_jax.knowledge.questions import World, remember
+from fusion_jax.language import graph_answers
 from fusion_jax.language.chat import Chat
 from fusion_jax.language.fused import FusedLM, init_around
 from fusion_jax.language.graph_answers import Answerer, Judge, Recalling
@@ -159,16 +160,25 @@ def test_what_is_remembered_answers_and_nothing_remembered_is_the_model():
     np.testing.assert_allclose(many(silent), judge(silent), atol=1e-5)
 
 
-def test_an_answer_says_what_it_would_be_without_its_facts():
+def test_an_answer_says_what_it_would_be_without_its_facts(monkeypatch):
     def judge(asked):
         return np.array([3.0 if facts else -1.0 for _, facts in asked])
 
+    def heard(question, files):
+        assert (question, files) == ("", ["question.ogg"])
+        return "Is robin a kind of bird?"
+
     named = WORLD.graph.with_names("en", {i: [name] for i, name in enumerate(NAMES)})
+    monkeypatch.setattr(graph_answers, "in_words", heard)
     for injection in ("chained", "none"):
         answerer = Answerer(judge, writer_for(injection), Linker.of(named))
         first, *shown = "".join(answerer.answer("Is robin a kind of bird?")).splitlines()
         assert first == "Yes (0.95)."
         assert shown[-1:] == ([] if injection == "none" else ["Without these facts: No (0.73)."])
+        spoken = "".join(answerer.answer("", {"audio": ["question.ogg"]})).splitlines()
+        assert spoken == ["Heard: Is robin a kind of bird?", first, *shown]
+    with pytest.raises(UserError, match="without pictures"):
+        list(answerer.answer("Is robin a kind of bird?", {"image": ["robin.png"]}))
 
 
 def test_knn_answers_no_to_what_does_not_follow_from_all_that_is_known():
