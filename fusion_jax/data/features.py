@@ -51,6 +51,8 @@ class Tower:
 
 
 class ChecksummedSource(Source, Protocol):
+    """If examples take time to make, it also has `light(row)`: True in place of such a field."""
+
     checksum: str
 
 
@@ -258,8 +260,9 @@ def _light_examples(
     if not place.exists():
         examples: list[dict[str, Any]] = []
         found: dict[str, list[Any]] = {field: [] for field in fields}
+        light = getattr(source, "light", source.__getitem__)
         for row in tqdm(range(len(source)), desc="reading examples", unit=""):
-            example = source[row]
+            example = light(row)
             for field in fields:
                 value = _by_language(example.get(field))
                 languages = sorted(value) if isinstance(value, dict) else True

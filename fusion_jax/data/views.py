@@ -82,6 +82,13 @@ class SoundViews:
         makers = [partial(self._view, clean, row, view) for view in range(self.count)]
         return example | {"audio": makers}
 
+    def light(self, row: int) -> dict[str, Any]:
+        """The example without making its sound, see `features.ChecksummedSource`."""
+        example = getattr(self.source, "light", self.source.__getitem__)(row)
+        if row not in self.rows or example.get("audio") is None:
+            return example
+        return example | {"audio": [True] * self.count}
+
     def _view(self, clean: np.ndarray, row: int, view: int) -> np.ndarray:
         if view == 0:
             return clean

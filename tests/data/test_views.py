@@ -1,6 +1,7 @@
 """Recordings of training at other speeds and in noise, beside what they are."""
 
 import dataclasses
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import soundfile
 from fusion_jax.data import features
 from fusion_jax.data.audio import Waveforms
 from fusion_jax.data.pipeline import Padded
+from fusion_jax.data.spoken import Spoken, Utterance
 from fusion_jax.data.views import DECIBELS, SPEEDS, SoundViews, standardized
 from fusion_jax.errors import UserError
 from fusion_jax.tokens import Tokens
@@ -94,3 +96,27 @@ def test_a_modality_that_no_training_row_has_is_told():
     assert standardized(Padded("audio", (2, 3)), source, [0, 1]).mean.tolist() == [1, 1, 1]
     with pytest.raises(UserError, match="no row to train on has 'audio'"):
         standardized(Padded("audio", (2, 3)), source, [0])
+
+
+def test_each_sound_is_made_once_and_kept_as_it_was_made(tmp_path):
+    made = []
+
+    def recording(number):
+        made.append(number)
+        return Tones()[number]["audio"]
+
+    said = [Utterance(f"tone {n}", recording=partial(recording, n), key=str(n)) for n in range(4)]
+    source = SoundViews(Spoken(said), 2, rows=[0, 2], seconds=SECONDS)
+    mean = features.Tower(
+        lambda sound: sound.replace(values=sound.values[..., None]), Waveforms(SECONDS), key=""
+    )
+    frozen = features.freeze(source, {"audio": mean}, folder=tmp_path)
+    assert sorted(made) == [0, 1, 2, 3]
+    for row in range(4):
+        given = source[row]["audio"]
+        wanted = [given] if row in (1, 3) else [make() for make in given]
+        kept = frozen[row]["audio"]
+        found = [kept] if row in (1, 3) else [kept["0"], kept["1"]]
+        for one, other in zip(found, wanted, strict=True):
+            np.testing.assert_allclose(one[:, 0], other, atol=1e-3)
+        assert frozen[row]["text"] == f"tone {row}"
