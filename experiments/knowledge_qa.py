@@ -238,7 +238,8 @@ def stream(s: Settings, writer: Writer) -> Streams:
     if s.keep_weight:
         streams["plain"] = plain_batches(writer, s.batch_size, s.seed)
     if s.rule_weight:
-        chains = Fours.of(writer, fours(tasks), s.batch_size, s.seed)
+        chained = fours(tasks)
+        chains = Fours.of(writer, chained, s.batch_size, s.seed, s.accumulation)
         streams["chains"] = Dealt(chains, **own_share())
     return Streams(streams)
 

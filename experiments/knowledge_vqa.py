@@ -228,7 +228,8 @@ def stream(s: Settings, writer: PictureWriter) -> Streams:
     if s.keep_weight:
         streams["plain"] = plain_batches(writer, s.batch_size, s.seed)
     if s.rule_weight:
-        chains = Fours.of(writer, fours(seen, every), s.batch_size, s.seed)
+        chained = fours(seen, every)
+        chains = Fours.of(writer, chained, s.batch_size, s.seed, s.accumulation)
         streams["chains"] = Dealt(chains, **own_share())
     return Streams(streams)
 

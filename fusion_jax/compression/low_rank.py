@@ -38,12 +38,15 @@ class LowRank:
         return np.asarray(self.dequantize(), dtype)
 
     def product(self, inputs: jax.Array) -> jax.Array:
-        """inputs [..., in] -> [..., out]"""
+        """inputs [..., in] -> float32 [..., out]"""
+        dtype, out = inputs.dtype, inputs
         for factor in (self.first, self.second):
-            quantized = hasattr(factor, "product")
-            out = factor.product(inputs) if quantized else inputs @ factor.astype(inputs.dtype)
-            inputs = out.astype(inputs.dtype)
-        return inputs
+            if hasattr(factor, "product"):
+                out = factor.product(out.astype(dtype))
+            else:
+                pair = out.astype(dtype), factor.astype(dtype)
+                out = jnp.einsum("...k,kn->...n", *pair, preferred_element_type=jnp.float32)
+        return out
 
 
 @struct.dataclass
@@ -76,8 +79,8 @@ class Adapted:
     __array__ = LowRank.__array__
 
     def product(self, inputs: jax.Array) -> jax.Array:
-        """inputs [..., in] -> [..., out]"""
-        out = self.kernel.product(inputs).astype(inputs.dtype) + self.change.product(inputs)
+        """inputs [..., in] -> float32 [..., out]"""
+        out = self.kernel.product(inputs) + self.change.product(inputs)
         if self.ratio is None:
             return out
         return out * self.ratio.astype(out.dtype).reshape((1,) * (out.ndim - 1) + (-1,))

@@ -104,7 +104,7 @@ class Quantized:
         return np.asarray(self.dequantize(), dtype)
 
     def product(self, inputs: jax.Array) -> jax.Array:
-        """inputs [..., columns] with every row: [..., rows], float32 for int8 activations."""
+        """inputs [..., columns] with every row: float32 [..., rows]."""
         if not self.activations:
             return _full_product(self, inputs)
         kernel = self.values.reshape(self.values.shape[0], -1)
@@ -125,7 +125,8 @@ class Quantized:
 
 @jax.checkpoint  # training on top of few bits would else keep every kernel in full
 def _full_product(kernel: Quantized, inputs: jax.Array) -> jax.Array:
-    return jnp.einsum("...k,nk->...n", inputs, kernel.rows(inputs.dtype))
+    rows = kernel.rows(inputs.dtype)
+    return jnp.einsum("...k,nk->...n", inputs, rows, preferred_element_type=jnp.float32)
 
 
 def round_rows(rows: jax.Array) -> tuple[jax.Array, jax.Array]:

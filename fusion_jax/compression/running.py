@@ -65,17 +65,21 @@ def read_compressed(
             return call(*args, **kwargs)
         dtype = module.dtype or args[0].dtype
         inputs = args[0].astype(dtype)
-        out = kernel.product(inputs) if is_compressed(kernel) else inputs @ kernel.astype(dtype)
+        if is_compressed(kernel):
+            out = kernel.product(inputs)
+        else:
+            kernel = kernel.astype(dtype)
+            out = jnp.einsum("...k,kn->...n", inputs, kernel, preferred_element_type=jnp.float32)
         if module.use_bias:
             bias = module.get_variable("params", "bias").astype(out.dtype)
             out += bias.reshape((1,) * (out.ndim - 1) + (-1,))
-        return out.astype(dtype)
+        return out if module.dot_general is not None else out.astype(dtype)  # logits: float32
     if isinstance(module, nn.Embed) and is_compressed(_param(module, "embedding")):
         return _embed(module, method, *args)
     if isinstance(module, Decoder) and method == "logits" and module.tied:
         table = module.variables["params"]["embedding"]["embedding"]
         if is_compressed(table):
-            logits = table.product(args[0].astype(module.dtype)).astype(jnp.float32)
+            logits = table.product(args[0].astype(module.dtype))
             cap = module.logit_softcap
             return logits if cap is None else cap * jnp.tanh(logits / cap)
     return call(*args, **kwargs)

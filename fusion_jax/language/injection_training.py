@@ -50,6 +50,9 @@ def reading(writer: FactWriter, objective: Objective) -> Objective:
 class Fours:
     """Batches of four questions without facts on each chain, as `TRANSITIVE` has them.
 
+    A chain's four stand one after the other in its micro-batch, which `make_step` makes of each
+    accumulation-th row.
+
     Attributes:
         count: of chains in a batch.
     """
@@ -58,10 +61,16 @@ class Fours:
     fours: Sequence[Sequence[Task]]
     count: int
     seed: int
+    accumulation: int = 1
 
     @classmethod
     def of(
-        cls, writer: FactWriter, fours: Sequence[Sequence[Task]], batch_size: int, seed: int
+        cls,
+        writer: FactWriter,
+        fours: Sequence[Sequence[Task]],
+        batch_size: int,
+        seed: int,
+        accumulation: int = 1,
     ) -> "Fours":
         """Half as many questions as a batch has, of the chains that have room in its rows.
 
@@ -69,21 +78,25 @@ class Fours:
             UserError: a batch too small for a chain; no chain that has room.
         """
         count = batch_size // 8
-        if not count or count % jax.process_count():
-            raise UserError("the rule loss needs a batch size of 8, or of a multiple, a process")
+        if not count or count % jax.process_count() or count % accumulation:
+            raise UserError(
+                "the rule loss needs a batch size of 8, or of a multiple, a process and a micro-"
+                "batch of --accumulation"
+            )
         fitting = [four for four in fours if all(map(writer.fits, four))]
         if not fitting:
             raise UserError(
                 "the rule loss needs questions with chains of two facts that fit into "
                 f"{writer.row} tokens: give --length or --hops"
             )
-        return cls(writer, fitting, count, seed)
+        return cls(writer, fitting, count, seed, accumulation)
 
     def __getitem__(self, step: int) -> dict[str, Any]:
         rng = np.random.default_rng([self.seed, step])
         chosen = rng.choice(len(self.fours), self.count)
         tasks = [task for row in chosen.tolist() for task in self.fours[row]]
-        examples = [self.writer(task, (), **self.writer.draw(rng)) for task in tasks]
+        order = np.arange(len(tasks)).reshape(self.accumulation, -1).T.ravel().tolist()
+        examples = [self.writer(tasks[row], (), **self.writer.draw(rng)) for row in order]
         return self.writer.collate(examples, length=self.writer.row)
 
 
@@ -92,7 +105,10 @@ def transitive(model: Any, writer: FactWriter) -> Objective:
     broken = rule_loss(TRANSITIVE, log_odds=lambda odds, batch: odds)
 
     def transitive(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Metrics]:
-        return broken(log_odds(model, writer, params, batch).reshape(-1, 4), batch)
+        odds = log_odds(model, writer, params, batch)
+        if len(odds) % 4:  # pmap's devices see their own rows alone
+            raise UserError("the rule loss needs a batch size of 8, or of a multiple, a device")
+        return broken(odds.reshape(-1, 4), batch)
 
     return transitive
 

@@ -116,6 +116,23 @@ def test_a_model_on_compressed_params_is_the_model_on_what_they_stand_for(settin
     assert 1e-5 < error < 0.1
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("name", ["int8", "nf4"])
+def test_logits_of_a_bfloat16_model_stay_float32(tied, name):
+    """A vocabulary's logits rounded to 8 bits of mantissa would cost more than the weights do."""
+    decoder = tiny.decoder(tied=tied)
+    small = on_kernels(tiny.random_params(decoder), rounding(name))
+    decoder = decoder.clone(dtype=jnp.bfloat16)
+    hidden = jax.random.normal(jax.random.key(0), (2, 3, decoder.width), jnp.bfloat16)
+    found = Compressed(decoder).apply({"params": small}, hidden, method="logits")
+    expected = decoder.apply({"params": dense_params(small)}, hidden, method="logits")
+    assert found.dtype == expected.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    with jax.numpy_dtype_promotion("standard"):  # flax's norms want it of 16 bits
+        written = generate(Compressed(decoder), small, Prompt.of([[3, 4]]), max_tokens=2)
+    assert written.mask.all()
+
+
 def test_generation_and_storage(tmp_path):
     decoder, params = tiny.decoder(), jax.tree.map(jnp.copy, PARAMS)
     params["transformer"]["layer_0"]["mlp"]["up"]["kernel"] *= jnp.arange(32.0)[None] % 2  # zeros

@@ -206,6 +206,13 @@ def test_the_rule_loss_takes_chains_of_two_facts(monkeypatch):
     chains = Fours.of(writer, knowledge_qa.fours([two, three]), 64, 0)
     drawn = chains[3]
     assert len(drawn) == 32 and len(np.unique(drawn, axis=0)) > 4
+    fours = {tuple(map(tuple, rows)) for rows in drawn.reshape(-1, 4, 2).tolist()}
+    cut = Fours.of(writer, chains.fours, 64, 0, accumulation=4)[3]
+    micro = np.concatenate([cut[first::4] for first in range(4)])  # as make_step cuts it
+    assert {tuple(map(tuple, rows)) for rows in micro.reshape(-1, 4, 2).tolist()} == fours
+    np.testing.assert_array_equal(micro, drawn)
+    with pytest.raises(UserError, match="--accumulation"):
+        Fours.of(writer, chains.fours, 64, 0, accumulation=3)
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     np.testing.assert_array_equal(chains[3], drawn)  # each process makes the batch of all
 
