@@ -166,6 +166,10 @@ def read_corpus(s: Settings) -> Corpus:
     prompts = asterisk.load(("en",))
     prompted = asterisk.splits(prompts, s.seed)
 
+    def short(sound: bytes) -> bool:
+        """Whether all of it is heard."""
+        return len(decode(sound)) <= s.seconds * SAMPLE_RATE
+
     def telephoned(side: str) -> list[Utterance]:
         found = []
         for row in prompted[side]:
@@ -173,7 +177,7 @@ def read_corpus(s: Settings) -> Corpus:
             words, key = prompts[row]["text"]["en"], f"asterisk {prompts.checksum} {row}"
             if side == "train" and not fresh(words):
                 continue
-            if len(decode(read())) <= s.seconds * SAMPLE_RATE:
+            if short(read()):
                 found.append(Utterance(words, recording=read, key=key))
         return found
 
@@ -193,7 +197,10 @@ def read_corpus(s: Settings) -> Corpus:
     if s.asked is not None:
         own = spoken_questions(s.asked)
         shares = concepts.split(own.concepts, s.seed)
-        for side, numbers in (("train", shares["train"]), (held, shares[held])):
+        for side in ("train", held):
+            numbers = [number for number in shares[side] if short(own[number]["audio"])]
+            if left := len(shares[side]) - len(numbers):
+                print(f"{left} of your {side} questions take over {s.seconds:g} s and are left out")
             rows = add(
                 [
                     Utterance(
@@ -217,6 +224,8 @@ def read_corpus(s: Settings) -> Corpus:
 
 TESTED = 80
 """Most utterances of a kind that are tested."""
+SPELLED = 28
+"""Most word pieces of a recording that is learned to be spelled."""
 UNHEARD = flite.Voice("rms")
 HEARD = ("awb", "kal16", "slt")
 VARIANTS = ("f2", "f5", "m1", "m3", "f3")
@@ -274,12 +283,15 @@ def stream(s: Settings, corpus: Corpus, model: SpokenLM) -> Phases:
     rows = [row for kind in corpus.train.values() for row in kind]
     rows += corpus.train["recording"] * 3  # there are few
     ids = [in_pieces(model.chat.tokenizer, corpus.utterances[row].text) for row in rows]
-    classes = [model.spelling.classes(each) for each in ids]
-    dictation = Dictation(rows, classes, model.hearing, most=28)
+    spelled = [(row, model.spelling.classes(each)) for row, each in zip(rows, ids, strict=True)]
+    spelled = [(row, classes) for row, classes in spelled if len(classes) <= SPELLED]
+    dictation = Dictation(*map(list, zip(*spelled, strict=True)), model.hearing, most=SPELLED)
     listen = Batches(dictation, s.batch_size, dictation.transforms, seed=s.seed, **share)
     asked = corpus.train["question"][: s.answered]
     typed = [corpus.utterances[row].text for row in asked]
-    answers = model.own_answers(typed, s.answer_tokens)
+    written = model.own_answers(typed, s.answer_tokens)
+    # As text, one that ended is learned with its end; of others so much, and not what comes after.
+    answers = [model.text(ids) if len(ids) < s.answer_tokens else ids for ids in written]
     synthetic = corpus.train["question"][s.answered :] + corpus.train["sentence"]
 
     def repeat(those: Sequence[int]) -> list[Turn]:
@@ -351,8 +363,7 @@ def report(
         said = [corpus.utterances[row].text for row in rows]
         typed = model.own_answers(said, s.answer_tokens)
         if rows[0] in corpus.answers:
-            encode = model.chat.tokenizer.encode
-            typed = [encode(corpus.answers[row]).ids[: s.answer_tokens] for row in rows]
+            typed = [model.chat.encode(corpus.answers[row])[: s.answer_tokens] for row in rows]
         repeated = model.write(merged, [REPEAT] * len(rows), rows, 32)
         heard = {
             "fused": [model.text(ids) for ids in repeated],

@@ -42,6 +42,7 @@ from fusion_jax.errors import UserError
 from fusion_jax.evaluation.table import print_table
 from fusion_jax.evaluation.transfer import CRITERIA
 from fusion_jax.training import runtime
+from fusion_jax.training.matmuls import as_trained
 from fusion_jax.training.state import evaluation_params
 from fusion_jax.training.step import State, make_step, many_steps
 
@@ -116,14 +117,17 @@ class Trainer:
             params = unflatten_dict(drawn | flatten_dict(experiment.pretrained))
             return State(jnp.zeros((), jnp.int32), seed, params, experiment.optimizer.init(params))
 
-        step = make_step(experiment.objective, experiment.optimizer, accumulation=s.accumulation)
+        objective = as_trained(experiment.objective, s)
+        step = make_step(objective, experiment.optimizer, accumulation=s.accumulation)
         self.start, self.advance = jax.jit(start), many_steps(step)
 
     def run(self, s: Settings, prepared: Prepared) -> History:
         """What `validate` said of the method at each evaluation."""
         state, history = self.start(jnp.int32(s.seed)), []
-        for first in range(0, s.steps, s.evaluate_every):
-            batches = [prepared.data[first + step] for step in range(s.evaluate_every)]
+        every = s.evaluate_every or s.steps
+        for first in range(0, s.steps, every):
+            steps = range(first, min(first + every, s.steps))
+            batches = [prepared.data[step] for step in steps]
             batches = [{name: batch[name] for name in self.streams} for batch in batches]
             state = self.advance(state, batches)
             found = domain_shift.validate(prepared.judge, evaluation_params(state, {}))

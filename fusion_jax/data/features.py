@@ -218,8 +218,9 @@ def freeze(
 ) -> Frozen:
     """Replaces each field named in `towers` by the tower's tokens, computed once.
 
-    What else is light (numbers, strings, captions) stays in the examples; encoded bytes and
-    arrays are dropped. `source.fields[name][1].longest` and `.width` tell how much to pad to.
+    What else is light (numbers, strings, captions, lists of them) stays in the examples; encoded
+    bytes and arrays are dropped. `source.fields[name][1].longest` and `.width` tell how much to pad
+    to.
 
     Args:
       source: with a `checksum`.
@@ -272,7 +273,8 @@ def _light_examples(
             )
         with needs_room(folder), paths.write_folder(place) as draft:
             content = {"examples": examples, "found": found}
-            (draft / "examples.json").write_text(json.dumps(content, ensure_ascii=False))
+            text = json.dumps(content, ensure_ascii=False, default=lambda number: number.item())
+            (draft / "examples.json").write_text(text)
     content = json.loads((place / "examples.json").read_text())
     return content["examples"], content["found"]
 
@@ -294,9 +296,9 @@ def _allowed(found: list[Any], languages: Sequence[str] | None) -> list[Any]:
 
 
 def _is_light(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(map(_is_light, value.values()))
-    return isinstance(value, str | int | float | bool)
+    if isinstance(value, dict | list):
+        return all(map(_is_light, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, str | int | float | bool | np.integer | np.floating)
 
 
 def _number(found: list[Any]) -> tuple[list[Any], int]:

@@ -115,7 +115,7 @@ def choose(
     mask = np.zeros(ids.shape, bool)
     for row, choice in enumerate(choices):
         ids[row, : len(choice)], mask[row, : len(choice)] = choice, True
-    prompt = fit(model, prompt, longest)
+    prompt = fit(model, prompt, max(map(len, choices)))
     return _choose(model, params, prompt, ids, mask, min(at_once, len(choices)))
 
 

@@ -63,15 +63,16 @@ def causal_lm(
         )
         total = weights.sum()
         safe = jnp.where(total == 0, jnp.float32(1), total)
-        loss, nll, correct = (each / safe for each in sums)
+        alone, nll, correct = (each / safe for each in sums)
+        loss = alone
         metrics = {"perplexity": jnp.exp(nll), "accuracy": correct, "answer_tokens": total}
         if also is not None:
             extra, more = also(outputs, batch)
-            metrics |= more | {"causal_lm": loss}
+            metrics |= more | {"causal_lm": alone}
             loss += extra
         if balance:
             uneven = load_balancing_loss(sown["intermediates"], outputs.mask, chosen)
-            metrics |= {"balance": uneven, "causal_lm": loss}
+            metrics |= {"balance": uneven, "causal_lm": alone}
             loss += balance * uneven
         return loss, metrics
 

@@ -113,7 +113,8 @@ def test_only_the_languages_asked_for_are_encoded(tmp_path):
 def test_alternatives_in_a_list_are_in_no_language(tmp_path, monkeypatch):
     class Lists(Things):
         def __getitem__(self, row):
-            example = super().__getitem__(row)
+            example = super().__getitem__(row) | {"text": ["a thing", f"thing {row}"]}
+            example |= {"label": np.int64(row), "share": np.float32(0.5), "raw": [b"x"]}
             return {**example, "audio": list(example["audio"].values())}
 
     def run():
@@ -126,5 +127,7 @@ def test_alternatives_in_a_list_are_in_no_language(tmp_path, monkeypatch):
         assert "audio" not in run()[0]
     frozen = run()
     assert [len(each) for each in frozen[0]["audio"].values()] == [4, 7]
+    kept = {name: value for name, value in frozen[1].items() if name != "audio"}
+    assert kept == {"id": 1, "label": 1, "share": 0.5, "text": ["a thing", "thing 1"]}
     batch = Batches(frozen, 2, {"audio": Padded("audio", (16, 2), np.float16)}, train=False)[0]
     assert batch["audio"].mask.sum(1).tolist() == [4, 3]

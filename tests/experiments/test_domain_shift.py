@@ -251,6 +251,26 @@ def test_pairs_start_from_the_pretrained_params(monkeypatch):
     assert made["tower"]["kernel"].tolist() == [3, 3] and made["head"].tolist() == [0, 0]
 
 
+@pytest.mark.parametrize(("every", "seen"), [(2, [2, 3]), (0, [3]), (3, [3])])
+def test_a_run_of_pairs_ends_at_its_last_step(every, seen, monkeypatch):
+    experiment = SimpleNamespace(
+        init=lambda key: {"bias": jnp.zeros(2)},
+        pretrained={},
+        optimizer=optax.identity(),
+        objective=lambda params, batch, rng: (batch["source"]["x"].sum(), {}),
+    )
+    monkeypatch.setattr(domain_shift_pairs.domain_shift, "build", lambda s: experiment)
+    steps = []
+    monkeypatch.setattr(domain_shift_pairs, "evaluation_params", lambda state, _: int(state.step))
+    validate = lambda judge, step: steps.append(step) or {"model/source": 0.5}  # noqa: E731
+    monkeypatch.setattr(domain_shift_pairs.domain_shift, "validate", validate)
+    s = Settings(steps=3, evaluate_every=every)
+    data = [{"source": {"x": np.ones(2, np.float32)}} for _ in range(s.steps)]
+    prepared = SimpleNamespace(data=data, judge=None)
+    trainer = domain_shift_pairs.Trainer(s, domain_shift_pairs.FLOOR)
+    assert trainer.run(s, prepared) == [{"source": 0.5}] * len(seen) and steps == seen
+
+
 def test_tables_of_pairs_are_continued(drawn, tmp_path, capsys, monkeypatch):
     small = Settings(width=4, batch_size=16, steps=2, evaluate_every=1, bounds=False)
     hands = tuple(str(drawn / hand) for hand in ("pencil", "brush"))

@@ -289,10 +289,11 @@ def test_what_is_a_file_or_ends_as_one_is_not_translated_as_words(tmp_path):
         translate(("un chat. " * 500, "mp4"), Path("nowhere"), "en")
 
 
-def test_own_questions_are_dealt_out_with_their_answers(corpus, tmp_path):
+def test_own_questions_are_dealt_out_with_their_answers(corpus, tmp_path, capsys):
     lines = []
     for number in range(20):
-        soundfile.write(tmp_path / f"{number}.wav", np.ones(2000) * 0.1, 16_000)
+        samples = 2000 if number % 5 else 80_000  # every fifth is too long
+        soundfile.write(tmp_path / f"{number}.wav", np.ones(samples) * 0.1, 16_000)
         row = {"audio": f"{number}.wav", "question": f"What is {number}?", "answer": f"A {number}."}
         lines.append(json.dumps(row) + "\n")
     (tmp_path / "asked.jsonl").write_text("".join(lines))
@@ -303,6 +304,9 @@ def test_own_questions_are_dealt_out_with_their_answers(corpus, tmp_path):
         pytest.skip(str(error))
     for row, answer in found.answers.items():
         assert found.utterances[row].text == answer.replace("A", "What is").replace(".", "?")
+    asked = {found.utterances[row].text for row in found.answers}
+    assert asked.isdisjoint({f"What is {number}?" for number in range(0, 20, 5)})
+    assert "of your train questions take over 4.5 s and are left out" in capsys.readouterr().out
     held = set(found.tests["your own questions"])
     trained = held ^ set(found.answers)
     assert held and trained and trained <= set(found.train["recording"])

@@ -182,6 +182,12 @@ def test_choices_have_their_own_probabilities(params):
         np.testing.assert_allclose(np.ravel(found)[index], expected, rtol=1e-4)
     shortest = choose(MODEL, params, Prompt.of(PROMPTS), [[9], [30]])
     np.testing.assert_allclose(shortest[:, 1], found[:, 1], rtol=1e-4)
+    full = [[5] * (MODEL.context_length - 2)]
+    [[last, _]] = choose(MODEL, params, Prompt.of(full), [[9, 4], [30]])
+    log_probs = jax.nn.log_softmax(full_logits(MODEL, params, [full[0] + [9, 4]])[0])
+    np.testing.assert_allclose(last, log_probs[-3, 9] + log_probs[-2, 4], rtol=1e-4)
+    with pytest.raises(UserError, match="answer up to 3"):
+        choose(MODEL, params, Prompt.of(full), [[9, 4, 2]])
 
 
 def test_one_compilation_per_bucket(params):
