@@ -73,11 +73,11 @@ components are no setting any more; source-only, CDAN, MCC, target-supervised):
     1,280 standardized features, 128      0.691  0.754  0.748  0.786
     1,280 standardized features, 256      0.696  0.748  0.729  0.796   (the default)
 
-Two methods were not measured yet. `shot` is source-free: the first half of the steps learns the
-source, the second sees the target's unlabelled pictures alone and holds the classifier still; to
-choose its step by `--select infomax` is in its spirit. `rules` brings knowledge: "a subcategory
-implies its category" (`--labels subcategory`, or folders named "CATEGORY: CLASS"), between two
-heads on the target's unlabelled pictures.
+`shot` and `rules` were not measured yet either. `shot` is source-free: the first half of the steps
+learns the source, the second sees the target's unlabelled pictures alone and holds the classifier
+still; to choose its step by `--select infomax` is in its spirit. `rules` brings knowledge: "a
+subcategory implies its category" (`--labels subcategory`, or folders named "CATEGORY: CLASS"),
+between two heads on the target's unlabelled pictures.
 """
 
 import dataclasses

@@ -42,7 +42,7 @@ class Settings:
     experiment: tyro.conf.Positional[Literal["knowledge_qa", "knowledge_vqa"]]
     """About what is asked: names, or pictures."""
     seeds: int = 3
-    variants: tuple[str, ...] = ()
+    variants: tuple[Literal[tuple(VARIANTS)], ...] = ()
     """Which ways; all without any."""
     steps: int = 200
     development: bool = False

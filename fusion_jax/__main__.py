@@ -132,7 +132,8 @@ def fetch(arguments: list[str]) -> None:
         """Brings a pretrained checkpoint, once, and prints its folder.
 
         Args:
-            name: a short name like efficientnet-lite2, a hub name like org/model, or a folder.
+            name: a short name like efficientnet-lite2, a hub name like org/model, a GGUF file
+                there like org/model:file.gguf, or a folder.
         """
         return name
 

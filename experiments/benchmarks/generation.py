@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
+import tyro
 
 from experiments.benchmarks.rows import Row
 from fusion_jax.language.beam import beam_search
@@ -149,6 +150,11 @@ def rows() -> Iterator[Row]:
         yield Row(f"{label}{parted}", unit, same.equal, same.total, "transformers.generate")
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Prints them."""
     for row in rows():
         print(row, flush=True)
+
+
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__)

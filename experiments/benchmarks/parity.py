@@ -5,7 +5,7 @@ somewhere is built by `transformers` and saved; we open the folder, compare outp
 of a loss in float32, save it again, and let `transformers` open that.
 
     python -m experiments.benchmarks.parity            (needs the test extra: torch, transformers)
-    python -m experiments.benchmarks.parity llama gpt2
+    python -m experiments.benchmarks.parity "llama 3" gpt2
 
 "outputs" is the largest absolute difference (below 1e-4), "gradient" the largest difference within
 a tensor relative to its largest entry (below 1e-3), "round trip" whether what we save gives bit
@@ -13,14 +13,15 @@ for bit the same outputs in `transformers` and the same params here.
 """
 
 import dataclasses
-import sys
 import tempfile
 from pathlib import Path
+from typing import Literal
 
 import jax
 import numpy as np
 import torch
 import transformers
+import tyro
 from flax import traverse_util
 
 from experiments.benchmarks.parity_cases import CASES, Case
@@ -103,16 +104,20 @@ def _relative(found: dict, expected: dict) -> float:
     )
 
 
-def main(names: list[str]) -> None:
-    """Prints the table."""
+def main(cases: tyro.conf.Positional[tuple[Literal[tuple(CASES)], ...]] = ()) -> None:
+    """Prints the table.
+
+    Args:
+        cases: which; all without any.
+    """
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     print("| family | outputs | gradient | round trip |\n| --- | --- | --- | --- |")
-    for name in names or CASES:
+    for name in cases or CASES:
         parity = compare(CASES[name]())
         exact = "exact" if parity.round_trip else "NOT exact"
         print(f"| {name} | {parity.outputs:.1e} | {parity.gradient:.1e} | {exact} |", flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    tyro.cli(main, description=__doc__)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
+import tyro
 
 from experiments.benchmarks.onnx_recogniser import onnx_recogniser
 from experiments.dialogue import cascade
@@ -75,4 +76,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

@@ -36,7 +36,7 @@ from fusion_jax.errors import UserError
 
 KNOWN = (
     "int8, int8-activations, int8-calibrated, int4, int4-mixed, nf4, fp8, prune-0.5, wanda-0.5, "
-    "sparsegpt-0.5, prune-2:4 ..., low-rank-0.5"
+    "sparsegpt-0.5, prune-2:4 ..., low-rank-0.5, and before them structured-0.5, distil-0.5"
 )
 MIXED_SHARE = 0.1
 

@@ -23,10 +23,8 @@ from fusion_jax.errors import UserError
 
 try:
     import apache_beam as beam
-except ImportError as missing:
-    raise UserError("building data sets needs Apache Beam: pip install 'fusion_jax[beam]'") from (
-        missing
-    )
+except ImportError:
+    beam = None
 
 Row = tuple[str, dict[str, Any]]
 
@@ -97,8 +95,10 @@ def build(
         runner: of Beam, such as DataflowRunner; without it this machine's own.
 
     Raises:
-        UserError: no such file, or the first row that is wrong.
+        UserError: no Apache Beam, no such file, or the first row that is wrong.
     """
+    if beam is None:
+        raise UserError("building data sets needs Apache Beam: pip install 'fusion_jax[beam]'")
     files = sorted(glob.glob(pattern))
     if not files:
         raise UserError(f"{pattern}: no such file; expected JSONL files")

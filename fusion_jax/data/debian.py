@@ -34,8 +34,7 @@ def find_or_fetch(package: str, inside: Path, what: str) -> Path:
         raise UserError(
             f"{what} not found: looked in {Path('/') / inside} and {fetched}, then tried"
             f" `apt-get download {package}`, which failed ({reason.strip().splitlines()[-1]})."
-            f" Install {package}, or unpack its .deb anywhere (dpkg -x, or ar and tar) and name"
-            " that folder."
+            f" Install {package}, or unpack its .deb to {fetched} (dpkg -x, or ar and tar)."
         ) from error
     return fetched / inside
 

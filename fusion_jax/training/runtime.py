@@ -42,14 +42,15 @@ def kernel_of(settings: Settings) -> attention.Attend:
     `--together`'s vmap, and with heads split over `tensor`, which may not divide them.
 
     Raises:
-        UserError: cudnn for seeds that are trained together.
+        UserError: cudnn for seeds that are trained together; a ring of one.
     """
-    if settings.attention == "auto" and (
-        settings.together or re.search(r"\btensor=(?!1\b)", settings.mesh)
-    ):
+    split = re.search(r"\btensor=(?!1\b)", settings.mesh)
+    if settings.attention == "auto" and (settings.together or split):
         return attention.dense_attend
     if settings.attention == "cudnn" and settings.together:
         raise UserError("cuDNN's attention computes a seed at a time: leave --together out")
+    if settings.attention == "ring" and not split:
+        raise UserError("--attention ring splits rows over the axis tensor: add --mesh tensor=N")
     return KERNELS[settings.attention]
 
 

@@ -68,7 +68,8 @@ def main(
     metrics = Metrics()
     logging.getLogger("jax").setLevel(logging.WARNING)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache/fusion_jax/xla"))
+        home = os.environ.get("FUSION_JAX_HOME", "~/.cache/fusion_jax")
+        jax.config.update("jax_compilation_cache_dir", str(Path(home).expanduser() / "xla"))
     limits = Limits(chosen.rows, chosen.patience, chosen.queue, chosen.context, chosen.warm)
     try:
         if stand is None:
