@@ -11,6 +11,7 @@ from fusion_jax import attention, attention_kernels
 from fusion_jax.attention import Mask, dense_attend, self_mask
 from fusion_jax.attention_kernels import cudnn, splash
 from fusion_jax.errors import UserError
+from fusion_jax.ring import ring
 from fusion_jax.training import flops
 from fusion_jax.training.runtime import kernel_of
 from fusion_jax.training.settings import Settings
@@ -174,6 +175,9 @@ def test_auto_leaves_out_what_jax_cannot_batch_or_split(settings, expected):
     assert kernel_of(Settings(**settings)) is expected
     with pytest.raises(UserError, match="a seed at a time"):
         kernel_of(Settings(together=True, attention="cudnn"))
+    with pytest.raises(UserError, match="add --mesh tensor=N"):
+        kernel_of(Settings(attention="ring", mesh="data=-1,tensor=1"))
+    assert kernel_of(Settings(attention="ring", mesh="tensor=2")) is ring
 
 
 def test_a_kernel_within_a_with(monkeypatch):
