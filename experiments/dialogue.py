@@ -11,6 +11,23 @@ the stamps, and short definitions from WordNet; two synthesizers say them (Festi
 espeak-ng one third). Real recordings are Asterisk's telephone prompts (one woman, 8 kHz) and the
 few English recordings of the stamps. No thing or prompt that is tested on was said or written in
 training: what holds the head noun of a held thing, be it a definition, is left out.
+
+Seed 0, one core for 65 minutes and 7 for the report; words that are wrong (%) when the model
+repeats what it hears, when its listener spells it, and as Moonshine's own decoder writes it down;
+then how near (chrF) the first 24 tokens of its answers are to those to the typed question, beside
+hearing nothing, and the cascade: Moonshine's words, answered by SmolLM2 as it came (80 of each
+kind, 13 names):
+
+                                     wrong words                  nearness of answers
+                                     repeated  spelled  Moonshine  fused  nothing  cascade
+    synthetic, voices of training    47.5      43.2     38.0       24.5   16.5     36.2
+    synthetic, another voice         88.6      40.7     18.8       22.4   16.7     53.8
+    recorded telephone prompts       87.4      66.9     13.7       16.1   30.5     48.8
+    recorded names of things         100       100      85.2       12.7   15.6     11.3
+
+So after this little training a spoken question is understood in part, in known voices (no answer is
+the typed one's to the letter, where the cascade's are in 16 to 34%), and a recorded prompt is not:
+the cascade is the better choice. The listener's spelling is what holds it back.
 """
 
 import dataclasses

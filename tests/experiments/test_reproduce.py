@@ -135,8 +135,7 @@ def test_injections_are_read_from_either_side_of_a_table(tmp_path):
         {
             "variant": "rule loss",
             "seed": 0,
-            "found": {"no facts/none": 0.75, "plain/none": 3.5, "no facts/bag of words": 0.25}
-            | {"plain/as it came": 3.25},
+            "found": {"no facts/none": 0.75, "plain/none": 3.5, "no facts/bag of words": 0.25},
         },
     ]
     (tmp_path / "table.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs))
@@ -147,7 +146,6 @@ def test_injections_are_read_from_either_side_of_a_table(tmp_path):
         ("as it came", "no facts", 0.125),  # shown what chained is shown
         ("no facts", "rule loss", 0.75),
         ("plain English, nats per token", "rule loss", 3.5),
-        ("plain English, change", "rule loss", 0.25),
     ):
         assert reproduce.of_injections(tmp_path, row, column) == [expected]
     assert reproduce.of_injections(tmp_path, "no facts", "none") == []
