@@ -27,7 +27,8 @@ kind, 13 names):
 
 So after this little training a spoken question is understood in part, in known voices (no answer is
 the typed one's to the letter, where the cascade's are in 16 to 34%), and a recorded prompt is not:
-the cascade is the better choice. The listener's spelling is what holds it back.
+the cascade is the better choice. The listener's spelling is what holds it back. It was measured
+before answers that end were learned with their end (7% of them).
 """
 
 import dataclasses

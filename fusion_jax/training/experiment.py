@@ -173,6 +173,8 @@ def reopen(workdir: Path, mesh: str | None = None) -> tuple[ModuleType, Settings
     try:
         module = load_file(workdir / "experiment.py")
     except ImportError as error:
+        if (error.name or "").partition(".")[0] != "fusion_jax":
+            raise  # something of the user's own that is not installed
         raise UserError(
             f"{workdir} was trained with another version of fusion_jax ({error}): open it with "
             "that one, or train anew"
