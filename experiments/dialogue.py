@@ -34,6 +34,7 @@ before answers that end were learned with their end (7% of them).
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import optax
@@ -51,12 +52,13 @@ from fusion_jax.evaluation.table import print_table
 from fusion_jax.evaluation.translation import chrf, word_error_rate
 from fusion_jax.knowledge import wordnet
 from fusion_jax.language.ask import Assistant
-from fusion_jax.language.hearing import Dictation, Turn, open_hearing
+from fusion_jax.language.hearing import Dictation, Turn, Typed, open_hearing
 from fusion_jax.language.listener import Spelling
 from fusion_jax.language.recogniser import recogniser
 from fusion_jax.language.spoken import SpokenLM
 from fusion_jax.language.tuned import TRAINED
-from fusion_jax.objectives.recognition import answer_and_spell
+from fusion_jax.objectives.generative import causal_lm
+from fusion_jax.objectives.recognition import answer_and_spell, as_typed
 from fusion_jax.pretrained.load import load
 from fusion_jax.training.experiment import Experiment
 from fusion_jax.training.partition import Params
@@ -70,7 +72,6 @@ TEMPLATES = (
     *("What does {} look like?", "Describe {}.", "Is {} good to eat?", "How do I draw {}?"),
     *("Write a sentence about {}.", "What sound does {} make?", "Who invented {}?"),
 )
-REPEAT = "Repeat what I say: <audio>"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,23 +85,26 @@ class Settings(Base):
     """Turns that are answered in a step."""
     checkpoint_every: int = 200
     learning_rate: float = 2e-3
+    answer_learning_rate: float = 5e-4
+    """Once turns are answered."""
     language_model: str = "smollm2-135m-instruct"
     """A name, hub id, folder or GGUF file of a decoder that chats."""
     tower: str = "moonshine-tiny"
     """A published encoder of sound."""
     lora_rank: int = 8
+    """0 leaves the language model as it is."""
     lora: str = "attention/(query|value)"
     """Which of the decoder's kernels get adapters."""
     ctc_weight: float = 0.3
     """Of the spelling, once turns are answered."""
     questions: int = 3000
     """Questions that are synthesized."""
-    answered: int = 700
+    answered: int = 1500
     """Of these, questions to which SmolLM2's own answers are learned."""
     sentences: int = 3000
-    """Short definitions from WordNet that are synthesized, to be spelled and repeated."""
-    shares: tuple[float, ...] = (0.5, 0.2, 0.2, 0.1)
-    """Of spoken questions, synthetic and recorded speech to repeat, and typed questions."""
+    """Short definitions from WordNet that are synthesized, to be spelled."""
+    shares: tuple[float, ...] = (0.6, 0.2, 0.2)
+    """Of synthetic questions, recordings, and typed questions among turns."""
     answer_tokens: int = 24
     """So much of an answer is learned, and compared."""
     seconds: float = 4.5
@@ -201,7 +205,7 @@ def read_corpus(s: Settings) -> Corpus:
 
     train = {
         "question": add(synthetic(asked("train", s.questions))),
-        "sentence": add(synthetic(definitions(s.sentences, rng, fresh))),
+        "sentence": add(synthetic(definitions(s.sentences, rng))),
         "recording": add([*telephoned("train"), *recorded("train")]),
     }
     another = [Utterance(text, voice=UNHEARD) for text in asked(held, TESTED)]
@@ -257,15 +261,17 @@ def draw_voice(rng: np.random.Generator, number: int) -> flite.Voice | espeak.Vo
     return dataclasses.replace(voice, variant=str(rng.choice(VARIANTS)), pitch=50)
 
 
-def definitions(count: int, rng: np.random.Generator, wanted: Callable[[str], bool]) -> list[str]:
-    """Short ones, of nouns, in an order drawn at random."""
-    glosses = wordnet.load().descriptions
+def definitions(count: int, rng: np.random.Generator) -> list[str]:
+    """Short ones, of nouns with several meanings (the common ones), in an order drawn at random:
+    "Badger is a sturdy carnivorous burrowing mammal."."""
+    graph = wordnet.load()
     found = []
-    for sense in rng.permutation(len(glosses)):
-        gloss = glosses[sense].split(";")[0].strip()
-        short = 3 <= len(gloss.split()) <= 8 and gloss.isascii() and "(" not in gloss
-        if short and wanted(gloss):
-            found.append(f"{gloss[0].upper()}{gloss[1:]}.")
+    for sense in rng.permutation(len(graph.descriptions)):
+        name = graph.names["en"][sense][0]
+        text = f"{name} is {graph.descriptions[sense].split(';')[0].strip()}"
+        short = len(text.split()) <= 10 and text.isascii() and "(" not in text
+        if short and len(graph.senses["en"].get(concepts.normalize(name), ())) > 1:
+            found.append(f"{text[0].upper()}{text[1:]}.")
         if len(found) == count:
             break
     return found
@@ -291,8 +297,8 @@ def assemble(s: Settings) -> tuple[Corpus, SpokenLM]:
 
 
 def in_pieces(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of what is said, as they stand in the middle of a line."""
-    return tokenizer.encode(" " + text.strip(), add_special_tokens=False).ids
+    """Ids of what is said, as if it was typed in its place."""
+    return tokenizer.encode(text.strip(), add_special_tokens=False).ids
 
 
 def stream(s: Settings, corpus: Corpus, model: SpokenLM) -> Phases:
@@ -306,32 +312,26 @@ def stream(s: Settings, corpus: Corpus, model: SpokenLM) -> Phases:
     dictation = Dictation(*map(list, zip(*spelled, strict=True)), model.hearing, most=SPELLED)
     listen = Batches(dictation, s.batch_size, dictation.transforms, seed=s.seed, **share)
     asked = corpus.train["question"][: s.answered]
-    typed = [corpus.utterances[row].text for row in asked]
-    written = model.own_answers(typed, s.answer_tokens)
+    own = [row for row in corpus.train["recording"] if row in corpus.answers]
+    recorded = [row for row in corpus.train["recording"] if row not in corpus.answers]
+    said = [corpus.utterances[row].text for row in asked + recorded]
+    written = model.own_answers(said, s.answer_tokens)
     # As text, one that ended is learned with its end; of others so much, and not what comes after.
     answers = [model.text(ids) if len(ids) < s.answer_tokens else ids for ids in written]
-    synthetic = corpus.train["question"][s.answered :] + corpus.train["sentence"]
-
-    def repeat(those: Sequence[int]) -> list[Turn]:
-        return [Turn(REPEAT, corpus.utterances[row].text, row) for row in those]
-
-    own = [row for row in corpus.train["recording"] if row in corpus.answers]
-    kinds = [
-        [Turn("<audio>", answer, row) for row, answer in zip(asked, answers, strict=True)]
-        + [Turn("<audio>", corpus.answers[row], row) for row in own],
-        repeat(synthetic),
-        repeat(corpus.train["recording"]),
-        [Turn(text, answer) for text, answer in zip(typed, answers, strict=True)],
+    heard = [
+        Turn("<audio>", answer, row, said=text)
+        for row, text, answer in zip(asked + recorded, said, answers, strict=True)
     ]
-    parts = [model.turns(turns, s.length) for turns in kinds]
+    typed = [Turn(turn.said, turn.answer) for turn in heard]
+    kinds = [heard[: len(asked)], heard[len(asked) :], typed]
+    parts = [Typed(turns, model.hearing, model.chat, model.layout, s.length) for turns in kinds]
     mixture = Mixture(parts, s.shares)
     turn = Batches(mixture, s.turns, parts[0].transforms, seed=s.seed, **share)
-    return Phases(
-        [
-            (Streams({"listen": listen}), s.listen_steps),
-            (Streams({"listen": listen, "turn": turn}), 0),
-        ]
-    )
+    streams: dict[str, Any] = {"listen": listen, "turn": turn}
+    if own:
+        told = model.turns([Turn("<audio>", corpus.answers[row], row) for row in own], s.length)
+        streams["told"] = Batches(told, s.turns, told.transforms, seed=s.seed, **share)
+    return Phases([(Streams({"listen": listen}), s.listen_steps), (Streams(streams), 0)])
 
 
 def build(s: Settings) -> Experiment:
@@ -339,14 +339,22 @@ def build(s: Settings) -> Experiment:
         raise UserError(f"--listen-steps {s.listen_steps} must lie between 0 and {s.steps}")
     corpus, model = assemble(s)
     phases = (s.listen_steps, s.steps - s.listen_steps)
+    rates = (s.learning_rate, s.answer_learning_rate)
     schedule = optax.join_schedules(
-        [optax.warmup_cosine_decay_schedule(0.0, s.learning_rate, n // 10, n) for n in phases],
-        [phases[0]],
+        [
+            optax.warmup_cosine_decay_schedule(0.0, rate, steps // 10, steps)
+            for rate, steps in zip(rates, phases, strict=True)
+        ],
+        [s.listen_steps],
     )
+    learned = {
+        "turn": as_typed(model.tuned, s.answer_tokens),
+        "told": causal_lm(model.tuned, chunk=8),
+    }
     return Experiment(
         data=Later(lambda: stream(s, corpus, model)),
         init=model.init,
-        objective=answer_and_spell(model, s.ctc_weight),
+        objective=answer_and_spell(model, learned, s.ctc_weight),
         optimizer=optax.chain(
             optax.clip_by_global_norm(1.0),
             optax.adamw(schedule, weight_decay=0.01),
@@ -382,12 +390,9 @@ def report(
         typed = model.own_answers(said, s.answer_tokens)
         if rows[0] in corpus.answers:
             typed = [model.chat.encode(corpus.answers[row])[: s.answer_tokens] for row in rows]
-        repeated = model.write(merged, [REPEAT] * len(rows), rows, 32)
-        heard = {
-            "fused": [model.text(ids) for ids in repeated],
-            "its listener alone": model.spell(merged, rows),
-        }
+        heard = {"listener": model.spell(merged, rows)}
         answers = {"fused": model.write(merged, ["<audio>"] * len(rows), rows, s.answer_tokens)}
+        answers["fused, typed"] = model.write(merged, said, [None] * len(rows), s.answer_tokens)
         answers["nothing heard"] = model.own_answers([""] * len(rows), s.answer_tokens)
         if recognise is not None:
             heard["Moonshine"] = recognise([corpus.utterances[row] for row in rows])

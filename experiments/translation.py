@@ -53,6 +53,7 @@ from fusion_jax.language.listener import Spelling
 from fusion_jax.language.spoken import SpokenLM
 from fusion_jax.language.translate import WRITTEN, instruction
 from fusion_jax.language.tuned import TRAINED
+from fusion_jax.objectives.generative import causal_lm
 from fusion_jax.objectives.recognition import answer_and_spell
 from fusion_jax.pretrained.load import load
 from fusion_jax.training.experiment import Experiment
@@ -339,10 +340,11 @@ def build(s: Settings) -> Experiment:
         [optax.warmup_cosine_decay_schedule(0.0, s.learning_rate, n // 10, n) for n in phases],
         [phases[0]],
     )
+    translate = causal_lm(model.tuned, chunk=8, label_smoothing=s.label_smoothing)
     return Experiment(
         data=Later(lambda: stream(s, corpus, model)),
         init=model.init,
-        objective=answer_and_spell(model, s.ctc_weight, label_smoothing=s.label_smoothing),
+        objective=answer_and_spell(model, {"turn": translate}, s.ctc_weight),
         optimizer=optax.chain(
             optax.clip_by_global_norm(1.0),
             optax.adamw(schedule, weight_decay=0.01),

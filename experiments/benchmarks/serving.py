@@ -35,6 +35,8 @@ from PIL import Image
 from experiments.benchmarks.rows import Row
 
 NAME = "smollm2-135m-instruct"
+PATIENCE = 600.0
+"""Seconds that clients wait who ask again once they are answered."""
 Ask = Callable[[httpx.AsyncClient], Awaitable[httpx.Response]]
 
 
@@ -134,7 +136,7 @@ async def closed_loop(ask: Ask, clients: int, seconds: float) -> list[float]:
             took.append(time.perf_counter() - started)
 
     limits = httpx.Limits(max_connections=clients)
-    async with httpx.AsyncClient(timeout=120, limits=limits) as client:
+    async with httpx.AsyncClient(timeout=PATIENCE, limits=limits) as client:
         await asyncio.gather(*(one(client) for _ in range(clients)))
     return took
 
@@ -190,8 +192,9 @@ def rows(artifact: Path | None = None, s: Settings | None = None) -> Iterator[Ro
 def measured(artifact: Path, s: Settings) -> Iterator[Row]:
     """The rows of one artifact."""
     capacity, alone = 0.0, {}
+    flags = ("--queue", "128", "--answer-seconds", str(PATIENCE))
     for together in (1, s.rows):
-        with serving(artifact, "--rows", str(together), "--queue", "128") as (address, _):
+        with serving(artifact, "--rows", str(together), *flags) as (address, _):
             ask = question(artifact, address, s.tokens)
             asyncio.run(closed_loop(ask, max(s.clients), 2.0))  # compiles what is not yet
             for clients in s.clients:
@@ -206,7 +209,7 @@ def measured(artifact: Path, s: Settings) -> Iterator[Row]:
                 for unit, value in found.items():
                     peer, more = alone[clients][unit], unit == "requests/s"
                     yield Row(f"{clients} clients", unit, value, peer, "without batching", more)
-    with serving(artifact, "--rows", str(s.rows), "--queue", "128") as (address, process):
+    with serving(artifact, "--rows", str(s.rows), *flags) as (address, process):
         ask = question(artifact, address, s.tokens)
         asyncio.run(closed_loop(ask, 8, 2.0))
         run = open_loop(ask, 10 * capacity, s.seconds, s.deadline)

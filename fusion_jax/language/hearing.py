@@ -124,12 +124,14 @@ class Turn:
         row: the utterance that is heard; None for none.
         answer: text, or ids where the answer goes on beyond them.
         label: of the row in tables, such as its language.
+        said: the words of the utterance, for `Typed`.
     """
 
     content: str
     answer: str | Sequence[int]
     row: int | None = None
     label: str = ""
+    said: str = ""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -178,6 +180,28 @@ class Turns:
             "weight": np.asarray(weights, np.float32),
             "audio": None if turn.row is None else self.hearing.tokens(turn.row, view),
         }
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Typed(Turns):
+    """Turns and, as "typed" and "typed_weight", the same with the words in place of the sound.
+
+    For `recognition.as_typed`.
+    """
+
+    @property
+    def transforms(self) -> dict[str, Transform]:
+        more = {
+            "typed": Padded("typed", (self.length,), np.int32),
+            "typed_weight": Padded("typed_weight", (self.length,)),
+        }
+        return super().transforms | more
+
+    def example(self, turn: Turn, number: int, view: int = 0) -> dict[str, Any]:
+        written = turn.content.replace("<audio>", turn.said)
+        typed = super().example(dataclasses.replace(turn, content=written, row=None), number)
+        more = {"typed": typed["text"], "typed_weight": typed["weight"]}
+        return super().example(turn, number, view) | more
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

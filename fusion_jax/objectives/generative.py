@@ -99,6 +99,24 @@ def stay_close(model: Any, old: Callable[[Params], Params]) -> Objective:
     return stay_close
 
 
+def logits_of_answers(
+    model: Any, params: Params, batch: Batch, most: int, **options: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Logits before each row's answer tokens, [b, most, vocabulary], and their weights [b, most].
+
+    Args:
+        most: answer tokens of a row; what lies beyond is left out.
+        options: of `model.apply` on the batch.
+    """
+    outputs = model.apply({"params": params}, batch, **options)
+    before, weights = sources(outputs.mask, batch)
+    order = jnp.argsort(weights == 0, axis=1, stable=True)[:, :most]
+    places = jnp.take_along_axis(before, order, axis=1)[:, :, None]
+    hidden = jnp.take_along_axis(outputs.hidden, places, axis=1)
+    logits = model.apply({"params": params}, hidden, method="logits")
+    return logits, jnp.take_along_axis(weights, order, axis=1)
+
+
 def sources(mask: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """Which position predicts each token, int32 [b, t], and how much the token counts, [b, t].
 

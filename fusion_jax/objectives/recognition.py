@@ -6,7 +6,7 @@ outputs, an encoder's head and a decoder, CTC goes along with the decoder's loss
     objective = causal_lm(model, label_smoothing=0.1, also=weighted_sum({ctc(head, "spoken"): 0.3}))
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ import optax
 from fusion_jax.encoders.mel import spec_augment
 from fusion_jax.language.items import as_items
 from fusion_jax.language.spoken import SpokenLM
+from fusion_jax.language.tuned import Tuned
 from fusion_jax.objectives.combine import (
     Batch,
     Loss,
@@ -25,7 +26,8 @@ from fusion_jax.objectives.combine import (
     on_batch,
     weighted_sum,
 )
-from fusion_jax.objectives.generative import causal_lm
+from fusion_jax.objectives.distillation import soft_targets
+from fusion_jax.objectives.generative import logits_of_answers
 from fusion_jax.objectives.rows import row_mean
 from fusion_jax.tokens import Tokens, fill
 
@@ -80,10 +82,13 @@ def ctc(logits: Callable[[Any], Tokens], labels: str, blank: int = 0) -> Loss:
     return ctc
 
 
-def answer_and_spell(model: SpokenLM, ctc_weight: float, label_smoothing: float = 0.0) -> Objective:
-    """Spells the stream "listen" of `Dictation`, and learns answers where there is one of `Turns`.
+def answer_and_spell(
+    model: SpokenLM, answers: Mapping[str, Objective], ctc_weight: float
+) -> Objective:
+    """Spells the stream "listen" of `Dictation`, and learns answers where there are any.
 
     Args:
+        answers: {stream of `Turns`: how it is learned}.
         ctc_weight: of the spelling, once there are answers.
     """
     spelling = ctc(lambda logits: logits, "spoken")
@@ -100,15 +105,44 @@ def answer_and_spell(model: SpokenLM, ctc_weight: float, label_smoothing: float 
         )
         return spelling(logits, batch)
 
-    answer = causal_lm(model.tuned, chunk=8, label_smoothing=label_smoothing)
+    def hearing(answer: Objective) -> Objective:
+        def reply(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Metrics]:
+            return answer(params, as_items(batch, "audio"), rng)
 
-    def reply(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Metrics]:
-        return answer(params, as_items(batch, "audio"), rng)
+        return reply
 
     alone = on_batch("listen", spell)
-    both = weighted_sum({on_batch("turn", reply): 1.0, alone: ctc_weight})
+    replies = {name: on_batch(name, hearing(answer)) for name, answer in answers.items()}
 
     def objective(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Metrics]:
-        return (both if "turn" in batch else alone)(params, batch, rng)
+        parts = {reply: 1.0 for name, reply in replies.items() if name in batch}
+        both = weighted_sum(parts | {alone: ctc_weight}) if parts else alone
+        return both(params, batch, rng)
 
     return objective
+
+
+def as_typed(model: Tuned, most: int) -> Objective:
+    """KL(typed || spoken) of each answer token: speech is answered as its words would have been.
+
+    Those the model as it came is asked, on batches of `Typed`. So what is spoken moves towards what
+    the language model knows already, and a turn that is typed anyway holds it where it was (after
+    BLSP, arXiv 2309.00916, and AudioChatLlama, arXiv 2311.06753). Reports `agreement`: how often
+    both expect the same token most.
+
+    Args:
+        most: tokens of an answer; what lies beyond is not learned.
+    """
+
+    def as_typed(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Metrics]:
+        typed = {"text": batch["typed"], "weight": batch["typed_weight"]}
+        expected, known = logits_of_answers(model.model, params["base"], typed, most)
+        found, weights = logits_of_answers(
+            model, params, batch, most, train=True, rngs={"dropout": rng}
+        )
+        weights *= known  # a row that was cut off has less of the answer
+        same = found.argmax(axis=-1) == expected.argmax(axis=-1)
+        agreement = jnp.where(same, weights, 0.0).sum() / weights.sum().clip(1.0)
+        return soft_targets(found, expected, weights), {"agreement": agreement}
+
+    return as_typed

@@ -16,13 +16,14 @@ from fusion_jax.data.pipeline import Batches
 from fusion_jax.errors import UserError
 from fusion_jax.language.chat import Chat
 from fusion_jax.language.fused import FusedLM
-from fusion_jax.language.hearing import Dictation, Hearing, Turn, Turns, load_speech
+from fusion_jax.language.hearing import Dictation, Hearing, Turn, Turns, Typed, load_speech
 from fusion_jax.language.items import as_items
 from fusion_jax.language.listener import Listener, Spelling
 from fusion_jax.language.sight import Sight
 from fusion_jax.language.spoken import SpokenLM
 from fusion_jax.language.tuned import Tuned
-from fusion_jax.objectives.recognition import answer_and_spell
+from fusion_jax.objectives.generative import causal_lm
+from fusion_jax.objectives.recognition import answer_and_spell, as_typed
 from fusion_jax.tokens import Tokens
 
 spec = importlib.util.spec_from_file_location("tiny", Path(__file__).with_name("tiny.py"))
@@ -149,7 +150,7 @@ def test_every_view_of_training_is_heard(spoken):
 def test_spelling_comes_alone_first_and_then_beside_the_answers(spoken):
     both = batches(spoken)
     params = spoken.init(jax.random.key(0))
-    objective = answer_and_spell(spoken, 0.5)
+    objective = answer_and_spell(spoken, {"turn": causal_lm(spoken.tuned)}, 0.5)
     key = jax.random.key(1)
 
     def grads(batch):
@@ -164,6 +165,57 @@ def test_spelling_comes_alone_first_and_then_beside_the_answers(spoken):
     moved = lambda tree: float(sum(jnp.abs(leaf).sum() for leaf in jax.tree.leaves(tree)))  # noqa: E731
     assert moved(first["lora"]) == 0 < moved(second["lora"])
     assert moved(first["base"]["connectors_audio"]["head"]) > 0
+
+
+def typed_batch(spoken, turns):
+    source = Typed(turns, spoken.hearing, spoken.chat, spoken.layout, 16)
+    return Batches(source, len(turns), source.transforms, train=False)[0]
+
+
+def test_speech_is_pulled_towards_the_answer_to_its_words(spoken):
+    """A closed form: KL of the model as it came, asked in writing, and the one that hears."""
+    turns = [Turn("<audio>", [8, 9, 4], 0, said="w5 w6"), Turn("w5", "w7")]
+    batch = typed_batch(spoken, turns)
+    asked = spoken.turns([Turn("w5 w6", [8, 9, 4]), turns[1]], 16)
+    for row, leaf in (("typed", "text"), ("typed_weight", "weight")):
+        expected = Batches(asked, 2, asked.transforms, train=False)[0][leaf]
+        jax.tree.map(np.testing.assert_array_equal, batch[row], expected)
+    params = spoken.init(jax.random.key(0))
+    adapters = params["lora"]["decoder"]
+    params = params | {"lora": {"decoder": jax.tree.map(lambda x: x + 0.3, adapters)}}
+    model = spoken.tuned.model.clone(connectors={"audio": spoken.listener.clone(dropout=0.0)})
+    tuned = dataclasses.replace(spoken.tuned, model=model, dropout=0.0)
+    merged = tuned.merged(params)
+
+    def logits(params, text, row, place):
+        given = {"text": Tokens(text.values[row : row + 1], text.mask[row : row + 1])}
+        if row == 0 and text is batch["text"]:
+            given["audio"] = spoken.hearing.items([0])
+        hidden = model.apply({"params": params}, given).hidden
+        return model.apply({"params": params}, hidden, method="logits")[0, place]
+
+    total, same = 0.0, []
+    for row in range(2):
+        found, expected = (np.flatnonzero(batch[w].values[row]) for w in ("weight", "typed_weight"))
+        for heard, read in zip(found, expected, strict=True):
+            teacher = jax.nn.log_softmax(logits(params["base"], batch["typed"], row, read - 1))
+            student = jax.nn.log_softmax(logits(merged, batch["text"], row, heard - 1))
+            total += float((jnp.exp(teacher) * (teacher - student)).sum())
+            same.append(teacher.argmax() == student.argmax())
+    loss, metrics = as_typed(tuned, 5)(params, as_items(batch, "audio"), jax.random.key(1))
+    np.testing.assert_allclose(loss, total / len(same), rtol=1e-4)
+    np.testing.assert_allclose(metrics["agreement"], np.mean(same), rtol=1e-6)
+    assert loss > 0.01
+    short, _ = as_typed(tuned, 2)(params, as_items(batch, "audio"), jax.random.key(1))
+    assert abs(short - loss) > 1e-5  # the third token of the first is left out
+
+
+def test_what_is_typed_and_not_trained_is_as_it_was(spoken):
+    batch = typed_batch(spoken, [Turn("w5", "w7"), Turn("w6 w9", [4, 8])])
+    params = spoken.init(jax.random.key(0))
+    tuned = dataclasses.replace(spoken.tuned, dropout=0.0)
+    loss, metrics = as_typed(tuned, 5)(params, as_items(batch, "audio"), jax.random.key(1))
+    assert abs(loss) < 1e-6 and metrics["agreement"] == 1
 
 
 def test_written_as_the_assistant_writes(spoken):

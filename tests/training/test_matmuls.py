@@ -11,6 +11,8 @@ import pytest
 
 from fusion_jax.adaptation import lora
 from fusion_jax.attention import self_mask
+from fusion_jax.errors import UserError
+from fusion_jax.training import matmuls
 from fusion_jax.training.matmuls import product, rounded_matmuls
 from fusion_jax.transformer import Transformer, plain_block
 
@@ -37,6 +39,17 @@ def test_a_product_and_its_gradients_are_near_the_full_ones(kind, error):
     gaps = [float(jnp.linalg.norm(found - full) / jnp.linalg.norm(full)) for found, full in pairs]
     assert max(gaps) < error and min(gaps[:2]) > 1e-4
     assert (gaps[2] < 1e-6) == (kind == "int8")  # of the kernel: in full precision
+
+
+@pytest.mark.parametrize("kind", ["full", "int8", "fp8"])
+def test_a_device_whose_products_are_wrong_is_told(kind, monkeypatch):
+    matmuls.check_products(kind)
+    right = matmuls.product
+    monkeypatch.setattr(matmuls, "product", lambda a, b, kind: jnp.roll(right(a, b, kind), 1, 0))
+    if kind == "full":
+        return matmuls.check_products(kind)
+    with pytest.raises(UserError, match=f"products in {kind} are wrong by 14.% on this"):
+        matmuls.check_products(kind)
 
 
 def test_layers_that_are_meant_train_as_in_full_precision():
