@@ -5,12 +5,14 @@
     python -m fusion_jax ask --workdir runs/dialogue --audio question.ogg ""
 
 Moonshine Tiny's encoder and SmolLM2 stay frozen. A `Listener` first learns to spell what is said
-(CTC, `listen_steps`); then it, and LoRA in the language model, learn to answer a spoken question as
-SmolLM2 itself answers the typed one, and to repeat what was said. Questions are about the things on
-the stamps, and short definitions from WordNet; two synthesizers say them (Festival Lite two thirds,
-espeak-ng one third). Real recordings are Asterisk's telephone prompts (one woman, 8 kHz) and the
-few English recordings of the stamps. No thing or prompt that is tested on was said or written in
-training: what holds the head noun of a held thing, be it a definition, is left out.
+(CTC, `listen_steps`); then it, and LoRA in the language model, learn to answer it as SmolLM2 itself
+answers the typed words: each token of its own answer is to be expected as it was
+(`recognition.as_typed`), after typed questions too, so that those stay as they are. Questions are
+about the things on the stamps; short definitions from WordNet are only spelled. Two synthesizers
+say both (Festival Lite two thirds, espeak-ng one third). Real recordings are Asterisk's telephone
+prompts (one woman, 8 kHz) and the few English recordings of the stamps. No question or prompt that
+is tested on was said or written in training, nor any question or recording with the head noun of a
+held thing; a definition may hold it.
 
 Seed 0, one core for 65 minutes and 7 for the report; words that are wrong (%) when the model
 repeats what it hears, when its listener spells it, and as Moonshine's own decoder writes it down;
@@ -100,7 +102,7 @@ class Settings(Base):
     questions: int = 3000
     """Questions that are synthesized."""
     answered: int = 1500
-    """Of these, questions to which SmolLM2's own answers are learned."""
+    """Of these, and at most so many recordings, to which SmolLM2's own answers are learned."""
     sentences: int = 3000
     """Short definitions from WordNet that are synthesized, to be spelled."""
     shares: tuple[float, ...] = (0.6, 0.2, 0.2)
@@ -314,6 +316,7 @@ def stream(s: Settings, corpus: Corpus, model: SpokenLM) -> Phases:
     asked = corpus.train["question"][: s.answered]
     own = [row for row in corpus.train["recording"] if row in corpus.answers]
     recorded = [row for row in corpus.train["recording"] if row not in corpus.answers]
+    recorded = recorded[: s.answered]
     said = [corpus.utterances[row].text for row in asked + recorded]
     written = model.own_answers(said, s.answer_tokens)
     # As text, one that ended is learned with its end; of others so much, and not what comes after.
