@@ -78,7 +78,7 @@ TEMPLATES = (
 
 @dataclasses.dataclass(frozen=True)
 class Settings(Base):
-    steps: int = 1600
+    steps: int = 1500
     """Of them `listen_steps` train the listener alone, and are quick."""
     listen_steps: int = 1200
     batch_size: int = 32
