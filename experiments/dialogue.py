@@ -60,7 +60,7 @@ from fusion_jax.language.recogniser import recogniser
 from fusion_jax.language.spoken import SpokenLM
 from fusion_jax.language.tuned import TRAINED
 from fusion_jax.objectives.generative import causal_lm
-from fusion_jax.objectives.recognition import answer_and_spell, as_typed
+from fusion_jax.objectives.recognition import as_typed, spell_and_answer
 from fusion_jax.pretrained.load import load
 from fusion_jax.training.experiment import Experiment
 from fusion_jax.training.partition import Params
@@ -118,7 +118,8 @@ class Settings(Base):
     most: int | None = runtime(None)
     """Test turns of each kind in the report, at most; None: all."""
     asked: Path | None = None
-    """Your own recorded questions beside these: JSONL of {"audio", "question", "answer"}."""
+    """Your own recorded questions beside these: JSONL of {"audio", "question", "answer"}. Their
+    answers are learned as they are written, and count as much as all other turns."""
     stamps: Path | None = None
     """Tux Paint's stamps, if they are not to be fetched."""
     development: bool = False
@@ -264,18 +265,18 @@ def draw_voice(rng: np.random.Generator, number: int) -> flite.Voice | espeak.Vo
 
 
 def definitions(count: int, rng: np.random.Generator) -> list[str]:
-    """Short ones, of nouns with several meanings (the common ones), in an order drawn at random:
-    "Badger is a sturdy carnivorous burrowing mammal."."""
+    """Short ones, of nouns with several meanings, in an order drawn at random: "Vacuum is the
+    absence of matter."."""
     graph = wordnet.load()
     found = []
     for sense in rng.permutation(len(graph.descriptions)):
+        if len(found) == count:
+            break
         name = graph.names["en"][sense][0]
         text = f"{name} is {graph.descriptions[sense].split(';')[0].strip()}"
         short = len(text.split()) <= 10 and text.isascii() and "(" not in text
         if short and len(graph.senses["en"].get(concepts.normalize(name), ())) > 1:
             found.append(f"{text[0].upper()}{text[1:]}.")
-        if len(found) == count:
-            break
     return found
 
 
@@ -327,8 +328,11 @@ def stream(s: Settings, corpus: Corpus, model: SpokenLM) -> Phases:
     ]
     typed = [Turn(turn.said, turn.answer) for turn in heard]
     kinds = [heard[: len(asked)], heard[len(asked) :], typed]
-    parts = [Typed(turns, model.hearing, model.chat, model.layout, s.length) for turns in kinds]
-    mixture = Mixture(parts, s.shares)
+    there = [(turns, part) for turns, part in zip(kinds, s.shares, strict=True) if turns and part]
+    if not there:
+        raise UserError("there is nothing to answer: give --questions, --answered and --shares")
+    parts = [Typed(turns, model.hearing, model.chat, model.layout, s.length) for turns, _ in there]
+    mixture = Mixture(parts, [part for _, part in there])
     turn = Batches(mixture, s.turns, parts[0].transforms, seed=s.seed, **share)
     streams: dict[str, Any] = {"listen": listen, "turn": turn}
     if own:
@@ -340,6 +344,8 @@ def stream(s: Settings, corpus: Corpus, model: SpokenLM) -> Phases:
 def build(s: Settings) -> Experiment:
     if not 0 < s.listen_steps < s.steps:
         raise UserError(f"--listen-steps {s.listen_steps} must lie between 0 and {s.steps}")
+    if len(s.shares) != 3 or min(s.shares) < 0:
+        raise UserError(f"--shares {s.shares}: give three numbers, none of them negative")
     corpus, model = assemble(s)
     phases = (s.listen_steps, s.steps - s.listen_steps)
     rates = (s.learning_rate, s.answer_learning_rate)
@@ -357,7 +363,7 @@ def build(s: Settings) -> Experiment:
     return Experiment(
         data=Later(lambda: stream(s, corpus, model)),
         init=model.init,
-        objective=answer_and_spell(model, learned, s.ctc_weight),
+        objective=spell_and_answer(model, learned, s.ctc_weight),
         optimizer=optax.chain(
             optax.clip_by_global_norm(1.0),
             optax.adamw(schedule, weight_decay=0.01),
@@ -410,7 +416,7 @@ def report(
             score = chrf(texts, [model.text(ids) for ids in typed]).value
             agreement.setdefault(f"{kind}, chrF", {})[name] = score
     counts = ", ".join(f"{len(rows)} {kind}" for kind, rows in tests.items())
-    about = f"things and prompts never trained on: {counts}"
+    about = f"questions and prompts never trained on: {counts}"
     print_table("Word error rate", errors, about, [s.seed])
     print_table(
         f"Answers (first {s.answer_tokens} tokens) against those to the typed words",

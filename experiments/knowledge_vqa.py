@@ -65,10 +65,10 @@ that; a bag of words is at 0.500.
 So facts that stand before the question as words are read after 200 steps, those that hang from the
 word "this" as branches or vectors, or stand beside the text for cross-attention, are not.
 
-What the tower's guesses link to in the graph helps by 0.10 to 0.12, but no more than looking Y up
+What the tower's guesses link to in the graph helps by 0.10 to 0.13, but no more than looking Y up
 in it, and as much without the picture (knn 0.634, prompt 0.636, chained 0.622): the picture is in
 the facts. Better links would help most: with the true noun's facts 0.93 to 1 is right. The rules
-alone bring nothing. The filter costs up to 0.02 where nothing is wrong and brings 0.01 (prompt) to
+alone bring nothing. The filter costs up to 0.03 where nothing is wrong and brings 0.01 (prompt) to
 0.08 where half is; none of what is read falls to what is right without facts.
 """
 

@@ -54,7 +54,7 @@ from fusion_jax.language.spoken import SpokenLM
 from fusion_jax.language.translate import WRITTEN, instruction
 from fusion_jax.language.tuned import TRAINED
 from fusion_jax.objectives.generative import causal_lm
-from fusion_jax.objectives.recognition import answer_and_spell
+from fusion_jax.objectives.recognition import spell_and_answer
 from fusion_jax.pretrained.load import load
 from fusion_jax.training.experiment import Experiment
 from fusion_jax.training.partition import Params
@@ -344,7 +344,7 @@ def build(s: Settings) -> Experiment:
     return Experiment(
         data=Later(lambda: stream(s, corpus, model)),
         init=model.init,
-        objective=answer_and_spell(model, {"turn": translate}, s.ctc_weight),
+        objective=spell_and_answer(model, {"turn": translate}, s.ctc_weight),
         optimizer=optax.chain(
             optax.clip_by_global_norm(1.0),
             optax.adamw(schedule, weight_decay=0.01),

@@ -83,7 +83,7 @@ def compare(s: Settings) -> tuple[Table, Table, str, int]:
                 title: float(np.percentile(each, share)) for title, share in quarters.items()
             }
     about = (
-        f"at most {s.recordings} recordings a kind, of things and prompts never trained on, "
+        f"at most {s.recordings} recordings a kind, of questions and prompts never trained on, "
         f"{np.mean(lengths):.1f} s on average"
     )
     return agreement, seconds, about, settings.seed

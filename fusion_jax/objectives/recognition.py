@@ -7,6 +7,7 @@ outputs, an encoder's head and a decoder, CTC goes along with the decoder's loss
 """
 
 from collections.abc import Callable, Mapping
+from functools import wraps
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from fusion_jax.encoders.mel import spec_augment
+from fusion_jax.errors import UserError
 from fusion_jax.language.items import as_items
 from fusion_jax.language.spoken import SpokenLM
 from fusion_jax.language.tuned import Tuned
@@ -82,14 +84,17 @@ def ctc(logits: Callable[[Any], Tokens], labels: str, blank: int = 0) -> Loss:
     return ctc
 
 
-def answer_and_spell(
+def spell_and_answer(
     model: SpokenLM, answers: Mapping[str, Objective], ctc_weight: float
 ) -> Objective:
     """Spells the stream "listen" of `Dictation`, and learns answers where there are any.
 
     Args:
-        answers: {stream of `Turns`: how it is learned}.
+        answers: {stream of `Turns`: how it is learned}; each counts alike.
         ctc_weight: of the spelling, once there are answers.
+
+    Raises:
+        UserError: a batch with another stream.
     """
     spelling = ctc(lambda logits: logits, "spoken")
 
@@ -106,6 +111,7 @@ def answer_and_spell(
         return spelling(logits, batch)
 
     def hearing(answer: Objective) -> Objective:
+        @wraps(answer)
         def reply(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Metrics]:
             return answer(params, as_items(batch, "audio"), rng)
 
@@ -115,6 +121,8 @@ def answer_and_spell(
     replies = {name: on_batch(name, hearing(answer)) for name, answer in answers.items()}
 
     def objective(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Metrics]:
+        if unknown := sorted(set(batch) - {"listen", "step", "id", *replies}):
+            raise UserError(f"streams {unknown} are not learned: answers has {sorted(replies)}")
         parts = {reply: 1.0 for name, reply in replies.items() if name in batch}
         both = weighted_sum(parts | {alone: ctc_weight}) if parts else alone
         return both(params, batch, rng)
@@ -125,10 +133,11 @@ def answer_and_spell(
 def as_typed(model: Tuned, most: int) -> Objective:
     """KL(typed || spoken) of each answer token: speech is answered as its words would have been.
 
-    Those the model as it came is asked, on batches of `Typed`. So what is spoken moves towards what
-    the language model knows already, and a turn that is typed anyway holds it where it was (after
-    BLSP, arXiv 2309.00916, and AudioChatLlama, arXiv 2311.06753). Reports `agreement`: how often
-    both expect the same token most.
+    Those the model without its adapters is asked, on batches of `Typed`: as it came, but for what
+    training prunes or rounds. So what is spoken moves towards what the language model knows
+    already, and a turn that is typed anyway holds it where it was (after BLSP, arXiv 2309.00916,
+    and AudioChatLlama, arXiv 2311.06753). Reports `agreement`: how often both expect the same token
+    most.
 
     Args:
         most: tokens of an answer; what lies beyond is not learned.
@@ -142,7 +151,6 @@ def as_typed(model: Tuned, most: int) -> Objective:
         )
         weights *= known  # a row that was cut off has less of the answer
         same = found.argmax(axis=-1) == expected.argmax(axis=-1)
-        agreement = jnp.where(same, weights, 0.0).sum() / weights.sum().clip(1.0)
-        return soft_targets(found, expected, weights), {"agreement": agreement}
+        return soft_targets(found, expected, weights), {"agreement": row_mean(same, weights)}
 
     return as_typed

@@ -24,7 +24,7 @@ from fusion_jax.paths import write_file
 from fusion_jax.training.checkpoint import Checkpoints, check_model
 from fusion_jax.training.clock import Clock, speed
 from fusion_jax.training.experiment import Experiment
-from fusion_jax.training.matmuls import as_trained, check_products
+from fusion_jax.training.matmuls import as_trained
 from fusion_jax.training.metrics import MetricsFile
 from fusion_jax.training.partition import Params
 from fusion_jax.training.settings import Settings
@@ -78,7 +78,6 @@ def _train(
     say(f"{trained:,} params to train, {still:,} frozen, on {mesh.size} {device_name()}")
 
     # ------------------------------------------------------------------------------ the step
-    check_products(settings.matmuls)
     step_fn = compile_step(
         as_trained(experiment.objective, settings),
         experiment.optimizer,

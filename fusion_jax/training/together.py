@@ -27,7 +27,7 @@ from fusion_jax.training import loop
 from fusion_jax.training.checkpoint import Checkpoints, check_model
 from fusion_jax.training.clock import Clock, speed
 from fusion_jax.training.experiment import Experiment
-from fusion_jax.training.matmuls import as_trained, check_products
+from fusion_jax.training.matmuls import as_trained
 from fusion_jax.training.metrics import MetricsFile
 from fusion_jax.training.overlap import compiler_options
 from fusion_jax.training.partition import Params
@@ -117,7 +117,6 @@ def _train(runs: Sequence[Run], checkpoints: Sequence[Checkpoints]) -> list[Para
 
     # ------------------------------------------------------------------------------ the step
     first = experiments[0]
-    check_products(settings.matmuls)
     objective = as_trained(first.objective, settings)
     one = make_step(objective, first.optimizer, accumulation=settings.accumulation)
     axes = jax.tree.map(lambda several: 0 if several else None, stacked)
