@@ -17,6 +17,7 @@ import jax
 from tqdm import tqdm
 
 from fusion_jax import paths
+from fusion_jax.compression.running import running
 from fusion_jax.data.audio import Waveforms
 from fusion_jax.language.ask import Assistant, Encoder
 from fusion_jax.language.chat import Chat
@@ -175,7 +176,8 @@ class SpokenLM:
         place = paths.cache_dir() / "answers" / f"{key}.json"
         if not place.exists():
             params = {"decoder": self.published["base"]["decoder"]}
-            answers = self.write(params, questions, [None] * len(questions), max_tokens)
+            with running():  # of this thread: it may be one that reads data ahead
+                answers = self.write(params, questions, [None] * len(questions), max_tokens)
             place.parent.mkdir(parents=True, exist_ok=True)
             paths.write_file(place, json.dumps(answers))
         return json.loads(place.read_text())

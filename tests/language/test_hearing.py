@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -12,6 +13,8 @@ import pytest
 import soundfile
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from fusion_jax.compression.quantization import on_kernels, quantize
+from fusion_jax.compression.running import running
 from fusion_jax.data.pipeline import Batches
 from fusion_jax.errors import UserError
 from fusion_jax.language.chat import Chat
@@ -246,6 +249,23 @@ def test_written_as_the_assistant_writes(spoken):
         assert "".join(pieces).split() == spoken.text(ids).split()
     alone = told.answer(typed, max_tokens=5)
     assert "".join(alone).split() == spoken.text(found[1]).split()
+
+
+def test_own_answers_of_a_model_in_few_bits_in_another_thread(spoken, tmp_path, monkeypatch):
+    """As where training reads ahead; the second time they are read from where they were kept."""
+    monkeypatch.setenv("FUSION_JAX_HOME", str(tmp_path))
+    decoder = spoken.published["base"]["decoder"]
+    small = on_kernels(
+        decoder, lambda path, leaf: quantize(leaf, "int8", transposed="embedding" not in path)
+    )
+    few = dataclasses.replace(spoken, published={"base": {"decoder": small}})
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(few.own_answers, ["w5 w6", "w7"], 4).result()
+    with running():
+        expected = few.write({"decoder": small}, ["w5 w6", "w7"], [None, None], 4)
+    assert found == expected and any(found)
+    monkeypatch.setattr(SpokenLM, "write", None)
+    assert few.own_answers(["w5 w6", "w7"], 4) == found
 
 
 def _padded(tokens):
