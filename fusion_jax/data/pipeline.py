@@ -88,7 +88,10 @@ def spread(rows: Sequence[Any], most: int | None) -> list[Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """Several sources in one stream, each shuffled and repeated by itself, in these proportions."""
+    """Several sources in one stream, each shuffled and repeated by itself, in these proportions.
+
+    An empty source, or one of proportion 0, is left out.
+    """
 
     sources: Sequence[Source]
     weights: Sequence[float]
@@ -191,8 +194,10 @@ class Batches:
 
 def _stream(source: Source | Mixture, seed: int, train: bool) -> grain.MapDataset:
     if isinstance(source, Mixture):
-        streams = [_stream(each, seed + i, train) for i, each in enumerate(source.sources)]
-        return grain.MapDataset.mix(streams, weights=source.weights)
+        numbered = enumerate(zip(source.sources, source.weights, strict=True))
+        there = [(i, each, share) for i, (each, share) in numbered if len(each) and share]
+        streams = [_stream(each, seed + i, train) for i, each, _ in there]
+        return grain.MapDataset.mix(streams, weights=[share for *_, share in there])
     dataset = grain.MapDataset.source(source)
     return dataset.shuffle(seed=seed).repeat() if train else dataset
 

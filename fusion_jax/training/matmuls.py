@@ -21,7 +21,7 @@ Mean loss (of every tenth step in each hundred) of `train experiments/vqa.py --d
     int8   9.42  5.06  4.19  3.84
 
 int8 was wrong there from the first step (jax 0.11.2 with --xla_gpu_autotune_level=0; not tried with
-autotuning). On a CPU it is not (second step of batch 4: 7.02; full 6.33, fp8 6.57).
+autotuning). On a CPU it is not (`--steps 2 --batch-size 4`: 7.02; full 6.33, fp8 6.57).
 So a run begins by looking whether the device's products are right (`check_products`).
 """
 

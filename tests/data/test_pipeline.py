@@ -133,6 +133,9 @@ def test_mixture_keeps_its_proportions():
     many = Subset(Things(), range(1, 11))
     ids = Batches(Mixture([few, many], [0.25, 0.75]), 100, {})[0]["id"]
     assert (ids == 0).sum() == 25
+    none, idle = Subset(Things(), []), Subset(Things(), range(5))
+    left = Mixture([few, none, idle, many], [0.25, 0.5, 0.0, 0.75])
+    assert (Batches(left, 100, {})[0]["id"] == 0).sum() == 25
     with pytest.raises(UserError, match="no end"):
         Batches(Mixture([few, many], [0.25, 0.75]), 10, {}, train=False)
 
