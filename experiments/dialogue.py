@@ -402,9 +402,8 @@ def report(
         answers["nothing heard"] = model.own_answers([""] * len(rows), s.answer_tokens)
         if recognise is not None:
             heard["Moonshine"] = recognise([corpus.utterances[row] for row in rows])
-            answers["Moonshine, then SmolLM2"] = model.own_answers(
-                heard["Moonshine"], s.answer_tokens
-            )
+        for writer, texts in heard.items():
+            answers[f"{writer}, then SmolLM2"] = model.own_answers(texts, s.answer_tokens)
         errors[kind] = {name: word_error_rate(text, said).value for name, text in heard.items()}
         for name, found in answers.items():
             same = [a == b for a, b in zip(found, typed, strict=True)]

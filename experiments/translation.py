@@ -95,14 +95,17 @@ class Settings(Base):
     """Of translating text, speech, and both, and of writing down speech."""
     seconds: float = 4.5
     """What lies beyond is not heard in training."""
-    length: int = 72
-    """Ids of a translation and what it is of."""
+    length: int = 88
+    """Ids of a translation and what it is of, vectors of a recording among them."""
     views: int = 2
     """Of each recording of training: as it is, then at other speeds and in noise of 0 to 20 dB."""
+    stack: int = 2
+    """Frames of the tower, 42 a second of Moonshine's, that the listener reads as one. Scripts that
+    the language model spells by many pieces a word need the room."""
     spelled: int = 32
-    """Most word pieces of a recording that is learned to be spelled."""
+    """Most word pieces of a recording that is learned to be spelled, and heard in training."""
     heard: int = 48
-    """Most vectors of a recording that is to be translated; training turns have room for 24."""
+    """Most vectors of a recording that is to be translated."""
     written: int = WRITTEN
     """Most ids of a translation in the report; `translate` has --max-tokens for it."""
     most: int = 30
@@ -245,10 +248,12 @@ class Drawn:
     seed: int
 
     def __post_init__(self) -> None:
-        heard = self.corpus.languages()
-        written = self.corpus.captions
-        rows = [row for row in self.corpus.rows["train"] if row in heard or len(written[row]) > 1]
-        counts = Counter(lang for row in rows for lang in self.corpus.captions[row])
+        heard, written = self.corpus.languages(), self.corpus.captions
+        known = self.corpus.rows["train"]
+        rows = [row for row in known if sum(self._ways(len(written[row]) > 1, row in heard))]
+        if not rows:
+            raise UserError(f"--shares {self.shares}: none of the captions can be learned so")
+        counts = Counter(lang for row in rows for lang in written[row])
         weights = {lang: count ** (1 / self.temperature) for lang, count in counts.items()}
         object.__setattr__(self, "rows", rows)
         object.__setattr__(self, "weights", weights)
@@ -263,10 +268,16 @@ class Drawn:
         turn = self._turn(row, rng)
         return self.turns.example(turn, index, int(rng.integers(self.turns.hearing.views)))
 
+    def _ways(self, known: bool, said: bool) -> np.ndarray:
+        """Shares of what can be done with a row, by whether another language is known, and sound.
+
+        [4]: translating text, speech, and both, and writing down speech.
+        """
+        return np.array(self.shares) * [known, known and said, known and said, said]
+
     def _turn(self, row: int, rng: np.random.Generator) -> Turn:
         captions, heard = self.corpus.captions[row], self.heard.get(row)
-        known, said = len(captions) > 1, bool(heard)
-        shares = np.array(self.shares) * [known, known and said, known and said, said]
+        shares = self._ways(len(captions) > 1, bool(heard))
         way = rng.choice(4, p=shares / shares.sum())
         source = str(rng.choice(heard if way else sorted(captions)))
         if way == 3:  # write down what is said
@@ -296,7 +307,16 @@ def assemble(s: Settings) -> tuple[Corpus, SpokenLM]:
     ids = [in_pieces(checkpoint.tokenizer, corpus.utterances[u].text) for u in rows]
     spelling = Spelling(ids, checkpoint.params["embedding"]["embedding"])
     ranks = {s.lora: s.lora_rank} if s.lora_rank else {}
-    model = SpokenLM.of(checkpoint, hearing, spelling, ranks=ranks, template=PLAIN, heard=s.heard)
+    model = SpokenLM.of(
+        checkpoint,
+        hearing,
+        spelling,
+        ranks=ranks,
+        template=PLAIN,
+        heard=s.heard,
+        most=s.spelled,
+        stack=s.stack,
+    )
     return corpus, model
 
 
@@ -318,6 +338,8 @@ def stream(s: Settings, corpus: Corpus, model: SpokenLM) -> Phases:
         number: model.spelling.classes(in_pieces(model.chat.tokenizer, text))
         for number, text in texts.items()
     }
+    if long := [number for number, each in classes.items() if len(each) > s.spelled]:
+        print(f"{len(long)} recordings take over --spelled {s.spelled} pieces and are not spelled")
     classes = {number: each for number, each in classes.items() if len(each) <= s.spelled}
     dictation = Dictation(list(classes), list(classes.values()), model.hearing, most=s.spelled)
     share = own_share()
@@ -332,6 +354,10 @@ def stream(s: Settings, corpus: Corpus, model: SpokenLM) -> Phases:
 def build(s: Settings) -> Experiment:
     if not 0 < s.listen_steps < s.steps:
         raise UserError(f"--listen-steps {s.listen_steps} must lie between 0 and {s.steps}")
+    if len(s.shares) != 4 or min(s.shares) < 0 or not any(s.shares):
+        raise UserError(f"--shares {s.shares}: give four numbers, none of them negative")
+    if s.temperature <= 0:
+        raise UserError(f"--temperature {s.temperature} must be positive")
     if wrong := [pair for pair in s.pairs if pair.count("-") != 1]:
         raise UserError(f"--pairs {wrong}: expected two codes each, such as fr-es")
     corpus, model = assemble(s)
