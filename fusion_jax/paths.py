@@ -59,20 +59,27 @@ def read_medium(file: Path) -> bytes:
 
 
 @contextlib.contextmanager
-def write_folder(target: Path) -> Iterator[Path]:
+def write_folder(target: Path, shared: bool = True) -> Iterator[Path]:
     """Yields a temporary folder beside `target` that becomes `target` only if the block succeeds.
 
     A kill at any moment leaves no half-written `target`. If somebody else finished the same
     folder meanwhile, theirs stays.
+
+    Raises:
+        UserError: somebody else did, and not `shared`: theirs holds something else.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         yield draft
         draft.chmod(0o755)
-        with contextlib.suppress(FileExistsError, OSError):
+        try:
             draft.rename(target)
-        if not target.exists():
-            raise OSError(f"could not move {draft} to {target}")
+        except OSError as error:
+            if not target.exists():
+                raise OSError(f"could not move {draft} to {target}") from error
+            if not shared:
+                told = "was written by somebody else meanwhile: give another, or remove it"
+                raise UserError(f"{target} {told}") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)

@@ -125,20 +125,27 @@ def question(artifact: Path, address: str, tokens: int) -> Ask:
     return lambda client: client.post(url, content=head + content, headers=headers)
 
 
-async def closed_loop(ask: Ask, clients: int, seconds: float) -> list[float]:
-    """Latencies of clients that each ask again as soon as they are answered."""
+async def closed_loop(ask: Ask, clients: int, seconds: float) -> tuple[float, list[float]]:
+    """Answers a second, and all latencies, of clients that ask again once they are answered.
+
+    An answer that comes after the `seconds` has a latency and is not counted.
+    """
     took: list[float] = []
+    counted = 0
     end = time.perf_counter() + seconds
 
     async def one(client: httpx.AsyncClient) -> None:
+        nonlocal counted
         while (started := time.perf_counter()) < end:
             (await ask(client)).raise_for_status()
-            took.append(time.perf_counter() - started)
+            answered = time.perf_counter()
+            took.append(answered - started)
+            counted += answered <= end
 
     limits = httpx.Limits(max_connections=clients)
     async with httpx.AsyncClient(timeout=PATIENCE, limits=limits) as client:
         await asyncio.gather(*(one(client) for _ in range(clients)))
-    return took
+    return counted / seconds, took
 
 
 async def open_loop(
@@ -198,8 +205,7 @@ def measured(artifact: Path, s: Settings) -> Iterator[Row]:
             ask = question(artifact, address, s.tokens)
             asyncio.run(closed_loop(ask, max(s.clients), 2.0))  # compiles what is not yet
             for clients in s.clients:
-                took = asyncio.run(closed_loop(ask, clients, s.seconds))
-                rate = len(took) / s.seconds
+                rate, took = asyncio.run(closed_loop(ask, clients, s.seconds))
                 capacity = max(capacity, rate)
                 median, worst = (float(each) for each in np.percentile(took, [50, 99]) * 1000)
                 found = {"requests/s": rate, "ms, median": median, "ms, p99": worst}

@@ -26,6 +26,7 @@ from typing import Any
 import jax
 import numpy as np
 import tyro
+from flax.traverse_util import flatten_dict
 from matplotlib.figure import Figure
 
 from fusion_jax.compression import imitation, storage, students
@@ -113,9 +114,11 @@ def compress(
             place = scratch / f"{number}-{name}"
             small = _smaller(small, trained, model, place, calibration, student)
         else:
-            small = dataclasses.replace(small, params=apply(small.params, calibration))
+            changed = apply(small.params, calibration)
+            loop.say(f"{name} applies to {_touched(small.params, changed):.0%} of the numbers")
+            small = dataclasses.replace(small, params=changed)
 
-    with write_folder(output) as draft:
+    with write_folder(output, shared=False) as draft:
         shutil.copyfile(workdir / "experiment.py", draft / "experiment.py")
         record = json.loads((workdir / "run.json").read_text())
         past = record.get("compressed", {"source": str(workdir), "recipes": []})
@@ -171,6 +174,13 @@ def _smaller(
     if not student.cut:
         student = dataclasses.replace(student, params=None)
     workdir = place / "training"
+    try:
+        experiments.check_workdir(workdir, Path(trained.module.__file__), student.settings)
+    except UserError as error:
+        raise UserError(
+            f"{place.parent} holds a student that was begun with other settings: give those again "
+            "to go on, or remove it to start anew"
+        ) from error
     with experiments.open_workdir(workdir, Path(trained.module.__file__), student.settings):
         return dataclasses.replace(student, params=imitation.distil(student, trained, workdir))
 
@@ -197,6 +207,14 @@ def _full_size(params: Params) -> int:
     """Bytes of the params in float32."""
     leaves = jax.tree.leaves(params, is_leaf=is_compressed)
     return sum(4 * int(np.prod(leaf.shape)) for leaf in leaves)
+
+
+def _touched(before: Params, after: Params) -> float:
+    """The share of the numbers whose leaf a recipe replaced."""
+    old, new = flatten_dict(before), flatten_dict(after)
+    sizes = {path: int(np.prod(leaf.shape)) for path, leaf in new.items()}
+    touched = sum(size for path, size in sizes.items() if new[path] is not old[path])
+    return touched / sum(sizes.values())
 
 
 def _costs(objective: Objective, params: Params, batch: Mapping[str, Any]) -> dict[str, float]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion_jax.compression import storage
+from fusion_jax.compression.workdir import MODEL
 from fusion_jax.deployment import export, stablehlo
 from fusion_jax.deployment.predictor import Predictor
 from fusion_jax.errors import UserError
@@ -21,8 +22,8 @@ def servable(workdir: Path, senses: Path | None = None) -> Path | Callable[..., 
 
     `senses` is another run around the same language model, to read what that one reads.
 
-    An artifact is written anew when a checkpoint, compressed params or the code that exports and
-    serves has changed.
+    An artifact is written anew when a checkpoint, compressed params, the experiment, a model of
+    its own or the code that exports and serves has changed.
     What has an `answer` and is no `Assistant`, such as a model that shows the facts it used, cannot
     be exported: it is served in this process.
 
@@ -34,8 +35,9 @@ def servable(workdir: Path, senses: Path | None = None) -> Path | Callable[..., 
         if not run.is_dir():
             raise UserError(f"{run}: no such folder; expected what --workdir was in training")
         digest.update(f"{run.resolve()}\n".encode())
-        checkpoints = sorted((run / "checkpoints").rglob("*"))
-        for path in filter(Path.exists, (run / "run.json", run / storage.FILE, *checkpoints)):
+        known = [run / name for name in ("run.json", "experiment.py", storage.FILE)]
+        models = [*sorted((run / "checkpoints").rglob("*")), *sorted((run / MODEL).rglob("*"))]
+        for path in filter(Path.exists, known + models):
             digest.update(f"{path.relative_to(run)} {path.stat().st_mtime_ns}\n".encode())
     code = [Path(module.__file__) for module in (export, stablehlo)]
     for path in sorted([*code, *stablehlo.RUNTIME.glob("*.*")]):

@@ -160,12 +160,12 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_it(trained):
     np.testing.assert_allclose(jax.jit(every_word)(other), metrics["soft_targets"], rtol=1e-5)
 
 
-def test_a_model_without_words_is_taught_too_and_resumes(tmp_path, monkeypatch):
+def test_a_model_without_words_is_taught_too_and_resumes(tmp_path, monkeypatch, capsys):
     run = tmp_path / "tiny"
     flags = ["--steps", "20", "--no-tensorboard", "--checkpoint-every", "5"]
     assert main(["train", str(TINY), "--workdir", str(run), *flags]) == 0
     command = ["compress", "--workdir", str(run), "--recipe", "distil-0.5", "--batches", "1"]
-    command += ["--student", "checkpoint-every=5", "--quality", "fit"]
+    command += ["--quality", "fit", "--student", "checkpoint-every=5"]
     steps = []
     put = loop.put_batch
 
@@ -178,6 +178,10 @@ def test_a_model_without_words_is_taught_too_and_resumes(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "put_batch", killed)
     with pytest.raises(KeyboardInterrupt):
         main(command)
+    assert main([*command, "steps=7"]) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert f"{tmp_path}/tiny-distil-0.5-unfinished holds a student" in told
+    assert "--overwrite" not in told
     assert main(command) == 0
     assert 20 < len(steps) < 33  # it did not start over
     small = storage.read(tmp_path / "tiny-distil-0.5" / storage.FILE)

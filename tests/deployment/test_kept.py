@@ -38,6 +38,17 @@ def test_a_run_is_exported_again_only_when_it_went_on(workdir, opening):
     assert second != first and not first.exists() and len(opening["written"]) == 2
 
 
+@pytest.mark.parametrize("name", ["experiment.py", "model/config.json"])
+def test_a_run_is_exported_again_when_its_experiment_or_model_is_another(workdir, opening, name):
+    file = workdir / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("")
+    first = kept.servable(workdir)
+    assert kept.servable(workdir) == first
+    os.utime(file, ns=(1, 1))
+    assert kept.servable(workdir) != first
+
+
 def test_a_run_with_the_senses_of_another_is_exported_again_when_either_went_on(
     workdir, opening, tmp_path_factory
 ):

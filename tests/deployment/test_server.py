@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import types
 
 import httpx
@@ -26,7 +27,14 @@ from PIL import Image
 
 from fusion_jax.__main__ import main
 from fusion_jax.deployment import runtime, stablehlo
-from fusion_jax.deployment.runtime import command, exchange, inference_protocol, workers
+from fusion_jax.deployment.runtime import (
+    chat_protocol,
+    command,
+    exchange,
+    inference_protocol,
+    media,
+    workers,
+)
 from fusion_jax.deployment.runtime.artifact import Artifact, BadInput
 from fusion_jax.deployment.runtime.chat_protocol import ChatRequest
 from fusion_jax.deployment.runtime.conversation import TextOf
@@ -37,6 +45,7 @@ from fusion_jax.deployment.runtime.occlusion import OcclusionRequest
 from fusion_jax.deployment.runtime.prediction import Predictor
 from fusion_jax.deployment.runtime.server import Server
 from fusion_jax.deployment.runtime.waiting import Job, Line
+from fusion_jax.deployment.speaking import Described, Standing
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of clients and of uvicorn
 
@@ -265,6 +274,38 @@ def test_strings_are_counted_before_they_are_kept():
             inference_protocol.arrays(request, broken)
 
 
+def test_strings_for_numbers_are_refused_before_they_are_made_equally_long():
+    texts = ["a" * 10_000, *"b" * 1000]
+    request = inference_protocol.InferRequest(inputs=[tensor(shape=(1001,), data=texts)])
+    tracemalloc.start()
+    with pytest.raises(BadInput, match="data are not INT32"):
+        inference_protocol.arrays(request, b"")
+    assert tracemalloc.get_traced_memory()[1] < 10**6
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_a_picture_whose_exif_breaks_off_is_refused(kind):
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    Image.new("RGB", (5, 4)).save(buffer, kind, exif=exif.tobytes()[:12])
+    with pytest.raises(BadInput, match="not a readable picture"):
+        media.picture(buffer.getvalue(), 8)
+
+
+def test_answers_without_a_seed_differ():
+    model = types.SimpleNamespace(readers={}, writing=lambda *_, **how: how["seed"])
+
+    def seeds(**how):
+        asked = exchange.valid(ChatRequest, ask(**how))
+        prompts = {"prompt": np.array([b"w5", b"w5"], object)}
+        written = inference_protocol.writings(model, prompts, how)
+        return [chat_protocol.writing_of(asked, model), *written]
+
+    assert len({*seeds(), *seeds()}) == 6
+    assert seeds(seed=0) == [0] * 3 and seeds(seed=-1) == [2**32 - 1] * 3
+
+
 def test_sizes_beyond_all_numbers_are_refused():
     for shape in ((0, 10**30), (0, 2**40, 2**40), (2, 10**30)):
         request = inference_protocol.InferRequest(inputs=[tensor(shape=shape, data=())])
@@ -374,6 +415,14 @@ def test_a_server_of_nothing_is_refused(name, capsys):
     assert f"--{name} 0: give 1 or more" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("flags", "key"), [([], ""), ([], " "), (["--key", ""], "secret")])
+def test_an_empty_key_is_refused(flags, key, capsys, monkeypatch):
+    monkeypatch.setenv("SERVE_KEY", key)
+    with pytest.raises(SystemExit, match="2"):
+        command.main(flags, stand=lambda *_: pytest.fail("it was started"))
+    assert "the key is empty: give one" in capsys.readouterr().err
+
+
 def metric(client, name):
     lines = client.get("/metrics").text.splitlines()
     return sum(float(line.split()[-1]) for line in lines if line.startswith(name + " "))
@@ -443,6 +492,115 @@ def test_a_client_that_goes_away_leaves_nothing_to_be_written(talker):
         assert [job.cancelled for job in jobs] == [True] * count
 
 
+class Says:
+    """Answers one word, and another once it may."""
+
+    readers = ()
+
+    def __init__(self):
+        self.go = threading.Event()
+
+    def answer(self, *_, **__):
+        yield "w5 "
+        assert self.go.wait(60)
+        yield "w6"
+
+
+@pytest.fixture
+def host():
+    return Standing(Described("talker", ""), Says(), Limits(queue=2), Metrics().count)
+
+
+@contextlib.contextmanager
+def listening(host):
+    """As the command listens, in a thread of this process: its address, and what signals reach."""
+    server = Server(host, Metrics())
+    how = {"port": free_port(), "timeout_keep_alive": 1, "timeout_graceful_shutdown": 60}
+    config = uvicorn.Config(server.app(), http=command.Connection, log_level="warning", **how)
+    listener = command.Listener(config, server)
+    thread = threading.Thread(target=listener.run, daemon=True)
+    thread.start()
+    while not listener.started:
+        time.sleep(0.05)
+    yield ("127.0.0.1", config.port), listener
+    listener.handle_exit(signal.SIGTERM, None)
+    thread.join(30)
+    assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("begun", [b"", b"GET /v2/health"])
+def test_a_connection_without_a_request_is_closed(host, begun):
+    with listening(host) as (place, _), socket.create_connection(place, timeout=30) as silent:
+        silent.sendall(begun)
+        assert silent.recv(1) == b""
+
+
+def test_it_says_that_it_is_not_ready_while_it_finishes(host):
+    with listening(host) as ((_, port), listener):
+        url = f"http://127.0.0.1:{port}"
+        ready, route = f"{url}/v2/health/ready", f"{url}/v1/chat/completions"
+        assert httpx.get(ready).status_code == 200
+        with httpx.stream("POST", route, json=ask(stream=True), timeout=60) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            listener.handle_exit(signal.SIGTERM, None)
+            for _ in range(3):
+                time.sleep(0.3)
+                assert httpx.get(ready).status_code == 503
+            assert httpx.post(route, json=ask()).status_code == 503
+            host.served.model.answers.go.set()
+            assert [line for line in lines if line][-1] == "data: [DONE]"
+
+
+def test_what_is_prepared_counts_as_waiting_and_what_is_late_is_not_begun(host, monkeypatch):
+    """By one core, where two may wait."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    begun, model = threading.Event(), host.served.model
+    go, made = model.answers.go, model.writing
+
+    def writing(*given, **how):
+        assert not begun.is_set()
+        begun.set()
+        assert go.wait(60)
+        return made(*given, **how)
+
+    model.writing = writing
+
+    async def burst():
+        transport = httpx.ASGITransport(Server(host, Metrics()).app())
+        async with httpx.AsyncClient(transport=transport, base_url="http://a") as many:
+
+            def post(seconds):
+                headers = {"x-timeout-seconds": str(seconds)}
+                route = "/v1/chat/completions"
+                return asyncio.create_task(many.post(route, json=ask(), headers=headers))
+
+            first = post(30)
+            while not begun.is_set():
+                await asyncio.sleep(0.01)
+            late = post(1)
+            await asyncio.sleep(1.2)
+            refused = await post(30)
+            go.set()
+            return [each.status_code for each in (await first, await late, refused)]
+
+    assert asyncio.run(burst()) == [200, 504, 429]
+
+
+def test_bodies_are_held_within_a_budget(host):
+    host.served.model.answers.go.set()
+    server = Server(host, Metrics(), body_bytes=1000)
+
+    async def post():
+        transport = httpx.ASGITransport(server.app())
+        async with httpx.AsyncClient(transport=transport, base_url="http://a") as client:
+            return (await client.post("/v1/chat/completions", json=ask("w" * 600))).status_code
+
+    for held, status in ((0, 200), (15_500, 429), (0, 200)):
+        server._held = held
+        assert asyncio.run(post()) == status and server._held == held
+
+
 def exchange_in(old, new, moment):
     """A host that takes another model while a request's body comes or its work is made, and what
     is to be done before the body comes."""
@@ -500,6 +658,55 @@ def test_a_request_of_many_prompts_is_taken_whole_or_not_at_all(client):
     with pytest.raises(BadInput, match="wait already"):
         line.put(*(Job(None, print, time.monotonic() + 9) for _ in range(2)))
     assert len(line) == 3
+
+
+def worked(run, *works):
+    """What is told of each work, one after the other, and the line."""
+    line, told = Line(9), []
+    for work in works:
+        size = len(work) if isinstance(work, list) else 1
+        line.put(Job(work, lambda *what: told.append(what), time.monotonic() + 60, size))
+    line.close()
+    run(line)
+    return told, line
+
+
+def test_a_request_of_many_rows_runs_in_batches_of_what_was_allowed():
+    def predictor(rows):
+        return {"logits": np.array(rows)}
+
+    counted = []
+    run = workers.predict(predictor, 4, 0, lambda *what: counted.append(what))
+    [(kind, found)], _ = worked(run, list(range(10)))
+    assert kind == "done" and found["logits"].tolist() == list(range(10))
+    assert counted == [("batch", 4), ("batch", 4), ("batch", 2)]
+
+
+def test_what_failed_or_was_left_does_not_make_the_model_seem_fast():
+    def predictor(rows):
+        time.sleep(0.05 * rows[0])
+        return {"logits": np.array(rows) / np.array(rows[0] or "nothing")}
+
+    told, line = worked(workers.predict(predictor, 1, 0, lambda *_: None), [1], [0], [0])
+    assert [kind for kind, _ in told] == ["done", "error", "error"] and line.pace >= 0.05
+    for enough, pace in ((False, 0.0), (True, 7.0)):  # left; left since a stop string came
+        line, job = Line(1), Job(None, print, 0)
+        job.cancelled, job.enough, job.cost = True, enough, 7.0
+        line.done(job)
+        assert line.pace == pace
+
+
+def test_all_tokens_are_counted():
+    def write(writing):
+        writing.written.append(5)
+        writing.finish = "length" if len(writing.written) == writing.max_tokens else None
+
+    writing, tokens = Writing([1], np.zeros((0, 0)), 3), []
+    model = types.SimpleNamespace(rows=1, join=write, step=lambda: write(writing))
+    model.leave = lambda _: None
+    run = workers.write(model, lambda name, value: tokens.append(value * (name == "tokens")))
+    worked(run, writing)
+    assert sum(tokens) == 3
 
 
 def test_who_waits_for_a_row_hears_of_the_deadline_and_who_left_takes_no_place():

@@ -1,6 +1,8 @@
 """One command for all benchmarks: figures beside their peers', kept when one fails or is redone."""
 
+import asyncio
 import json
+import types
 from pathlib import Path
 
 import pytest
@@ -83,6 +85,15 @@ def test_without_an_artifact_smollm2_is_exported_and_served(monkeypatch):
     folder, there = serving.rows()
     assert there and not folder.exists()
     assert next(serving.rows(Path("mine"))) == Path("mine")
+
+
+def test_answers_after_the_end_are_not_counted():
+    async def ask(_):
+        await asyncio.sleep(0.6)
+        return types.SimpleNamespace(raise_for_status=lambda: None)
+
+    rate, took = asyncio.run(serving.closed_loop(ask, 4, 1.0))
+    assert rate == 4 and len(took) == 8
 
 
 def test_quality_stands_beside_pykeens_and_is_trained_once(tmp_path, monkeypatch, capsys):

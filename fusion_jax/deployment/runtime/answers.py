@@ -68,6 +68,7 @@ async def events(
             if piece := text.push(tokens):
                 yield chat_protocol.event(chat_protocol.chunk(about, {"content": piece}))
             if text.stopped:
+                answer.job.enough = True
                 break
         if not text.stopped and (piece := text.push([], last=True)):
             yield chat_protocol.event(chat_protocol.chunk(about, {"content": piece}))

@@ -3,6 +3,7 @@
 import base64
 import binascii
 import json
+import secrets
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
@@ -82,6 +83,11 @@ class ChatRequest(BaseModel):
         """Strings that end the answer."""
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
+    @property
+    def drawn_seed(self) -> int:
+        """The seed as 32 bits; another each time where none is given."""
+        return secrets.randbits(32) if self.seed is None else self.seed % 2**32
+
 
 def writing_of(request: ChatRequest, generator: Generator) -> Writing:
     """What the generator is to continue.
@@ -98,7 +104,7 @@ def writing_of(request: ChatRequest, generator: Generator) -> Writing:
         wanted,
         temperature=1.0 if request.temperature is None else request.temperature,
         top_p=1.0 if request.top_p is None else request.top_p,
-        seed=(request.seed or 0) % 2**32,
+        seed=request.drawn_seed,
     )
 
 

@@ -4,23 +4,58 @@ python -m fusion_jax serve artifact/ --port 8000          or     python artifact
 """
 
 import argparse
+import asyncio
 import functools
 import logging
 import os
 import signal
+import socket
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import jax
 import uvicorn
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from .artifact import BadInput
 from .host import Host, Limits
 from .metrics import Metrics
 from .server import Server
 from .workers import Count
+
+
+class Connection(AutoHTTPProtocol):
+    """Closed as well where its first request does not begin in the keep-alive time."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self.loop.call_later(self.timeout_keep_alive, self._close_unasked)
+
+    def _close_unasked(self) -> None:
+        if self.cycle is None:
+            self.timeout_keep_alive_handler()
+
+
+class Listener(uvicorn.Server):
+    """Listens on while it finishes what has begun, and says that it is not ready."""
+
+    def __init__(self, config: uvicorn.Config, routes: Server):
+        super().__init__(config)
+        self.routes = routes
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.routes.stopping = True
+        super().handle_exit(sig, frame)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        end = time.monotonic() + self.config.timeout_graceful_shutdown
+        while self.server_state.tasks and not self.force_exit and time.monotonic() < end:
+            await asyncio.sleep(0.1)
+        await super().shutdown(sockets)
 
 
 def main(
@@ -64,6 +99,9 @@ def main(
     for name in ("rows", "queue", "context"):
         if getattr(chosen, name) < 1:
             parser.error(f"--{name} {getattr(chosen, name)}: give 1 or more")
+    key = os.environ.get("SERVE_KEY") if chosen.key is None else chosen.key
+    if key is not None and not key.strip():
+        parser.error("the key is empty: give one, or neither --key nor $SERVE_KEY")
     logging.basicConfig(level=logging.INFO, format="%(levelname)s:     %(message)s")
     metrics = Metrics()
     logging.getLogger("jax").setLevel(logging.WARNING)
@@ -82,7 +120,7 @@ def main(
     server = Server(
         host,
         metrics,
-        key=chosen.key or os.environ.get("SERVE_KEY"),
+        key=key,
         body_bytes=int(chosen.body_megabytes * 2**20),
         read_seconds=chosen.read_seconds,
         answer_seconds=chosen.answer_seconds,
@@ -92,6 +130,7 @@ def main(
         server.app(),
         host=chosen.host,
         port=chosen.port,
+        http=Connection,
         log_level="info",
         access_log=False,
         limit_concurrency=256 + 4 * chosen.queue,  # far more than wait: each may hold a body
@@ -100,5 +139,5 @@ def main(
     # uvicorn raises the signal again when all is finished; that is no failure.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
-    uvicorn.Server(config).run()
+    Listener(config, server).run()
     return 0

@@ -13,8 +13,12 @@ from starlette.responses import JSONResponse, Response
 from .artifact import BadInput
 
 
-async def body(request: Request, most: int, seconds: float) -> bytes:
-    """All of it. Raises BadInput: longer than `most` bytes, or not here in time."""
+async def body(request: Request, most: int, seconds: float, hold: Callable[[int], None]) -> bytes:
+    """All of it. Raises BadInput: longer than `most` bytes, or not here in time, or as `hold` does.
+
+    Args:
+        hold: called with the size of each part before it is kept.
+    """
     declared = whole_number(request.headers.get("content-length", ""))
     if declared is not None and declared > most:
         raise BadInput(f"a body of {declared} bytes; at most {most} are read", 413)
@@ -25,6 +29,7 @@ async def body(request: Request, most: int, seconds: float) -> bytes:
             size += len(part)
             if size > most:
                 raise BadInput(f"the body is longer than {most} bytes", 413)
+            hold(len(part))
             parts.append(part)
         return b"".join(parts)
 

@@ -130,6 +130,9 @@ def _from_json(tensor: InputTensor) -> np.ndarray:
             raise BadInput(f"input {tensor.name}: BYTES in JSON are strings")
         return _objects([item.encode() for item in flat])
     dtype = np.dtype(_dtype(tensor))
+    if any(isinstance(item, str) for item in _flatten(tensor.data)):
+        # Refused here: NumPy would make each as long as the longest.
+        raise BadInput(f"input {tensor.name}: data are not {tensor.datatype}")
     try:
         values = np.array(tensor.data)
     except (ValueError, OverflowError) as error:
@@ -258,7 +261,7 @@ def writings(
             chat.max_tokens,
             temperature=chat.temperature or 0.0,
             top_p=1.0 if chat.top_p is None else chat.top_p,
-            seed=(chat.seed or 0) % 2**32,
+            seed=chat.drawn_seed,
         )
         for prompt, items in zip(prompts.ravel(), media, strict=True)
     ]

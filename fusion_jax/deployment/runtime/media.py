@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,10 @@ def _opened(content: bytes) -> Iterator[Any]:
             if opened.width * opened.height > LARGEST_PICTURE:
                 raise BadInput(f"a picture of {opened.width} x {opened.height} pixels", 413)
             yield opened
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (
+        *(OSError, SyntaxError, ValueError, Image.DecompressionBombError),
+        *(struct.error, TypeError, AttributeError),  # by EXIF, when a picture is turned
+    ) as error:
         raise BadInput(f"not a readable picture: {error}; send PNG, JPEG or WebP") from error
 
 

@@ -7,11 +7,14 @@ into the folder's place.
 
 import contextlib
 import hmac
+import os
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from functools import cached_property
 from typing import Any
 
+import anyio
 import numpy as np
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -28,7 +31,10 @@ from .generation import Generator
 from .host import Host, Served
 from .metrics import Metrics
 from .openapi import document
+from .waiting import CLOSED
 
+MOST_BODIES = 16
+"""So many of the largest bodies are held at once, or more that are smaller."""
 OPEN_PATHS = ("/v2/health/", "/metrics", "/openapi.json")
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -60,6 +66,12 @@ class Server:
         self.body_bytes, self.read_seconds = body_bytes, read_seconds
         self.answer_seconds, self.page = answer_seconds, page
         self.stopping = False
+        self._held = 0  # bytes of bodies
+
+    @cached_property
+    def _threads(self) -> anyio.CapacityLimiter:
+        """As many requests are prepared at once as there are cores."""
+        return anyio.CapacityLimiter(os.cpu_count() or 1)
 
     def app(self) -> Starlette:
         """The ASGI application."""
@@ -108,6 +120,8 @@ class Server:
                 response = exchange.failure(path, str(error), error.status)
             except ClientDisconnect:
                 response = exchange.failure(path, "the client went away", 499)
+            finally:
+                self._held -= getattr(request.state, "held", 0)
             self.metrics.requests.labels(path, str(response.status_code)).inc()
 
             def ended() -> None:
@@ -137,7 +151,13 @@ class Server:
     # ------------------------------------------------------------------------------- requests
 
     async def _body(self, request: Request) -> bytes:
-        return await exchange.body(request, self.body_bytes, self.read_seconds)
+        def hold(size: int) -> None:
+            if self._held + size > MOST_BODIES * self.body_bytes:
+                raise BadInput("too many large requests at once: try again later", 429)
+            self._held += size
+            request.state.held = getattr(request.state, "held", 0) + size
+
+        return await exchange.body(request, self.body_bytes, self.read_seconds, hold)
 
     def _named(self, request: Request, served: Served) -> Served:
         """Raises BadInput unless the request's path names that model."""
@@ -149,6 +169,8 @@ class Server:
 
     def _check(self, deadline: float) -> None:
         """Whether a request may come, before its body is read. Raises BadInput."""
+        if self.stopping:
+            raise BadInput(CLOSED, 503)
         served = self.host.served
         try:
             served.worker.line.check(deadline)
@@ -165,15 +187,23 @@ class Server:
         it is exchanged before its line has taken them.
 
         Raises:
-            BadInput: `work` did, or the line takes no more.
+            BadInput: `work` did, or the line takes no more, or the deadline passed before `work`.
         """
+
+        def in_time(served: Served) -> Sequence[Any]:
+            if time.monotonic() > deadline:
+                raise BadInput("the deadline passed while the request waited", 504)
+            return work(served)
+
         while True:
             served = self.host.served
-            works = await run_in_threadpool(work, served)
-            size = 1 if isinstance(served.model, Generator) else len(works[0])
-            answers = [Answer(each, deadline, size) for each in works]
+            line = served.worker.line
             try:
-                served.worker.line.put(*(answer.job for answer in answers))
+                with line.coming(deadline):
+                    works = await anyio.to_thread.run_sync(in_time, served, limiter=self._threads)
+                size = 1 if isinstance(served.model, Generator) else len(works[0])
+                answers = [Answer(each, deadline, size) for each in works]
+                line.put(*(answer.job for answer in answers))
             except BadInput as error:
                 if not self._exchanged(served, error):
                     raise
@@ -214,10 +244,10 @@ class Server:
         length = request.headers.get(inference_protocol.LENGTH_HEADER)
         head, binary = inference_protocol.split(body, length)
         asked = exchange.parsed(inference_protocol.InferRequest, head)
-        given = await run_in_threadpool(inference_protocol.arrays, asked, binary)
 
         def work(served: Served) -> Sequence[Any]:
             model = self._named(request, served).model
+            given = inference_protocol.arrays(asked, binary)
             if isinstance(model, Generator):
                 return inference_protocol.writings(model, given, asked.parameters)
             return [inference_protocol.rows_of(model.readers, given)]
@@ -291,6 +321,7 @@ class Server:
             async for tokens in answer.tokens():
                 said += text.push(tokens)
                 if text.stopped:
+                    answer.job.enough = True
                     return said
             return said + text.push([], last=True)
 

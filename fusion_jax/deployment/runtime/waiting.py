@@ -1,13 +1,15 @@
 """Requests that wait for the model: a bounded line with deadlines, which refuses the hopeless."""
 
 import collections
+import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from .artifact import BadInput
 
+CLOSED = "this server is shutting down: ask another"
 MARGIN = 2.0
 """How many times as long as expected a job may take and still be in time: what else computes."""
 
@@ -21,6 +23,7 @@ class Job:
             with the result, "error" with a BadInput.
         deadline: when the answer is of no use any more, by `time.monotonic`.
         cancelled: set by whoever does not want it any more.
+        enough: set where that is because all that was asked for is there.
         cost: seconds of the model's time that it took.
     """
 
@@ -28,7 +31,7 @@ class Job:
         self, work: Any, tell: Callable[[str, Any], None], deadline: float, size: int = 1
     ) -> None:
         self.work, self.tell, self.deadline, self.size = work, tell, deadline, size
-        self.cancelled = False
+        self.cancelled = self.enough = False
         self.cost = 0.0
 
     @property
@@ -43,7 +46,7 @@ class Line:
         self.limit = limit
         self._costs: collections.deque[float] = collections.deque(maxlen=15)
         self._jobs: collections.deque[Job] = collections.deque()
-        self._working = 0
+        self._working = self._coming = 0
         self._changed = threading.Condition()
         self._closed = False
 
@@ -66,13 +69,25 @@ class Line:
         with self._changed:
             self._check(deadline, size)
 
+    @contextlib.contextmanager
+    def coming(self, deadline: float) -> Iterator[None]:
+        """While its job is made a request counts as one that waits; raises as `check`."""
+        with self._changed:
+            self._check(deadline, 1)
+            self._coming += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._coming -= 1
+
     def _check(self, deadline: float, size: int) -> None:
         if self._closed:
-            raise BadInput("this server is shutting down: ask another", 503)
+            raise BadInput(CLOSED, 503)
         self.prune()
-        if len(self._jobs) >= self.limit:
+        if len(self._jobs) + self._coming >= self.limit:
             raise BadInput(f"{self.limit} requests wait already: try again later", 429)
-        ahead = self._working + sum(each.size for each in self._jobs)
+        ahead = self._working + self._coming + sum(each.size for each in self._jobs)
         wait = MARGIN * (ahead + size) * self.pace
         if ahead and time.monotonic() + wait > deadline:
             raise BadInput(
@@ -118,11 +133,12 @@ class Line:
                     wanted.append(job)
             self._jobs = wanted
 
-    def done(self, job: Job) -> None:
-        """A job that was taken is finished, `job.cost` tells what it took."""
+    def done(self, job: Job, failed: bool = False) -> None:
+        """A job that was taken is finished; of one that was completed the cost is remembered."""
         with self._changed:
             self._working -= job.size
-            self._costs.append(job.cost / job.size)
+            if not failed and (job.enough or not job.cancelled):
+                self._costs.append(job.cost / job.size)
 
     def close(self) -> None:
         """Refuses new jobs; those that wait are still done."""

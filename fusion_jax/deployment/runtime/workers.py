@@ -4,6 +4,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from .artifact import BadInput
 from .generation import Generator, Writing
 from .prediction import Predictor
@@ -14,7 +16,10 @@ Count = Callable[[str, float], None]
 
 
 def predict(predictor: Predictor, rows: int, patience: float, count: Count) -> Any:
-    """Predicts up to `rows` rows together; a request waits at most `patience` s for company."""
+    """Predicts up to `rows` rows together; a request waits at most `patience` s for company.
+
+    One of more rows is predicted in several batches.
+    """
 
     def run(line: Line) -> None:
         while (jobs := line.take(rows, None)) is not None:
@@ -27,12 +32,15 @@ def predict(predictor: Predictor, rows: int, patience: float, count: Count) -> A
             started = time.perf_counter()
             together = [row for job in jobs for row in job.work]
             try:
-                found = predictor(together)
+                parts = []
+                for at in range(0, len(together), rows):
+                    parts.append(predictor(together[at : at + rows]))
+                    count("batch", len(together[at : at + rows]))
+                found = {n: np.concatenate([part[n] for part in parts]) for n in parts[0]}
             except Exception as error:
                 _fail(jobs, error, line)
                 continue
             spent, start = time.perf_counter() - started, 0
-            count("batch", len(together))
             for job in jobs:
                 part = {n: values[start : start + job.size] for n, values in found.items()}
                 start += job.size
@@ -55,7 +63,7 @@ def write(generator: Generator, count: Count) -> Any:
         def end(job: Job, kind: str, value: Any) -> None:
             generator.leave(job.work)
             del jobs[job.work]
-            line.done(job)
+            line.done(job, failed=kind == "error")
             job.tell(kind, value)
 
         while True:
@@ -73,6 +81,7 @@ def write(generator: Generator, count: Count) -> Any:
                 except Exception as error:
                     end(job, "error", _told(error))
                     continue
+                count("tokens", len(job.work.written))
                 _tell(job, 0)
                 if job.work.finish is not None:
                     end(job, "done", job.work)
@@ -110,7 +119,7 @@ def _tell(job: Job, start: int) -> None:
 
 def _fail(jobs: list[Job], error: Exception, line: Line) -> None:
     for job in jobs:
-        line.done(job)
+        line.done(job, failed=True)
         job.tell("error", _told(error))
 
 
