@@ -94,8 +94,8 @@ class Settings(Base):
     """Of the domain's graph before a definition: subjects of at most so many articles that it
     refers to, among those that were trained on."""
     rule_weight: float = 0.0
-    """Of the rule "an article is of the subject of those that it refers to", on the task's articles
-    without labels."""
+    """Of the rule "an article is of the subject of those that it refers to", beside the task, on
+    its articles: on what the model says of them, whatever their labels or without any."""
     hold: Literal["nothing", "replay", "ewc", "l2-sp"] = "nothing"
     """What holds on to what was known."""
     hold_weight: float | None = None
@@ -168,6 +168,9 @@ def read_texts(s: Settings, encode: Callable[[str], list[int]]) -> Texts:
     def about(entries: list[Entry]) -> list[Entry]:
         return [entry for entry in entries if entry.tags and entry.tags[0] in names]
 
+    def fitting(entries: list[Entry]) -> list[Entry]:
+        return [entry for entry in entries if not entry.tags or entry.tags[0] in names]
+
     def asked(entries: list[Entry]) -> list[dict[str, Any]]:
         rows = [ask(entry, related(entry)) for entry in about(entries)]
         return [row | {"id": number} for number, row in enumerate(rows)]
@@ -177,7 +180,7 @@ def read_texts(s: Settings, encode: Callable[[str], list[int]]) -> Texts:
     if s.rule_weight:
         train["linked"] = [
             ask(one) | {OTHER + name: value for name, value in ask(other).items()} | {"id": number}
-            for number, (one, other) in enumerate(linked(about(task["train"])))
+            for number, (one, other) in enumerate(linked(fitting(task["train"])))
         ]
     side = "validation" if s.development else "test"
     held = {"old": plain(old[side]), "new": plain(task[side]), "task": asked(task[side])}
@@ -203,14 +206,18 @@ def question(
     encode: Callable[[str], list[int]],
     length: int,
 ) -> dict[str, Any]:
-    """A definition and its subject; the subject's first token, which tells it, alone counts."""
-    asked, answer = encode("\nSubject:"), encode(" " + entry.tags[0])[:1]
+    """A definition and its subject; the subject's first token, which tells it, alone counts.
+
+    Where there is no subject the first of all stands in its place, and the label is -1.
+    """
+    subject = entry.tags[0] if entry.tags else None
+    asked, answer = encode("\nSubject:"), encode(f" {subject or subjects[0]}")[:1]
     text = encode(facts + entry.text)[: length - len(asked) - 1]
     ids = np.asarray([*text, *asked, *answer], np.int32)
     weight = np.zeros(len(ids), np.float32)
     weight[-1] = 1
     segment = np.ones(len(ids), np.int32)
-    label = subjects.index(entry.tags[0])
+    label = subjects.index(subject) if subject else -1
     return {"text": ids, "weight": weight, "segment": segment, "label": label}
 
 
@@ -264,12 +271,15 @@ def objective_of(s: Settings, model: FusedLM, subjects: Sequence[int]) -> Object
         return broken(jnp.concatenate([class_log_odds(each) for each in said], axis=1), batch)
 
     parts = {on_batch("new", learn): 1.0}
+    ruled = {on_batch("linked", subjects_alike): s.rule_weight}
     if s.hold != "nothing":
         hold = on_batch("old", learn) if s.hold == "replay" else anchored
         parts[hold] = HOLD_WEIGHTS[s.hold] if s.hold_weight is None else s.hold_weight
-    if s.rule_weight:
-        parts[on_batch("linked", subjects_alike)] = s.rule_weight
-    return weighted_sum(parts)
+
+    def objective(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Metrics]:
+        return weighted_sum(parts | (ruled if "linked" in batch else {}))(params, batch, rng)
+
+    return objective
 
 
 def subject_logits(
@@ -298,30 +308,38 @@ FISHER_ROWS = 32
 # --------------------------------------------------------------------------------- build, report
 
 
+def steps_of(s: Settings) -> list[int]:
+    """The steps of each phase. Raises UserError if their shares are none."""
+    if min(s.phases) < 0 or not sum(s.phases):
+        given = " ".join(f"{share:g}" for share in s.phases)
+        raise UserError(f"--phases {given} are no shares: give numbers from 0 on, not all 0")
+    return [round(share * s.steps / sum(s.phases)) for share in s.phases]
+
+
 def build(s: Settings) -> Experiment:
-    opened = load(s.model)
+    steps, opened = steps_of(s), load(s.model)
     if opened.tokenizer is None:
         raise UserError(f"{s.model} has no tokenizer, and texts must be turned into ids")
     model = FusedLM(opened.module, {})
     texts = read_texts(s, lambda text: opened.tokenizer.encode(text, add_special_tokens=False).ids)
     published = {"decoder": opened.params}
     train = {name: batches_of(s, rows, True) for name, rows in texts.train.items()}
-    steps = [round(share * s.steps / sum(s.phases)) for share in s.phases]
-    phases = Phases(
-        [(train[name], n) for name, n in zip(("dapt", "tapt", "tune"), steps, strict=True)]
+    beside = {"old": train["old"]} if s.hold == "replay" else {}
+    linked = {"linked": train["linked"]} if s.rule_weight else {}
+    new = (("dapt", {}), ("tapt", {}), ("tune", linked))
+    data = Phases(
+        [
+            (Streams({"new": train[name], **beside, **more}), n)
+            for (name, more), n in zip(new, steps, strict=True)
+        ]
     )
     # Each phase has its own warm-up and decay: the task would come too late in a common one.
     schedule = optax.join_schedules(
         [optax.warmup_cosine_decay_schedule(0.0, s.learning_rate, n // 10, n) for n in steps if n],
         np.cumsum([n for n in steps if n])[:-1].tolist(),
     )
-    streams: dict[str, Any] = {"new": phases}
     trained, frozen = partition(published, s.trainable)
     pretrained = {"model": published}
-    if s.hold == "replay":
-        streams["old"] = train["old"]
-    if s.rule_weight:
-        streams["linked"] = train["linked"]
     if s.hold in ("ewc", "l2-sp"):
         pretrained["anchor"] = trained
     if s.hold == "ewc":
@@ -329,7 +347,7 @@ def build(s: Settings) -> Experiment:
     measure = measuring(s, model, texts)
     before = measure(pretrained)
     return Experiment(
-        data=Streams(streams),
+        data=data,
         init=lambda key: jax.tree.map(jnp.zeros_like, pretrained),
         objective=objective_of(s, model, texts.first_tokens),
         optimizer=optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule)),

@@ -34,7 +34,7 @@ Curve = list[tuple[float, float]]
 @dataclasses.dataclass(frozen=True)
 class Arguments:
     what: tyro.conf.Positional[Literal["tune", "test"]]
-    hold: tuple[str, ...] = tuple(HOLD_WEIGHTS)
+    hold: tuple[Literal[tuple(HOLD_WEIGHTS)], ...] = tuple(HOLD_WEIGHTS)
     factors: tuple[float, ...] = (0.1, 1.0, 10.0)
     """What the weights are multiplied by in `tune`."""
     seeds: int = 3
@@ -53,7 +53,7 @@ def plans(a: Arguments) -> dict[str, list[Settings]]:
         weights = [(hold, f * HOLD_WEIGHTS[hold]) for hold in a.hold for f in a.factors]
         return {f"{h} {w:g}": [change(base, hold=h, hold_weight=w)] for h, w in weights if w}
     rows = {hold: change(a.settings, hold=hold) for hold in a.hold}
-    tuning = round(a.settings.steps * a.settings.phases[2] / sum(a.settings.phases))
+    *_, tuning = domain_language.steps_of(a.settings)
     alone = {"steps": tuning, "phases": (0.0, 0.0, 1.0)}
     if tuning < a.settings.steps:
         rows |= {f"{hold}, no DAPT, no TAPT": change(s, **alone) for hold, s in rows.items()}

@@ -88,7 +88,7 @@ worst of the pairs -0.022, helped 0.75 of them.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -204,6 +204,14 @@ class Settings(Base):
 
 def methods_of(s: Settings) -> list[str]:
     """What is trained side by side."""
+    if not (s.bounds or s.method):
+        raise UserError("there is nothing to train: give a --method, or leave --no-bounds out")
+    comparing = [name for name in s.method if name not in BOUNDS]
+    if comparing and s.engine == "pmap" and named_devices(s.mesh) > 1:
+        raise UserError(
+            f"{comparing} compare the rows of a batch, and under --engine pmap a device sees only "
+            "its own: use --engine jit, or --mesh data=1"
+        )
     blind = (*BOUNDS, *ADVERSARIAL, *GENERALISING)
     wrong = [name for name in s.method if s.unseen and name not in blind]
     if wrong:
@@ -230,10 +238,10 @@ def methods_of(s: Settings) -> list[str]:
 
 
 def open_domains(s: Settings) -> tuple[list[Domain], Domain]:
-    """The sources, and the target."""
+    """The sources, and the target, all with the same classes."""
     names = (*s.source, s.target)
-    *sources, target = (
-        open_domain(name, s.seed, s.labels, s.emoji, s.most, s.mirror) for name in names
+    *sources, target = same_classes(
+        [open_domain(name, s.seed, s.labels, s.emoji, s.most, s.mirror) for name in names]
     )
     return sources, target
 
@@ -268,7 +276,7 @@ MOST = 512  # rows of a split that the criteria look at
 def prepare(s: Settings) -> Prepared:
     """Reads the domains; makes the batches to train on and those to judge by."""
     sources, target = open_domains(s)
-    classes = same_classes([*sources, target])
+    classes = target.classes
     shares = math.prod(mesh_shape(s.mesh, named_devices(s.mesh))[:2])
     part = shares * s.accumulation
     least = len(sources) * part
@@ -281,14 +289,14 @@ def prepare(s: Settings) -> Prepared:
     made = open_batches(s, sources, target)
     each = [made.train(domain, size, s.seed + place) for place, domain in enumerate(sources)]
     source = Balanced(each, shares, s.accumulation)
-    check_batches((source[step] for step in range(8)), len(sources))
+    check_batches((source[step] for step in range(8)), [one.name for one in sources], classes)
     sees_target = not s.unseen or CEILING in methods_of(s)
     strong = any(method in CONSISTENT for method in s.method)
     seen = made.train(target, s.batch_size, s.seed + 99, strong) if sees_target else None
     data = Adaptation(source, seen)
 
-    def rows(found: list[Domain], split: str, most: int | None = None) -> list[dict]:
-        return [batch for domain in found for batch in made.once(domain, split, most)]
+    def rows(found: list[Domain], split: str, most: int | None = None) -> list:
+        return [made.once(domain, split, most) for domain in found]
 
     parts = {
         "validation": rows(sources, "validation"),
@@ -299,14 +307,14 @@ def prepare(s: Settings) -> Prepared:
     if not s.unseen:
         parts["target"] = rows([target], "train", MOST)
         if s.backbone == "frozen":
-            parts["own statistics"] = standardized_alone(made, target, parts["test"])
+            parts["own statistics"] = [standardized_alone(made, target, *parts["test"])]
     alike = {"seed": 0, "source": (), "target": "", "workdir": None, "method": ()}
     return Prepared(
         classes, data, Judge(apply_of(dataclasses.replace(s, **alike), len(classes)), parts)
     )
 
 
-def standardized_alone(made: FeatureBatches, domain: Domain, batches: list[dict]) -> list[dict]:
+def standardized_alone(made: FeatureBatches, domain: Domain, batches: Iterable[dict]) -> list[dict]:
     """Batches of a domain, standardized by its own training rows (adaptive normalisation)."""
     seen = statistics.moments(made.of[domain.name, "train"]["image"][:, 0])
 
@@ -408,7 +416,7 @@ def objective_of(s: Settings, method: str, model: Multimodal, classes: Sequence[
         parts = {scheduled(learn, lambda step: 1 - after(step)): 1.0}
         return weighted_sum(parts | {scheduled(adapt, after): s.weight})
     if method == "fixmatch":
-        return with_loss(scheduled(self_training.fixmatch(), ramp), ("source", "target", "strong"))
+        return with_loss(scheduled(self_training.fixmatch(), ramp), ("source", "weak", "strong"))
     if method == "mean-teacher":
         teacher = self_training.mean_teacher(model, weight=lambda step: s.weight * ramp(step))
         return weighted_sum({forward_domains(model, supervised, ("source",)): 1.0, teacher: 1.0})
@@ -479,7 +487,7 @@ EXTRA = ("discriminator", "kinds", "teacher", "group_dro")
 def exported(s: Settings, params: Params) -> Predictor:
     """What `python -m fusion_jax export --workdir` writes: the last method's model."""
     sources, target = open_domains(s)
-    classes = same_classes([*sources, target])
+    classes = target.classes
     model, _ = model_of(s, len(classes))
     method = methods_of(s)[-1]
     own = {"model": {name: leaf for name, leaf in params[method].items() if name not in EXTRA}}

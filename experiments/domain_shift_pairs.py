@@ -110,7 +110,7 @@ class Trainer:
         experiment = domain_shift.build(dataclasses.replace(s, method=(method,)))
         seen = ("source",) if s.unseen else ("source", "target")
         self.streams = {FLOOR: ("source",), CEILING: ("source", "supervised")}.get(method, seen)
-        self.streams += ("strong",) if method in domain_shift.CONSISTENT else ()
+        self.streams += ("weak", "strong") if method in domain_shift.CONSISTENT else ()
 
         def start(seed: jax.Array) -> State:
             drawn = flatten_dict(experiment.init(jax.random.key(seed)))

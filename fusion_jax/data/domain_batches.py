@@ -1,14 +1,13 @@
 """Batches of any split of any domain: of pictures, or of a frozen tower's features of them.
 
-Both kinds have `train(domain, size, seed)`, shuffled and augmented for ever, with `strong` beside a
-second view "strong" of the same rows that is changed more; and `once(domain, split, most)`, every
-row in order as it is.
+Both kinds have `train(domain, size, seed)`, shuffled and augmented for ever, with `strong` beside
+them a view "strong" of the same rows that is changed more, and "weak" if it is not as "image"; and
+`once(domain, split, most)`, every row in order as it is.
 """
 
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -43,12 +42,11 @@ class PictureBatches:
         transforms: dict[str, Transform] = {"label": Number(domain.label), **pictures}
         return Batches(domain.subset("train"), size, transforms, seed=seed, **own_share())
 
-    def once(self, domain: Domain, split: str, most: int | None = None) -> list[dict[str, Any]]:
+    def once(self, domain: Domain, split: str, most: int | None = None) -> Batches:
         part = domain.subset(split)
         part = Subset(part, spread(range(len(part)), most))
         transforms = {"label": Number(domain.label), "image": Pictures(self.side)}
-        batches = Batches(part, 64, transforms, train=False)
-        return [batches[step] for step in range(len(batches))]
+        return Batches(part, 64, transforms, train=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +54,8 @@ class FeatureBatches:
     """Features in memory, standardized by the sources' training rows; see `read_features`.
 
     `of` is {(domain, split): {"image": [rows, views, d], "label": [rows]}}; `mean` and `deviation`
-    [d] are those that it is standardized by. With `strong` the one view is the whole picture, and
-    the other a crop.
+    [d] are those that it is standardized by. "image" is one of the views, drawn at random; "weak"
+    is the whole picture and "strong" the crop.
     """
 
     of: Mapping[tuple[str, str], Mapping[str, np.ndarray]]
@@ -68,16 +66,15 @@ class FeatureBatches:
         arrays = self.of[domain.name, "train"]
         if strong:
             views = arrays["image"]
-            arrays = {**arrays, "image": views[:, :1], "strong": views[:, 1:]}
+            arrays = {**arrays, "weak": views[:, :1], "strong": views[:, 1:]}
         views = {name: name for name in arrays if name != "label"}
         return ArrayBatches(arrays, size, views, seed, **own_share())
 
-    def once(self, domain: Domain, split: str, most: int | None = None) -> list[dict[str, Any]]:
+    def once(self, domain: Domain, split: str, most: int | None = None) -> ArrayBatches:
         found = self.of[domain.name, split]
         rows = spread(range(len(found["label"])), most)
         arrays = {name: array[rows] for name, array in found.items()}
-        batches = ArrayBatches(arrays, 512, {"image": "image"}, train=False)
-        return [batches[step] for step in range(len(batches))]
+        return ArrayBatches(arrays, 512, {"image": "image"}, train=False)
 
 
 def pooled(tokens: Tokens) -> Tokens:

@@ -3,7 +3,7 @@
 apple = domains.open_domain("apple", seed=0)
 real = domains.open_domain("domainnet/real", seed=0)
 amazon = domains.open_domain("office31/amazon", seed=0)
-domains.same_classes([apple, real])
+apple, real = domains.same_classes([apple, real])
 """
 
 import dataclasses
@@ -103,6 +103,27 @@ class Unmirrored:
         return f"{self.source.checksum} unmirrored"
 
 
+@dataclasses.dataclass(frozen=True)
+class Renumbered:
+    """A source of whose labels, the field `label`, each becomes numbers[label]."""
+
+    source: ChecksummedSource
+    label: str
+    numbers: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, row: int) -> Example:
+        example = self.source[row]
+        old = example[self.label]
+        return {**example, self.label: self.numbers[old] if old >= 0 else old}
+
+    @property
+    def checksum(self) -> str:
+        return f"{self.source.checksum} {self.label} {self.numbers}"
+
+
 def _open_tfds(name: str, seed: int) -> tuple[tuple[str, ...], Splits]:
     mapping = {"image": "image", "label": "label"}
     try:
@@ -112,21 +133,20 @@ def _open_tfds(name: str, seed: int) -> tuple[tuple[str, ...], Splits]:
             f"domain {name!r} is no vendor of emoji {emoji.VENDORS} and no folder, and {error}"
         ) from error
     numbers = list(map(str, range(len(train))))
-    try:
-        test = records.tfds_source(name, "test", mapping)
-    except UserError:  # it has no such split: test rows are dealt out of what there is
+    if "test" not in train.splits:  # test rows are dealt out of what there is
         dealt = concepts.split(numbers, seed)
         return train.classes, {split: (train, rows) for split, rows in dealt.items()}
+    test = records.tfds_source(name, "test", mapping)
     dealt = concepts.split(numbers, seed, fractions={"train": 0.9, "validation": 0.1})
     splits = {split: (train, rows) for split, rows in dealt.items()}
     return train.classes, splits | {"test": (test, range(len(test)))}
 
 
-def same_classes(found: Sequence[Domain]) -> tuple[str, ...]:
-    """The class names that all domains share.
+def same_classes(found: Sequence[Domain]) -> list[Domain]:
+    """The domains, all with their classes in the order of the first.
 
     Raises:
-      UserError: they differ; says which labels which domain lacks.
+      UserError: their classes differ; says which labels which domain lacks.
     """
     everything = sorted({label for domain in found for label in domain.classes})
     lacking = {
@@ -144,9 +164,15 @@ def same_classes(found: Sequence[Domain]) -> tuple[str, ...]:
             f"the domains have different labels: {told}. Rename them alike, or leave out those that"
             " not all have"
         )
-    if len({domain.classes for domain in found}) > 1:
-        raise UserError(
-            "the domains list the same labels in different orders: "
-            + "; ".join(f"{domain.name}: {domain.classes}" for domain in found)
-        )
-    return found[0].classes
+    return [_in_order(domain, found[0].classes) for domain in found]
+
+
+def _in_order(domain: Domain, classes: tuple[str, ...]) -> Domain:
+    if domain.classes == classes:
+        return domain
+    numbers = tuple(map(classes.index, domain.classes))
+    splits = {
+        split: (Renumbered(source, domain.label, numbers), rows)
+        for split, (source, rows) in domain.splits.items()
+    }
+    return dataclasses.replace(domain, classes=classes, splits=splits)

@@ -264,6 +264,7 @@ class TfdsSource:
         self._name = f"{builder.info.full_name} {split}"
         label = features.get(mapping.get("label"))
         self.classes = tuple(label.names) if isinstance(label, tfds.features.ClassLabel) else ()
+        self.splits = tuple(builder.info.splits)  # of the whole data set
         # By TFDS's own description: shards on object storage are copied only as they are read.
         files = sorted(Path(builder.data_path).glob("[!.]*"))
         described = [(p.name, p.read_bytes()) for p in files if remote.SHARD not in p.name]

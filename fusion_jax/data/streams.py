@@ -137,9 +137,10 @@ class Balanced:
 class Adaptation:
     """data[step] of adapting to a domain: labelled sources and a target whose labels are hidden.
 
-    Streams: "source"; "target" with labels -1; "strong", the same rows in the target's second view
-    if its batches hold one; "supervised", the target's rows with labels, for a ceiling alone to
-    read. Without a target there is "source" alone.
+    Streams: "source"; "target" with labels -1; if the target's batches hold a view "strong", the
+    same rows as "strong", and as "weak" in that view or else the ordinary one; "supervised", the
+    target's rows with labels, for a ceiling alone to read. Without a target there is "source"
+    alone.
     """
 
     source: Balanced
@@ -152,31 +153,44 @@ class Adaptation:
         if self.target is None:
             return streams
         batch = dict(self.target[step])
-        strong, label = batch.pop("strong", None), batch["label"]
+        views = {name: batch.pop(name) for name in ("weak", "strong") if name in batch}
+        label = batch["label"]
         batch["domain"] = np.full_like(label, self.source.domains)
         hidden = batch | {"label": np.full_like(label, -1)}
         streams |= {"target": hidden, "supervised": batch}
-        return streams if strong is None else streams | {"strong": hidden | {"image": strong}}
+        if "strong" in views:
+            views = {"weak": batch["image"]} | views
+        return streams | {name: hidden | {"image": view} for name, view in views.items()}
 
 
-def check_batches(batches: Iterable[Mapping[str, Any]], domains: int) -> None:
+def check_batches(
+    batches: Iterable[Mapping[str, Any]], domains: Sequence[str], classes: Sequence[str]
+) -> None:
     """Looks at "domain" and "label" [b] before a device sees them, where they only could give NaN.
 
-    No further than to a second class.
+    No further than to a second class of every domain.
+
+    Args:
+      domains, classes: their names, by index.
 
     Raises:
-      UserError: a domain outside 0..domains-1; no label, or one class alone in all of them.
+      UserError: a domain without a name; one without labels, or all of whose rows are of one class.
     """
-    classes, rows = set(), 0
+    seen: list[set[int]] = [set() for _ in domains]
     for batch in batches:
-        wrong = sorted(set(np.unique(batch["domain"]).tolist()) - set(range(domains)))
+        wrong = sorted(set(batch["domain"].tolist()) - set(range(len(domains))))
         if wrong:
-            raise UserError(f"domain indices {wrong} are outside 0..{domains - 1}")
-        classes |= set(batch["label"][batch["label"] >= 0].tolist())
-        rows += len(batch["label"])
-        if len(classes) > 1:
+            raise UserError(
+                f"domain indices {wrong} are outside 0..{len(domains) - 1}: number the rows' "
+                f"domains as in {list(domains)}, or add those that it lacks"
+            )
+        for domain, own in enumerate(seen):
+            own.update(batch["label"][(batch["domain"] == domain) & (batch["label"] >= 0)].tolist())
+        if all(len(own) > 1 for own in seen):
             return
+    name, own = next((name, own) for name, own in zip(domains, seen, strict=True) if len(own) < 2)
+    what = f"of the class {classes[own.pop()]!r} alone" if own else "without labels"
     raise UserError(
-        f"{rows} labelled rows have the classes {sorted(classes)} alone, of which nothing can be "
-        "learned: give domains of two classes or more, or larger batches"
+        f"the first rows of the domain {name} are {what}, of which nothing can be learned: give a "
+        "domain of two classes or more, or larger batches"
     )

@@ -1,12 +1,13 @@
 """Measuring a classifier in another domain, keeping what selection may see apart from test labels.
 
-judge = Judge(apply, {"validation": batches, "target": batches, "test": batches, ...})
+judge = Judge(apply, {"validation": [batches], "target": [batches], "test": [batches], ...})
 judge.criteria(params)["infomax"]           # reads no label of the target
 judge.accuracy(params, "test")
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,25 +23,23 @@ class Judge:
 
     Attributes:
       apply: (params, batch) -> outputs with `logits` [b, classes] and `fused` [b, d].
-      parts: {name: batches}, whose rows with a negative id are padding. `criteria` reads
-        "validation", labelled rows of the sources, and if it is there "target", unlabelled rows
-        of the target, beside which "source" are training rows of the sources.
+      parts: {name: [batches of a domain, ...]}, whose rows with a negative id are padding.
+        `criteria` reads "validation", labelled rows of the sources, and if it is there "target",
+        unlabelled rows of the target, beside which "source" are training rows of the sources.
     """
 
     apply: Callable[[Any, Mapping[str, Any]], Any]
-    parts: Mapping[str, Sequence[Mapping[str, Any]]]
+    parts: Mapping[str, Sequence[Iterable[Mapping[str, Any]]]]
 
     def see(self, params: Any, part: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Logits [n, classes], features [n, d] and labels [n] of all rows of a part."""
-        batches = self.parts[part]
-        seen = [self.apply(params, {"image": batch["image"]}) for batch in batches]
-        real = np.concatenate([batch["id"] for batch in batches]) >= 0
-        labels = np.concatenate([batch["label"] for batch in batches])
-        logits, fused = (
-            np.concatenate([np.asarray(each) for each in arrays])
-            for arrays in ([one.logits for one in seen], [one.fused for one in seen])
-        )
-        return logits[real], fused[real], labels[real]
+        seen = []
+        for batch in itertools.chain(*self.parts[part]):
+            real, said = batch["id"] >= 0, self.apply(params, {"image": batch["image"]})
+            whole = (said.logits, said.fused, batch["label"])
+            seen.append([np.asarray(array)[real] for array in whole])
+        logits, fused, labels = map(np.concatenate, zip(*seen, strict=True))
+        return logits, fused, labels
 
     def accuracy(self, params: Any, part: str) -> float:
         """Of naming the class."""

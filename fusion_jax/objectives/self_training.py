@@ -113,7 +113,7 @@ def class_confusion(stream: str = "target", temperature: float = 2.5) -> Loss:
     return class_confusion
 
 
-def fixmatch(threshold: float = 0.95, weak: str = "target", strong: str = "strong") -> Loss:
+def fixmatch(threshold: float = 0.95, weak: str = "weak", strong: str = "strong") -> Loss:
     """What the model says of a weak view with confidence, it should say of a strong one.
 
     FixMatch (Sohn et al. 2020, arXiv 2001.07685). Both streams hold the same rows. Reports the
@@ -135,7 +135,7 @@ def fixmatch(threshold: float = 0.95, weak: str = "target", strong: str = "stron
 
 def mean_teacher(
     model: nn.Module,
-    weak: str = "target",
+    weak: str = "weak",
     strong: str = "strong",
     weight: float | Callable[[jax.Array], jax.Array] = 1.0,
     name: str = "teacher",

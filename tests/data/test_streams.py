@@ -1,20 +1,24 @@
 """Domains in even shares, and what is told when domains do not fit together."""
 
 import concurrent.futures
+import io
 import pickle
 import threading
 import time
 from functools import partial
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tensorflow_datasets as tfds
 from PIL import Image
 
-from fusion_jax.data import domains, emoji, folders
+from fusion_jax.data import domains, emoji, folders, records
 from fusion_jax.data.arrays import ArrayBatches
+from fusion_jax.data.image import encode
 from fusion_jax.data.pipeline import Batches, Number
 from fusion_jax.data.streams import Adaptation, Balanced, Dealt, Later, Streams, check_batches
 from fusion_jax.errors import UserError
@@ -93,9 +97,10 @@ def test_labels_of_the_target_are_hidden_but_from_the_ceiling():
     views = {"image": "image", "strong": "image"}
     source = Balanced([ArrayBatches(arrays, 2, views, seed) for seed in (0, 1)])
     batch = Adaptation(source, ArrayBatches(arrays, 4, views, seed=2))[3]
-    assert sorted(batch) == ["id", "source", "strong", "supervised", "target"]
+    assert sorted(batch) == ["id", "source", "strong", "supervised", "target", "weak"]
     assert all("strong" not in batch[name] for name in ("source", "target", "supervised"))
-    for name in ("target", "strong"):
+    np.testing.assert_array_equal(batch["weak"]["image"].values, batch["target"]["image"].values)
+    for name in ("target", "weak", "strong"):
         assert (
             batch[name]["label"].tolist() == [-1] * 4 and batch[name]["domain"].tolist() == [2] * 4
         )
@@ -113,13 +118,23 @@ def test_what_does_not_fit_is_told():
     with pytest.raises(UserError, match=r"different sizes \[2, 4\]"):
         Balanced([Batches(things(2, 0), rows, VALUE) for rows in (2, 4)])
     batch = {"domain": np.array([0, 1, 3]), "label": np.array([1, 1, 0])}
-    check_batches([batch], 4)
-    with pytest.raises(UserError, match=r"indices \[3\] are outside 0\.\.1"):
-        check_batches([batch], 2)
-    one = batch | {"label": np.array([1, -1, 1])}
-    with pytest.raises(UserError, match=r"6 labelled rows have the classes \[1\] alone"):
-        check_batches([one, one], 4)
-    check_batches([one, batch], 4)  # by chance: the next has another
+    with pytest.raises(
+        UserError, match=r"indices \[3\] are outside 0\.\.1: number the rows' domai"
+    ):
+        check_batches([batch], ("ink", "oil"), ("day", "night"))
+
+
+def test_every_domain_by_itself_must_have_two_classes():
+    def check(*labels):
+        batches = [{"domain": np.array([0, 1, 0, 1]), "label": np.array(own)} for own in labels]
+        check_batches(batches, ("ink", "oil"), ("day", "night"))
+
+    check([0, 0, 1, 1])
+    check([0, 0, 0, 0], [1, 1, -1, 1])  # by chance: the next has another
+    with pytest.raises(UserError, match="of the domain oil are of the class 'night' alone"):
+        check([0, 1, 1, -1], [0, 1, 1, 1])
+    with pytest.raises(UserError, match="of the domain ink are without labels"):
+        check([-1, 1, -1, 0])
 
 
 def test_arrays_are_batches_too():
@@ -172,7 +187,7 @@ def test_folders_as_domains(office):
     assert example["image"][:2] == b"\xff\xd8" and "images/bike" in example["name"]
     with pytest.raises(UserError, match=r"webcam lacks 'mug'\. Rename them alike"):
         domains.same_classes([amazon, webcam])
-    assert domains.same_classes([amazon, amazon]) == amazon.classes
+    assert domains.same_classes([amazon, amazon]) == [amazon, amazon]
     few = domains.open_domain(str(office / "amazon"), most=4)
     train = few.subset("train")
     assert len(train) == 4 and len({train[row]["label"] for row in range(4)}) == 3
@@ -188,6 +203,69 @@ def test_folders_as_domains(office):
             domains.open_domain(name)
     (office / "amazon" / "images" / ".ipynb_checkpoints").mkdir()
     assert domains.open_domain(str(office / "amazon")).classes == ("bike", "mug", "pen")
+
+
+def test_labels_are_numbered_as_in_the_first_domain():
+    class Rows(list):
+        checksum = "x"
+
+    rows = Rows({"label": 7, "sublabel": label} for label in (0, 1, 2, -1))
+    splits = {"train": (rows, range(4))}
+    first = domains.Domain("a", ("mug", "pen", "bike"), {}, "sublabel")
+    other = domains.Domain("b", ("bike", "mug", "pen"), splits, "sublabel")
+    kept, moved = domains.same_classes([first, other])
+    assert kept is first and moved.classes == first.classes
+    train, _ = moved.splits["train"]
+    assert [train[row]["sublabel"] for row in range(4)] == [2, 0, 1, -1]
+    assert train[0]["label"] == 7 and train.checksum != "x"  # features are kept by it
+
+
+class TinyPictures(tfds.core.GeneratorBasedBuilder):
+    VERSION = tfds.core.Version("1.0.0")
+    rows: ClassVar = {"train": 20}
+
+    def _info(self):
+        label = tfds.features.ClassLabel(names=["day", "night"])
+        features = {"image": tfds.features.Image(encoding_format="png"), "label": label}
+        features = tfds.features.FeaturesDict(features)
+        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+    def _split_generators(self, dl_manager):
+        return {split: self._generate_examples(count) for split, count in self.rows.items()}
+
+    def _generate_examples(self, count):
+        png = encode(np.zeros((4, 4, 3), np.uint8))
+        for row in range(count):
+            yield row, {"image": io.BytesIO(png), "label": row % 2}
+
+
+def test_tfds_as_a_domain_keeps_its_own_test_split_if_it_has_one(tmp_path, monkeypatch):
+    open_source = records.tfds_source
+
+    def opened(folder, rows):
+        monkeypatch.setattr(TinyPictures, "rows", rows)
+        TinyPictures(data_dir=folder, file_format="array_record").download_and_prepare()
+        monkeypatch.setattr(records, "tfds_source", partial(open_source, data_dir=folder))
+        return domains.open_domain("tiny_pictures")
+
+    found = opened(tmp_path / "without", {"train": 20})
+    dealt = [row for _, rows in found.splits.values() for row in rows]
+    assert sorted(dealt) == list(range(20)) and len(found.subset("test")) > 0
+    assert found.classes == ("day", "night") and found.subset("test")[0]["label"] in (0, 1)
+    found = opened(tmp_path / "with", {"train": 20, "test": 3})
+    assert [row["label"] for row in found.subset("test")] == [0, 1, 0]
+    dealt = [row for split in ("train", "validation") for row in found.splits[split][1]]
+    assert sorted(dealt) == list(range(20))
+    whole = records.tfds_source
+
+    def full(name, split, mapping):
+        if split == "test":
+            raise UserError("no room")
+        return whole(name, split, mapping)
+
+    monkeypatch.setattr(records, "tfds_source", full)
+    with pytest.raises(UserError, match="no room"):  # not taken for a data set without it
+        domains.open_domain("tiny_pictures")
 
 
 def test_digits_are_not_mirrored(office):

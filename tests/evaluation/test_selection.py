@@ -36,3 +36,18 @@ def test_dev_estimates_the_targets_risk():
     np.testing.assert_allclose(ratio, np.exp(np.array([-1.0, 0, 1]) - 0.5), rtol=0.15)
     with pytest.raises(UserError, match="DEV needs"):
         selection.deep_embedded_validation(source, target, held[:0], losses[:0])
+
+
+def test_dev_is_its_closed_form(monkeypatch):
+    """With given weights: mean(wl) + eta (mean(w) - 1), eta = -cov(wl, w) / var(w)."""
+    rng = np.random.default_rng(1)
+    w, loss = rng.uniform(0, 3, 12), rng.uniform(0, 2, 12)
+    monkeypatch.setattr(selection, "density_ratio", lambda *_: w)
+    rows = np.zeros((12, 1))
+    covariance = (w * loss * w).mean() - (w * loss).mean() * w.mean()
+    eta = -covariance / ((w**2).mean() - w.mean() ** 2)
+    wanted = (w * loss).mean() + eta * (w.mean() - 1)
+    found = selection.deep_embedded_validation(rows, rows, rows, loss)
+    np.testing.assert_allclose(found, -wanted, rtol=1e-6)
+    same = selection.deep_embedded_validation(rows, rows, rows, np.full(12, 0.7))
+    np.testing.assert_allclose(same, -0.7, rtol=1e-6)  # the variate takes all variance away

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tyro
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from experiments import adapt_with_knowledge, domain_language, domain_language_table, reproduce
@@ -208,6 +209,24 @@ def test_no_text_or_headword_of_a_measured_article_is_trained_on_in_any_dictiona
 
     trained, held = numbers(texts.train), numbers(texts.held)
     assert len(held) == 10 and len(trained) >= 20 and not trained & held
+
+
+@pytest.mark.parametrize("phases", [(0.0, 0.0, 0.0), (-1.0, 1.0, 1.0)])
+def test_phases_that_are_no_shares_are_told(phases):
+    s = domain_language.Settings(phases=phases)
+    with pytest.raises(UserError, match=r"--phases (0 0 0|-1 1 1) are no shares"):
+        domain_language.build(s)
+    a = domain_language_table.Arguments("test", settings=s)
+    with pytest.raises(UserError, match="are no shares"):
+        domain_language_table.plans(a)
+
+
+def test_a_way_to_hold_on_that_there_is_not_is_told(capsys):
+    a = tyro.cli(domain_language_table.Arguments, args=["test", "--hold", "ewc", "l2-sp"])
+    assert a.hold == ("ewc", "l2-sp")
+    with pytest.raises(SystemExit):
+        tyro.cli(domain_language_table.Arguments, args=["test", "--hold", "ecw"])
+    assert "ecw" in capsys.readouterr().err
 
 
 def test_forgetting_is_compared_at_equal_gain():

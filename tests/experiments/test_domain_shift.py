@@ -36,6 +36,7 @@ from fusion_jax.data.domains import Domain, open_domain
 from fusion_jax.data.image import Pictures
 from fusion_jax.deployment.runtime.artifact import Artifact
 from fusion_jax.errors import UserError
+from fusion_jax.evaluation.transfer import Judge
 from fusion_jax.objectives.combine import side_by_side
 from fusion_jax.pretrained.tower import Tower
 from fusion_jax.tokens import Tokens, fill
@@ -147,7 +148,8 @@ def stream(domain, seed=0):
 def test_every_method_has_a_gradient_and_the_params_it_reads():
     """Their numbers are tested with the objectives; tracing them all takes a second."""
 
-    batch = {"source": stream([0, 1, 0, 1]), "target": stream([2] * 4), "strong": stream([2] * 4)}
+    batch = {name: stream([2] * 4) for name in ("target", "weak", "strong")}
+    batch |= {"source": stream([0, 1, 0, 1])}
     batch |= {"supervised": batch["target"], "step": jnp.int32(2)}
     model, _ = model_of(Settings(width=4), 2)
     base = model.init(jax.random.key(0), batch["source"])["params"]
@@ -194,10 +196,12 @@ def test_the_two_views_are_the_whole_picture_and_a_crop():
     of = {("a", "train"): arrays}
     made = domain_batches.FeatureBatches(of, np.zeros(2), np.ones(2))
     batch = made.train(domain, 6, 0, strong=True)[0]
-    assert sorted(batch) == ["id", "image", "label", "strong"]
-    for view, name in enumerate(("image", "strong")):
+    assert sorted(batch) == ["id", "image", "label", "strong", "weak"]
+    for view, name in enumerate(("weak", "strong")):
         np.testing.assert_array_equal(batch[name].values[:, 0], views[batch["id"], view])
-    assert "strong" not in made.train(domain, 6, 0)[0]
+    alone = made.train(domain, 6, 0)[0]  # what other methods see is the same beside these
+    assert sorted(alone) == ["id", "image", "label"]
+    np.testing.assert_array_equal(alone["image"].values, batch["image"].values)
     some = made.once(domain, "train", 3)[0]  # from all over, not the first of a sorted source
     assert some["label"][some["id"] >= 0].tolist() == [0, 2, 5]
 
@@ -213,6 +217,21 @@ def test_a_batch_holds_as_many_of_each_source_as_divide_evenly(drawn):
     assert prepare(s).data[0]["source"]["domain"].tolist() == [0, 1] * 8
     with pytest.raises(UserError, match=r"cannot hold 2 domains on 8 shares .* give 16 or more"):
         prepare(dataclasses.replace(s, batch_size=15))
+
+
+def test_pictures_to_judge_by_are_read_when_they_are_looked_at(drawn, monkeypatch):
+    chalk = open_domain(str(drawn / "chalk"))
+    read = []
+    decode = Pictures.__call__
+    monkeypatch.setattr(Pictures, "__call__", lambda *args: read.append(1) or decode(*args))
+    test = domain_batches.PictureBatches(8).once(chalk, "test")
+    assert not read
+    said = SimpleNamespace(logits=jnp.eye(64, 2), fused=jnp.arange(64.0)[:, None])
+    judge = Judge(lambda params, batch: said, {"test": [test, test]})
+    logits, fused, labels = judge.see({}, "test")
+    rows = len(chalk.subset("test"))
+    assert len(read) == len(labels) == len(logits) == 2 * rows and (labels >= 0).all()
+    assert fused[:, 0].tolist() == [*range(rows)] * 2
 
 
 def test_the_oracle_chooses_by_what_it_scores():
@@ -304,7 +323,16 @@ def test_what_does_not_fit_is_told(drawn, tmp_path, capsys):
     only = drawn / "only"
     shutil.copytree(drawn / "pencil" / "day", only / "day")
     (only / "night").mkdir()
-    assert "classes [0] alone" in told("--source", str(only))
+    alone = f"of the domain {only} are of the class 'day' alone"
+    assert alone in told("--source", str(only))
+    assert alone in told("--source", pencil, str(only), "--batch-size", "32")
+    assert "nothing to train: give a --method" in told(
+        "--source", pencil, "--no-bounds", "--method"
+    )
+    told_pmap = told("--source", pencil, "--method", "coral", "--engine", "pmap")
+    assert "['coral'] compare the rows" in told_pmap and "--engine jit" in told_pmap
+    assert methods_of(Settings(method=(), engine="pmap")) == [FLOOR, CEILING]
+    assert methods_of(Settings(engine="pmap", mesh="data=1"))[-1] == "cdan"
     (drawn / "pencil" / "dusk").mkdir()
     try:
         assert "chalk lacks 'dusk'" in told("--source", pencil)

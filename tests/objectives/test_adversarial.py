@@ -20,6 +20,7 @@ from fusion_jax.objectives.adversarial import (
 from fusion_jax.objectives.combine import scheduled, weighted_sum
 from fusion_jax.objectives.domains import DomainOutputs, forward_domains, on_domain
 from fusion_jax.objectives.supervised import cross_entropy
+from tests.objectives.differences import differences
 
 RNG = np.random.default_rng(0)
 
@@ -114,25 +115,49 @@ def softmax(z):
 @pytest.mark.parametrize("entropy", [False, True])
 def test_cdan_against_numpy(game, entropy):
     model, _, params, batch = game
-    judge = Discriminator(2, width=7)
+    judge, strength = Discriminator(2, width=7), 0.7
     own = judge.init(jax.random.key(2), jnp.zeros((1, 15)))["params"]
-    outputs = DomainOutputs(
-        {name: model.apply({"params": params}, batch[name]) for name in batch},
-        {"discriminator": own},
-        jax.random.key(0),
+    own = jax.tree.map(lambda leaf: leaf + 0.05, own)  # no hidden unit lies at its kink
+    of = {name: model.apply({"params": params}, batch[name]) for name in batch}
+    features, logits = ([getattr(one, n) for one in of.values()] for n in ("fused", "logits"))
+
+    def value(own, features, logits):
+        said = [
+            types.SimpleNamespace(fused=f, logits=z) for f, z in zip(features, logits, strict=True)
+        ]
+        outputs = DomainOutputs(
+            dict(zip(batch, said, strict=True)), {"discriminator": own}, jax.random.key(0)
+        )
+        return cdan(judge, strength, entropy=entropy)(outputs, batch)
+
+    held = [softmax(np.asarray(z, np.float64)) for z in logits]  # constants to the gradient
+    leaves, tree = jax.tree.flatten(own)
+
+    def wanted(*arrays):
+        """By the discriminator's leaves and the features of both domains."""
+        d, total = jax.tree.unflatten(tree, arrays[:-2]), 0.0
+        for place, (f, p) in enumerate(zip(arrays[-2:], held, strict=True)):
+            hidden = np.einsum("bd,bc->bdc", f, p).reshape(len(p), -1)
+            for layer in ("hidden_0", "hidden_1"):
+                hidden = np.maximum(hidden @ d[layer]["kernel"] + d[layer]["bias"], 0)
+            nll = -np.log(softmax(hidden @ d["out"]["kernel"] + d["out"]["bias"]))[:, place]
+            weight = 1 + np.exp((p * np.log(p)).sum(1)) if entropy else np.ones(len(p))
+            total += (weight * nll).sum() / weight.sum() / 2
+        return total
+
+    (loss, metrics), grads = jax.value_and_grad(value, (0, 1, 2), has_aux=True)(
+        own, features, logits
     )
-    loss, metrics = cdan(judge, entropy=entropy)(outputs, batch)
-    wanted, d = 0.0, jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), own)
-    for place, one in enumerate(outputs.of.values()):
-        p = softmax(np.asarray(one.logits, np.float64))
-        hidden = np.einsum("bd,bc->bdc", np.asarray(one.fused, np.float64), p).reshape(len(p), -1)
-        for layer in ("hidden_0", "hidden_1"):
-            hidden = np.maximum(hidden @ d[layer]["kernel"] + d[layer]["bias"], 0)
-        nll = -np.log(softmax(hidden @ d["out"]["kernel"] + d["out"]["bias"]))[:, place]
-        weight = 1 + np.exp((p * np.log(p)).sum(1)) if entropy else np.ones(len(p))
-        wanted += (weight * nll).sum() / weight.sum() / 2
-    np.testing.assert_allclose(loss, wanted, rtol=1e-5)
+    at = [np.asarray(array, np.float64) for array in (*leaves, *features)]
+    np.testing.assert_allclose(loss, wanted(*at), rtol=1e-5)
     assert 0 <= metrics["domain_accuracy"] <= 1
+    *minimised, source, target = differences(wanted, *at)
+    reversed_ = [-strength * source, -strength * target]
+    for found, numeric in zip(
+        [*jax.tree.leaves(grads[0]), *grads[1]], [*minimised, *reversed_], strict=True
+    ):
+        np.testing.assert_allclose(found, numeric, atol=1e-6)
+    assert not any(leaf.any() for leaf in grads[2])
 
 
 def test_randomized_product_keeps_inner_products():

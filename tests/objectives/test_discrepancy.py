@@ -6,20 +6,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.test_util import check_grads
 from scipy.optimize import linear_sum_assignment
 
 from fusion_jax.errors import UserError
 from fusion_jax.objectives import discrepancy
 from fusion_jax.objectives.domains import DomainOutputs
+from tests.objectives.differences import differences
 
 RNG = np.random.default_rng(0)
 SOURCE, TARGET = RNG.normal(size=(6, 4)), RNG.normal(size=(8, 4)) * 1.5 + 0.5
 
 
-def kernel64(both, scales=discrepancy.SCALES):
-    d = ((both[:, None] - both[None]) ** 2).sum(-1)
-    return np.mean([np.exp(-d / (scale * d.mean())) for scale in scales], axis=0)
+def distances64(both):
+    return ((both[:, None] - both[None]) ** 2).sum(-1)
+
+
+def kernel64(both, mean=None):
+    d = distances64(both)
+    mean = d.mean() if mean is None else mean
+    return np.mean([np.exp(-d / (scale * mean)) for scale in discrepancy.SCALES], axis=0)
+
+
+def softmax(z):
+    e = np.exp(z - z.max(1, keepdims=True))
+    return e / e.sum(1, keepdims=True)
 
 
 def mmd64(kernel, n):
@@ -42,38 +52,53 @@ def test_coral_against_float64():
     np.testing.assert_allclose(discrepancy.coral(s, t), (gap**2).sum() / (4 * 16), rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["mmd", "coral"])
-def test_gradients(name):
-    distance = getattr(discrepancy, name)
-    s, t = jnp.asarray(SOURCE, jnp.float32), jnp.asarray(TARGET, jnp.float32)
-    if name == "coral":
-        check_grads(distance, (s, t), 1, ("rev",), atol=1e-2, rtol=1e-2)
-        return
-    # The bandwidth is a constant to the gradient, so the oracle holds it still.
+def same_gradients(function, oracle, *at):
+    """By all arguments: of a function in float32, and of its oracle in float64."""
+    arrays = [jnp.asarray(array, jnp.float32) for array in at]
+    found = jax.grad(function, tuple(range(len(at))))(*arrays)
+    for own, numeric in zip(found, differences(oracle, *at), strict=True):
+        np.testing.assert_allclose(own, numeric, atol=1e-6, rtol=1e-4)
+
+
+def test_gradient_of_coral():
+    def oracle(s, t):
+        return ((np.cov(s.T) - np.cov(t.T)) ** 2).sum() / (4 * 16)
+
+    same_gradients(discrepancy.coral, oracle, SOURCE, TARGET)
+
+
+def test_gradients_of_mmd_and_jan():
+    """The bandwidths are constants to the gradient, so the oracles hold them still."""
     both = np.concatenate([SOURCE, TARGET])
-    mean = ((both[:, None] - both[None]) ** 2).sum(-1).mean()
+    mean = distances64(both).mean()
 
-    def held(source):
-        d = ((both := np.concatenate([source, TARGET]))[:, None] - both[None]) ** 2
-        kernel = np.mean([np.exp(-d.sum(-1) / (c * mean)) for c in discrepancy.SCALES], axis=0)
-        return mmd64(kernel, 6)
+    def kernel(s, t):
+        return kernel64(np.concatenate([s, t]), mean)
 
-    numeric = np.zeros_like(SOURCE)
-    for index in np.ndindex(SOURCE.shape):
-        step = np.zeros_like(SOURCE)
-        step[index] = 1e-5
-        numeric[index] = (held(SOURCE + step) - held(SOURCE - step)) / 2e-5
-    np.testing.assert_allclose(jax.grad(distance)(s, t), numeric, atol=1e-5)
+    same_gradients(discrepancy.mmd, lambda s, t: mmd64(kernel(s, t), 6), SOURCE, TARGET)
+    said, loss = RNG.normal(size=(14, 3)) * 2, discrepancy.joint_mmd_loss()
+    of_said = distances64(softmax(said)).mean()
+
+    def jan(s, t, *said):
+        return mmd64(kernel(s, t) * kernel64(softmax(np.concatenate(said)), of_said), 6)
+
+    at = SOURCE, TARGET, said[:6], said[6:]
+    same_gradients(lambda *at: loss(outputs(*at), {})[0], jan, *at)
+
+
+def sinkhorn64(cost, epsilon):
+    k = np.exp(-cost / epsilon)
+    v = np.ones(k.shape[1])
+    for _ in range(50):
+        u = (1 / k.shape[0]) / (k @ v)
+        v = (1 / k.shape[1]) / (k.T @ u)
+    return u[:, None] * k * v[None]
 
 
 def test_sinkhorn_against_numpy_and_the_best_assignment():
     cost = RNG.uniform(size=(5, 7))
-    u, v, k = np.ones(5), np.ones(7), np.exp(-cost / 0.1)
-    for _ in range(50):
-        u = (1 / 5) / (k @ v)
-        v = (1 / 7) / (k.T @ u)
     plan = discrepancy.sinkhorn(jnp.asarray(cost, jnp.float32), 0.1, 50)
-    np.testing.assert_allclose(plan, u[:, None] * k * v[None], rtol=1e-3)
+    np.testing.assert_allclose(plan, sinkhorn64(cost, 0.1), rtol=1e-3)
     np.testing.assert_allclose(plan.sum(0), 1 / 7, rtol=1e-4)
     square = RNG.uniform(size=(6, 6))
     sharp = discrepancy.sinkhorn(jnp.asarray(square, jnp.float32), 0.002, 3000)
@@ -92,22 +117,23 @@ def outputs(s, t, source_logits, target_logits):
 
 
 def test_transport_is_its_plan_and_has_the_gradient_of_a_fixed_one():
-    s, t = jnp.asarray(SOURCE, jnp.float32), jnp.asarray(TARGET, jnp.float32)
-    logits = jnp.asarray(RNG.normal(size=(8, 3)), jnp.float32)
-    labels = jnp.asarray(RNG.integers(0, 3, 6), jnp.int32)
+    logits, labels = RNG.normal(size=(8, 3)), RNG.integers(0, 3, 6)
     loss = discrepancy.transport_loss(distance=0.3)
-    batch = {"source": {"label": labels}}
+    batch = {"source": {"label": jnp.asarray(labels, jnp.int32)}}
 
-    def cost(t, logits):
-        apart = ((SOURCE[:, None] - t[None]) ** 2).sum(-1) / 4
-        return 0.3 * apart - jax.nn.log_softmax(logits)[:, labels].T
+    def cost(s, t, logits):
+        apart = ((s[:, None] - t[None]) ** 2).sum(-1) / 4
+        return 0.3 * apart - np.log(softmax(logits))[:, labels].T
 
-    base = cost(t, logits)
-    plan = discrepancy.sinkhorn(base, 0.05 * base.mean(), 50)
-    value, grad = jax.value_and_grad(lambda t: loss(outputs(s, t, None, logits), batch)[0])(t)
-    np.testing.assert_allclose(value, (plan * base).sum(), rtol=1e-4)
-    held = jax.grad(lambda t: (plan * cost(t, logits)).sum())(t)
-    np.testing.assert_allclose(grad, held, atol=1e-5)
+    def value(s, t, logits):
+        return loss(outputs(s, t, None, logits), batch)[0]
+
+    at = SOURCE, TARGET, logits
+    base = cost(*at)
+    plan = sinkhorn64(base, 0.05 * base.mean())
+    found = value(*(jnp.asarray(array, jnp.float32) for array in at))
+    np.testing.assert_allclose(found, (plan * base).sum(), rtol=1e-4)
+    same_gradients(value, lambda *at: (plan * cost(*at)).sum(), *at)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from fusion_jax.errors import UserError
 from fusion_jax.objectives import generalisation
 from fusion_jax.objectives.domains import DomainOutputs
 from fusion_jax.tokens import Tokens
+from tests.objectives.differences import differences
 
 RNG = np.random.default_rng(0)
 LOGITS = RNG.normal(size=(8, 3))
@@ -81,15 +82,10 @@ def test_group_dro_is_exponentiated_gradient_ascent():
         q = q * np.exp(eta * risks)
         q /= q.sum()
         np.testing.assert_allclose(jax.nn.softmax(log_weights), q, rtol=1e-5)
-    held = jax.nn.softmax(log_weights)
-    numeric = np.zeros_like(LOGITS)
-    for index in np.ndindex(LOGITS.shape):
-        step = np.zeros_like(LOGITS)
-        step[index] = 1e-5
-        change = (risks64(LOGITS + step) - risks64(LOGITS - step)) / 2e-5
-        numeric[index] = (np.asarray(held)[:2] * change).sum() / np.asarray(held)[:2].sum()
+    held = np.asarray(jax.nn.softmax(log_weights), np.float64)[:2]
+    (numeric,) = differences(lambda z: (held * risks64(z)).sum() / held.sum(), LOGITS)
     to_logits = jax.grad(value, 1)(log_weights, logits)
-    np.testing.assert_allclose(to_logits, numeric, atol=1e-5)
+    np.testing.assert_allclose(to_logits, numeric, atol=1e-6)
 
 
 class Net(nn.Module):
@@ -104,17 +100,24 @@ def test_mixup_mixes_rows_of_two_domains():
     model = Net()
     params = model.init(jax.random.key(0), batch)["params"]
     rng = jax.random.key(5)
-    value, _ = generalisation.interdomain_mixup(model, 0.4)(params, batch, rng)
+    mixup = generalisation.interdomain_mixup(model, 0.4)
+    (value, _), grads = jax.value_and_grad(mixup, has_aux=True)(params, batch, rng)
     draw, share, _ = jax.random.split(rng, 3)
     partner = np.asarray(generalisation.other_domain(BATCH["domain"], draw))
     assert (DOMAIN[partner] != DOMAIN).all()
     share = np.asarray(jax.random.beta(share, 0.4, 0.4, (8,)), np.float64)
     mixed = share[:, None] * x[:, 0] + (1 - share[:, None]) * x[partner, 0]
-    z = mixed @ np.asarray(params["head"]["kernel"]) + np.asarray(params["head"]["bias"])
-    own, others = nll64(z, LABELS.clip(0)), nll64(z, LABELS[partner].clip(0))
     counted = (LABELS >= 0) & (LABELS[partner] >= 0)
-    wanted = (share * own + (1 - share) * others)[counted].mean()
-    np.testing.assert_allclose(value, wanted, rtol=1e-5)
+
+    def wanted(bias, kernel):
+        z = mixed @ kernel + bias
+        own, others = nll64(z, LABELS.clip(0)), nll64(z, LABELS[partner].clip(0))
+        return (share * own + (1 - share) * others)[counted].mean()
+
+    at = [np.asarray(params["head"][name], np.float64) for name in ("bias", "kernel")]
+    np.testing.assert_allclose(value, wanted(*at), rtol=1e-5)
+    for name, numeric in zip(("bias", "kernel"), differences(wanted, *at), strict=True):
+        np.testing.assert_allclose(grads["head"][name], numeric, atol=1e-6)
     alone = generalisation.other_domain(jnp.zeros(4, jnp.int32), draw)
     np.testing.assert_array_equal(alone, np.arange(4))
     with pytest.raises(UserError, match="no Tokens of floats"):
