@@ -82,7 +82,12 @@ HEARING |= {
 }
 
 
-def small_checkpoint(folder: Path, config: Mapping[str, Any], words: Sequence[str] = ()) -> str:
+def small_checkpoint(
+    folder: Path,
+    config: Mapping[str, Any],
+    words: Sequence[str] = (),
+    chat_template: str | None = None,
+) -> str:
     """Writes a checkpoint with drawn weights, and a tokenizer of the words if there are any."""
     tokenizer = None
     if words:
@@ -94,7 +99,7 @@ def small_checkpoint(folder: Path, config: Mapping[str, Any], words: Sequence[st
     family = family_of(config)
     module = family.build(config)
     params = jax.jit(module.init)(jax.random.key(0), *family.inputs(config))["params"]
-    save(folder, params, config, tokenizer=tokenizer)
+    save(folder, params, config, tokenizer=tokenizer, chat_template=chat_template)
     return str(folder)
 
 

@@ -12,6 +12,29 @@ have in common. Any language goes into any other: the report has rows into Engli
 and between `pairs` of others. What happens to be written alike on both sides is left out of the
 test, as are recordings that say more than the caption. A second split is by language: no recording
 of an `unheard` one was in training.
+
+Seed 0, 67 minutes on 2 cores, things never trained on, people's recordings, beside copying what is
+given and the translation of the most similar caption of training (in brackets the 95% interval over
+1,000 resamplings of sentences; 30 sentences where a single language is named):
+
+                                text              speech         both              copied  nearest
+    into English, 254 recordings of nine languages:
+      chrF                      12.1 [10.2-14.1]  6.1 [5.5-6.6]  12.3 [10.1-14.6]  9.9     16.7
+      BLEU                      2.9 [2.2-3.6]     0.0            3.0 [2.0-4.2]     0.4     1.6
+      same to the letter, %     3.1 [1.2-5.5]     0.0            3.1 [1.2-5.5]     0.0     0.0
+    Danish, never heard, chrF   11.7 [7.5-15.8]   5.1 [4.2-6.0]  11.5 [7.5-15.6]   19.9    20.3
+    French to Spanish, chrF     26.7 [18-35]      11.4 [10-13]   25.2 [17-34]      21.9    18.0
+    French to English, chrF     17.2 [9.6-24]     6.5 [4.3-8.7]  18.2 [8.3-28]     21.0    18.6
+      in noise at 20 dB                           5.6 [4.8-6.4]  20.8 [11-30]
+      10 dB                                       6.1 [5.0-7.2]  21.1 [12-30]
+      0 dB                                        4.9 [4.0-5.9]  15.1 [8.0-22]
+
+So this much training does not suffice: a new thing's name is guessed where languages of one script
+have it in common (nothing comes out of Russian, Bulgarian, Belarusian or Greek, chrF 6 to 8), the
+nearest caption is nearer by chrF, and speech alone is not understood: the listener spells with 52
+to 69% of characters wrong in languages with 400 to 550 recordings, 82% in Greek, 86% in Danish.
+Text and speech together are as good as text alone (chrF +0.15, paired bootstrap p = 0.32). The loss
+still falls when training ends (perplexity of training captions 9 to 11).
 """
 
 import dataclasses

@@ -7,6 +7,7 @@ Answerer(judge, linker).answer("Is a whale a mammal?")
 """
 
 import dataclasses
+import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -55,15 +56,15 @@ class Judge:
 
     Attributes:
         states: jitted, (params, collated batch) -> (hidden [b, d], log odds [b]).
+        known: what was found by a digest of the prompt; of a server's many the last `most`.
     """
 
     states: Callable[..., Any]
     params: Params
     writer: FactWriter
     batch_size: int = 16
-    known: dict[tuple[bytes, ...], tuple[np.ndarray, float]] = dataclasses.field(
-        default_factory=dict
-    )
+    known: dict[bytes, tuple[np.ndarray, float]] = dataclasses.field(default_factory=dict)
+    most: int = 50_000
 
     @classmethod
     def of(cls, model: Any, writer: FactWriter, params: Params, batch_size: int = 16) -> "Judge":
@@ -73,7 +74,7 @@ class Judge:
     def read(self, asked: Asked) -> tuple[np.ndarray, np.ndarray]:
         """Hidden states [n, d] after the questions, and log odds [n]."""
         examples = [self.writer(task, facts) for task, facts in asked]
-        keys = [tuple(each[name].tobytes() for name in sorted(each)) for each in examples]
+        keys = [_digest(example) for example in examples]
         new = {k: e for k, e in zip(keys, examples, strict=True) if k not in self.known}
         waiting = sorted(new.items(), key=lambda item: len(item[1]["text"]))  # little padding
         for start in range(0, len(waiting), self.batch_size):
@@ -83,11 +84,21 @@ class Judge:
             for (key, _), hidden, odds in zip(part, *found, strict=False):
                 self.known[key] = (hidden, float(odds))
         hidden, odds = zip(*(self.known[key] for key in keys), strict=True)
+        for key in list(self.known)[: -self.most]:
+            del self.known[key]
         return np.stack(hidden), np.array(odds)
 
     def __call__(self, asked: Asked) -> np.ndarray:
         """[n]"""
         return self.read(asked)[1]
+
+
+def _digest(example: Mapping[str, np.ndarray]) -> bytes:
+    found = hashlib.sha256()
+    for name in sorted(example):
+        found.update(f"{name} {example[name].shape} ".encode())
+        found.update(example[name].tobytes())
+    return found.digest()
 
 
 @dataclasses.dataclass(frozen=True)

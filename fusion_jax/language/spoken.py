@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -19,6 +20,7 @@ from tqdm import tqdm
 from fusion_jax import paths
 from fusion_jax.compression.running import running
 from fusion_jax.data.audio import Waveforms
+from fusion_jax.errors import UserError
 from fusion_jax.language.ask import Assistant, Encoder
 from fusion_jax.language.chat import Chat
 from fusion_jax.language.fused import FusedLM, Layout, Params
@@ -187,8 +189,24 @@ class SpokenLM:
         return self.chat.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
 
     def assistant(self, params: Params, data: str) -> Assistant:
-        """The trained model, of params as trained, for files and whoever asks about them."""
+        """The trained model, of params as trained, for files and whoever asks about them.
+
+        Raises UserError for a recording that says more than is heard at once.
+        """
         model, layout = self.asked
+        merged = self.tuned.merged(params)
+
+        def read(file: Path) -> Tokens:
+            items = self.hearing.read(file)
+            sound = Tokens(items.values[:, 0], items.mask[:, 0])
+            pieces = len(self._best(merged["connectors_audio"], sound)[0])
+            if pieces > self.heard:
+                raise UserError(
+                    f"{file} says {pieces} word pieces, of which {self.heard} are heard at once: "
+                    "cut it into parts"
+                )
+            return items
+
         encode = self.hearing.published.module.apply
         encoder = Encoder(
             lambda params, sound: (encode({"params": params}, sound), None),
@@ -197,10 +215,10 @@ class SpokenLM:
         )
         return Assistant(
             model,
-            self.tuned.merged(params),
+            merged,
             self.chat,
             layout,
-            readers={"audio": self.hearing.read},
+            readers={"audio": read},
             encoders={"audio": encoder},
             config=self.config,
             data=data,
