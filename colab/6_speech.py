@@ -289,8 +289,7 @@ assert quick or right > 0.8
 #
 # `experiments/translation.py` and `experiments/dialogue.py` with settings far below their own, to
 # be done in minutes: French captions and recordings of the stamps into English; and spoken
-# questions. What the whole training gives stands in dialogue's docstring, and has not been measured
-# yet for translation; this much shows the way.
+# questions. What the whole training gives stands in their docstrings; this much shows the way.
 
 # %%
 listen_steps = 200  # @param {type:"integer"}

@@ -167,6 +167,12 @@ def of_holding(workdir: Path, row: str, column: str) -> list[float]:
     return json.loads((workdir / "test.json").read_text())[row][column]
 
 
+def of_ablation(workdir: Path, row: str, column: str) -> list[float]:
+    """Of a row of adapt_with_knowledge."""
+    seeds = sorted((workdir / row.replace(", ", "-")).glob("seed-*/report/metrics.json"))
+    return [json.loads(file.read_text())[column] for file in seeds]
+
+
 def trimodal(row: str, column: str) -> str:
     if column.startswith("R@"):
         return f"retrieval/{row}/{column}"

@@ -100,7 +100,7 @@ class Speaker(Generator):
             try:
                 yield from self.answers.answer(spoken.question, media)
             except UserError as error:
-                raise BadInput(str(error)) from error
+                raise BadInput(str(error).replace(f"{folder}/", "")) from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -56,7 +56,10 @@ class Conversation:
         ):
             pieces.append(piece)
             yield piece
-        self.turns = [*kept, (said, items, "".join(pieces))]
+        answer = "".join(pieces)
+        for name in self.assistant.readers:  # written by the model, it is no file's mark
+            answer = answer.replace(f"<{name}>", "")
+        self.turns = [*kept, (said, items, answer)]
 
     def _that_fit(
         self, said: dict[str, str], items: Items

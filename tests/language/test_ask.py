@@ -193,6 +193,16 @@ def test_a_turn_keeps_what_its_file_held(assistant, tmp_path):
     assert last == "".join(assistant.reply([plain], {"image": others}, max_tokens=4))
 
 
+def test_a_mark_that_the_model_writes_is_no_file_of_the_next_turn(assistant, monkeypatch):
+    talked = Conversation(assistant, max_tokens=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(assistant), "reply", lambda *_, **__: iter(("w6<im", "age>")))
+        assert "".join(talked.say("w5")) == "w6<image>"
+    "".join(talked.say("w7"))
+    (*_, answer), _ = talked.turns
+    assert answer == "w6"
+
+
 def test_a_turn_that_fails_forgets_nothing(assistant):
     talked = Conversation(assistant, max_tokens=4)
     talked.turns = before = [({"role": "user", "content": "w5"}, {}, "w6")]
