@@ -7,8 +7,22 @@ Dictionary of Computing. Adapting goes on pretraining on the Jargon File and on 
 without their subjects; the graph is what the trained articles say of each other (knowledge.
 references), and enters as sentences before the article, the subjects of those it refers to, or as
 an objective: the rule "an article is of the subject of those that it refers to", over what the
-model itself says of articles without labels. Each row takes the same steps on the task, and all are
-measured on the same held-out articles, whose own subjects are in no fact.
+model itself says of articles, labelled or not. Each row takes the same steps on the task, and all
+are measured on the same held-out articles, whose own subjects are in no fact.
+
+Accuracy among 8 subjects on 64 test articles and what is forgotten of The Devil's Dictionary, nats
+a token, after 30 steps on the task, mean ± standard deviation over 3 seeds:
+
+                             accuracy       forgotten
+    fine-tune                0.703 ± 0.041  0.176 ± 0.017
+    adapt, fine-tune         0.578 ± 0.016  0.066 ± 0.028
+    graph, fine-tune         0.724 ± 0.033  0.166 ± 0.033
+    adapt, graph, fine-tune  0.635 ± 0.024  0.055 ± 0.031
+    adapt, rule, fine-tune   0.573 ± 0.009  0.066 ± 0.028
+
+So in so few steps adapting first costs accuracy in every seed, while far less is forgotten. The
+graph as sentences brings 0.02 without adapting (within the spread) and 0.06 after it (in every
+seed); the graph as a rule brings nothing.
 """
 
 import dataclasses

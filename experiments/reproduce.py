@@ -292,6 +292,11 @@ CLAIMS = {
         ],
         found=of_compression,
     ),
+    "adapt": Claim(
+        places=[("experiments/adapt_with_knowledge.py", ("accuracy", "forgotten"))],
+        commands=[["-m", "experiments.adapt_with_knowledge", "--seeds", "3", *INTO[:2]]],
+        found=of_ablation,
+    ),
     "vqa": Claim(
         places=[
             (
