@@ -165,14 +165,11 @@ def read_texts(s: Settings, encode: Callable[[str], list[int]]) -> Texts:
     def ask(entry: Entry, facts: str = "") -> dict[str, Any]:
         return question(entry, facts, names, encode, s.length)
 
-    def about(entries: list[Entry]) -> list[Entry]:
-        return [entry for entry in entries if entry.tags and entry.tags[0] in names]
-
     def fitting(entries: list[Entry]) -> list[Entry]:
         return [entry for entry in entries if not entry.tags or entry.tags[0] in names]
 
     def asked(entries: list[Entry]) -> list[dict[str, Any]]:
-        rows = [ask(entry, related(entry)) for entry in about(entries)]
+        rows = [ask(entry, related(entry)) for entry in fitting(entries) if entry.tags]
         return [row | {"id": number} for number, row in enumerate(rows)]
 
     train = {"dapt": plain(domain["train"]), "tapt": plain(task["train"])}

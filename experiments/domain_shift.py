@@ -31,8 +31,9 @@ it helps):
 the mean teacher does, and CORAL, MMD, JAN, transport and FixMatch hardly help. SHOT is source-free:
 the first half of the steps learns the source, the second sees the target's unlabelled pictures
 alone and holds the classifier still; so accuracy on the source chooses its step badly, and
-`--select infomax`, which is in its spirit, better: 0.733 (source-only 0.702, FixMatch 0.706, mean
-teacher 0.665). No weight or learning rate was searched method by method.
+InfoMax, which is in its spirit, better (the same command's column; `--select infomax` of a run):
+0.733 (source-only 0.702, FixMatch 0.706, mean teacher 0.665). No weight or learning rate was
+searched method by method.
 
 The four best on test things (emoji, category, all twelve ordered pairs, 3 seeds, each with a split
 of its own, mean ± standard deviation over seeds; `domain_shift_pairs pairs`). As each seed deals

@@ -84,8 +84,8 @@ class Judge:
             for (key, _), hidden, odds in zip(part, *found, strict=False):
                 self.known[key] = (hidden, float(odds))
         hidden, odds = zip(*(self.known[key] for key in keys), strict=True)
-        for key in list(self.known)[: -self.most]:
-            del self.known[key]
+        while len(self.known) > self.most:
+            del self.known[next(iter(self.known))]
         return np.stack(hidden), np.array(odds)
 
     def __call__(self, asked: Asked) -> np.ndarray:

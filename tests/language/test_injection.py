@@ -1,3 +1,4 @@
+import dataclasses
 from functools import partial
 
 import jax
@@ -158,6 +159,9 @@ def test_what_is_remembered_answers_and_nothing_remembered_is_the_model():
     np.testing.assert_array_equal(recalling(silent), judge(silent))
     many = Judge.of(PLAIN, writer, params, batch_size=1)
     np.testing.assert_allclose(many(silent), judge(silent), atol=1e-5)
+    one = dataclasses.replace(many, known={}, most=1)  # a server's judge forgets the oldest
+    np.testing.assert_allclose(one(silent), judge(silent), atol=1e-5)
+    assert list(one.known) == list(many.known)[-1:]
 
 
 def test_an_answer_says_what_it_would_be_without_its_facts(monkeypatch):
