@@ -4,7 +4,7 @@ import collections
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from .artifact import BadInput
@@ -25,6 +25,7 @@ class Job:
         cancelled: set by whoever does not want it any more.
         enough: set where that is because all that was asked for is there.
         cost: seconds of the model's time that it took.
+        taken: when work on it began, by `time.monotonic`.
     """
 
     def __init__(
@@ -32,7 +33,7 @@ class Job:
     ) -> None:
         self.work, self.tell, self.deadline, self.size = work, tell, deadline, size
         self.cancelled = self.enough = False
-        self.cost = 0.0
+        self.cost = self.taken = 0.0
 
     @property
     def late(self) -> bool:
@@ -45,6 +46,7 @@ class Line:
     def __init__(self, limit: int):
         self.limit = limit
         self._costs: collections.deque[float] = collections.deque(maxlen=15)
+        self._stays: collections.deque[float] = collections.deque(maxlen=15)
         self._jobs: collections.deque[Job] = collections.deque()
         self._working = self._coming = 0
         self._changed = threading.Condition()
@@ -57,7 +59,7 @@ class Line:
     def pace(self) -> float:
         """Seconds of the model's time for a job of size 1: the median, so that compiling once
         does not count. 0 while nothing is known."""
-        return sorted(self._costs)[len(self._costs) // 2] if self._costs else 0.0
+        return _median(self._costs)
 
     def check(self, deadline: float, size: int = 1) -> None:
         """Whether a job may come; asked before the body is read, so that refusing costs little.
@@ -88,7 +90,8 @@ class Line:
         if len(self._jobs) + self._coming >= self.limit:
             raise BadInput(f"{self.limit} requests wait already: try again later", 429)
         ahead = self._working + self._coming + sum(each.size for each in self._jobs)
-        wait = MARGIN * (ahead + size) * self.pace
+        # Alone it would take less of the model's time, but no less time than work on others took.
+        wait = MARGIN * max((ahead + size) * self.pace, _median(self._stays))
         if ahead and time.monotonic() + wait > deadline:
             raise BadInput(
                 f"{wait:.1f} s would pass before an answer, after the deadline: try again later",
@@ -119,7 +122,9 @@ class Line:
             while self._jobs and (not taken or self._jobs[0].size <= size):
                 taken.append(self._jobs.popleft())
                 size -= taken[-1].size
-            self._working += sum(job.size for job in taken)
+            for job in taken:
+                job.taken = time.monotonic()
+                self._working += job.size
             return None if self._closed and not taken and not self._jobs else taken
 
     def prune(self) -> None:
@@ -134,17 +139,29 @@ class Line:
             self._jobs = wanted
 
     def done(self, job: Job, failed: bool = False) -> None:
-        """A job that was taken is finished; of one that was completed the cost is remembered."""
+        """A job that was taken is finished, and it is remembered what it took.
+
+        Of one that failed or was left it is not; one that was late would have taken that or more.
+        """
         with self._changed:
             self._working -= job.size
             if not failed and (job.enough or not job.cancelled):
-                self._costs.append(job.cost / job.size)
+                took = (
+                    (self._costs, job.cost / job.size),
+                    (self._stays, time.monotonic() - job.taken),
+                )
+                for known, seconds in took:
+                    known.append(max(seconds, _median(known) if job.late else 0.0))
 
     def close(self) -> None:
         """Refuses new jobs; those that wait are still done."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+
+
+def _median(seconds: Collection[float]) -> float:
+    return sorted(seconds)[len(seconds) // 2] if seconds else 0.0
 
 
 class Worker:

@@ -47,7 +47,7 @@ def predict(predictor: Predictor, rows: int, patience: float, count: Count) -> A
                 job.cost = spent * job.size / len(together)
                 line.done(job)
                 if job.late:
-                    job.tell("error", BadInput("the deadline passed while it was answered", 504))
+                    job.tell("error", _late())
                 else:
                     job.tell("done", part)
 
@@ -63,7 +63,7 @@ def write(generator: Generator, count: Count) -> Any:
         def end(job: Job, kind: str, value: Any) -> None:
             generator.leave(job.work)
             del jobs[job.work]
-            line.done(job, failed=kind == "error")
+            line.done(job, failed=kind == "error" and not job.late)
             job.tell(kind, value)
 
         while True:
@@ -88,8 +88,6 @@ def write(generator: Generator, count: Count) -> Any:
             for job in list(jobs.values()):
                 if job.cancelled:
                     end(job, "done", job.work)
-                elif job.late:
-                    end(job, "error", BadInput("the deadline passed while it was answered", 504))
             if not jobs:
                 continue
             started = time.perf_counter()
@@ -106,7 +104,9 @@ def write(generator: Generator, count: Count) -> Any:
                 job.cost += spent
                 count("tokens", len(writing.written) - before[writing])
                 _tell(job, before[writing])
-                if writing.finish is not None:
+                if job.late:
+                    end(job, "error", _late())
+                elif writing.finish is not None:
                     end(job, "done", writing)
 
     return run
@@ -121,6 +121,10 @@ def _fail(jobs: list[Job], error: Exception, line: Line) -> None:
     for job in jobs:
         line.done(job, failed=True)
         job.tell("error", _told(error))
+
+
+def _late() -> BadInput:
+    return BadInput("the deadline passed while it was answered", 504)
 
 
 def _told(error: Exception) -> BadInput:
