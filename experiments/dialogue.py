@@ -46,7 +46,7 @@ from fusion_jax.data import asterisk, concepts, espeak, flite, questions, stamps
 from fusion_jax.data.audio import SAMPLE_RATE, decode
 from fusion_jax.data.domain_batches import own_share
 from fusion_jax.data.pipeline import Batches, Mixture
-from fusion_jax.data.speech_sets import spoken_questions
+from fusion_jax.data.speech_sets import published, spoken_questions
 from fusion_jax.data.spoken import Spoken, Utterance
 from fusion_jax.data.streams import Later, Phases, Streams
 from fusion_jax.errors import UserError
@@ -113,6 +113,8 @@ class Settings(Base):
     """What lies beyond is not heard in training."""
     views: int = 2
     """Of each recording of training: as it is, then at other speeds and in noise of 0 to 20 dB."""
+    spelled: int = 28
+    """Most word pieces of a recording that is learned to be spelled."""
     length: int = 96
     """Ids of a turn."""
     most: int | None = runtime(None)
@@ -120,6 +122,9 @@ class Settings(Base):
     asked: Path | None = None
     """Your own recorded questions beside these: JSONL of {"audio", "question", "answer"}. Their
     answers are learned as they are written, and count as much as all other turns."""
+    published: tuple[str, ...] = ()
+    """Published recordings of English beside these, to be spelled: "librispeech LibriSpeech" or
+    "common_voice CV/en". Give --seconds and --spelled that fit them."""
     stamps: Path | None = None
     """Tux Paint's stamps, if they are not to be fetched."""
     development: bool = False
@@ -191,19 +196,29 @@ def read_corpus(s: Settings) -> Corpus:
     prompts = asterisk.load(("en",))
     prompted = asterisk.splits(prompts, s.seed)
 
-    def short(sound: bytes) -> bool:
+    def short(said: Utterance) -> bool:
         """Whether all of it is heard."""
-        return len(decode(sound)) <= s.seconds * SAMPLE_RATE
+        sound = said.sound()
+        samples = decode(sound, said.text) if isinstance(sound, bytes) else sound
+        return len(samples) <= s.seconds * SAMPLE_RATE
+
+    def heard(those: list[Utterance], what: str) -> list[Utterance]:
+        """The short ones; raises UserError if there is none."""
+        found = [said for said in those if short(said)]
+        if left := len(those) - len(found):
+            print(f"{left} of {len(those)} {what} take over {s.seconds:g} s and are left out")
+        if not found:
+            raise UserError(f"all {what} take over --seconds {s.seconds:g}: give more")
+        return found
 
     def telephoned(side: str) -> list[Utterance]:
         found = []
         for row in prompted[side]:
             read = lambda row=row: prompts[row]["audio"]["en"]  # noqa: E731
             words, key = prompts[row]["text"]["en"], f"asterisk {prompts.checksum} {row}"
-            if side == "train" and not fresh(words):
-                continue
-            if short(read()):
-                found.append(Utterance(words, recording=read, key=key))
+            said = Utterance(words, recording=read, key=key)
+            if (side != "train" or fresh(words)) and short(said):
+                found.append(said)
         return found
 
     train = {
@@ -223,19 +238,10 @@ def read_corpus(s: Settings) -> Corpus:
         own = spoken_questions(s.asked)
         shares = concepts.split(own.concepts, s.seed)
         for side in ("train", held):
-            numbers = [number for number in shares[side] if short(own[number]["audio"])]
+            numbers = [number for number in shares[side] if short(own.spoken(number))]
             if left := len(shares[side]) - len(numbers):
                 print(f"{left} of your {side} questions take over {s.seconds:g} s and are left out")
-            rows = add(
-                [
-                    Utterance(
-                        own.utterances[number].text,
-                        recording=lambda number=number: own[number]["audio"],
-                        key=f"{own.checksum} {number}",
-                    )
-                    for number in numbers
-                ]
-            )
+            rows = add([own.spoken(number) for number in numbers])
             answers |= {
                 row: own.utterances[number].more["answer"]
                 for row, number in zip(rows, numbers, strict=True)
@@ -244,13 +250,33 @@ def read_corpus(s: Settings) -> Corpus:
                 train["recording"] += rows
             else:
                 tests["your own questions"] = rows
+    if s.published:
+        tested, trained = read_published(s)
+        tests["published recordings"] = add(heard(tested, "published test recordings")[:TESTED])
+        train["sentence"] += add(heard(trained, "published recordings"))
     return Corpus(utterances, train, tests, answers)
+
+
+def read_published(s: Settings) -> tuple[list[Utterance], list[Utterance]]:
+    """English recordings of published sets, to test on and to train on; what is said in one of the
+    first is in none of the second."""
+    sides: list[list[Utterance]] = []
+    for split in ("dev" if s.development else "test", "train"):
+        found: list[Utterance] = []
+        for given in s.published:
+            source = published(given, split)
+            rows = [n for n, said in enumerate(source.utterances) if said.language in ("", "en")]
+            if not rows:
+                raise UserError(f"{given}: nothing of {split} is said in English")
+            found += [source.spoken(row) for row in rows]
+        sides.append(found)
+    tested, trained = sides
+    texts = {concepts.normalize(said.text) for said in tested}
+    return tested, [said for said in trained if concepts.normalize(said.text) not in texts]
 
 
 TESTED = 80
 """Most utterances of a kind that are tested."""
-SPELLED = 28
-"""Most word pieces of a recording that is learned to be spelled."""
 UNHEARD = flite.Voice("rms")
 HEARD = ("awb", "kal16", "slt")
 VARIANTS = ("f2", "f5", "m1", "m3", "f3")
@@ -311,8 +337,8 @@ def stream(s: Settings, corpus: Corpus, model: SpokenLM) -> Phases:
     rows += corpus.train["recording"] * 3  # there are few
     ids = [in_pieces(model.chat.tokenizer, corpus.utterances[row].text) for row in rows]
     spelled = [(row, model.spelling.classes(each)) for row, each in zip(rows, ids, strict=True)]
-    spelled = [(row, classes) for row, classes in spelled if len(classes) <= SPELLED]
-    dictation = Dictation(*map(list, zip(*spelled, strict=True)), model.hearing, most=SPELLED)
+    spelled = [(row, classes) for row, classes in spelled if len(classes) <= s.spelled]
+    dictation = Dictation(*map(list, zip(*spelled, strict=True)), model.hearing, most=s.spelled)
     listen = Batches(dictation, s.batch_size, dictation.transforms, seed=s.seed, **share)
     asked = corpus.train["question"][: s.answered]
     own = [row for row in corpus.train["recording"] if row in corpus.answers]

@@ -2,7 +2,8 @@
 
     python -m experiments.domain_shift_pairs methods          # which help: validation things alone
     python -m experiments.domain_shift_pairs pairs            # the four that helped most, tested
-    python -m experiments.domain_shift_pairs leave-one-out    # a domain never seen
+    python -m experiments.domain_shift_pairs leave-one-out --settings.evaluate-every 10
+                                                              # a domain never seen; with SWAD
 
 Every run's numbers go to results.jsonl in the workdir, and what is there is not run again. A
 method's step is compiled once for all pairs and seeds.
@@ -36,6 +37,7 @@ from experiments.domain_shift import (
     Prepared,
     Settings,
 )
+from fusion_jax.adaptation.averaging import swad_window, uniform_soup
 from fusion_jax.data.emoji import VENDORS
 from fusion_jax.data.lines import read_jsonl
 from fusion_jax.errors import UserError
@@ -111,6 +113,7 @@ class Trainer:
         seen = ("source",) if s.unseen else ("source", "target")
         self.streams = {FLOOR: ("source",), CEILING: ("source", "supervised")}.get(method, seen)
         self.streams += ("weak", "strong") if method in domain_shift.CONSISTENT else ()
+        self.averages = s.unseen and method == FLOOR
 
         def start(seed: jax.Array) -> State:
             drawn = flatten_dict(experiment.init(jax.random.key(seed)))
@@ -122,17 +125,29 @@ class Trainer:
         self.start, self.advance = jax.jit(start), many_steps(step)
 
     def run(self, s: Settings, prepared: Prepared) -> History:
-        """What `validate` said of the method at each evaluation."""
-        state, history = self.start(jnp.int32(s.seed)), []
+        """What `validate` said of the method at each evaluation.
+
+        Of the floor that never sees its target also "averaged" in every row: the accuracy of the
+        mean of the params that were validated in SWAD's window, which the sources' losses choose.
+        """
+        state, history, passed = self.start(jnp.int32(s.seed)), [], []
         every = s.evaluate_every or s.steps
         for first in range(0, s.steps, every):
             steps = range(first, min(first + every, s.steps))
             batches = [prepared.data[step] for step in steps]
             batches = [{name: batch[name] for name in self.streams} for batch in batches]
             state = self.advance(state, batches)
-            found = domain_shift.validate(prepared.judge, evaluation_params(state, {}))
+            params = evaluation_params(state, {})
+            found = domain_shift.validate(prepared.judge, params)
             history.append({name.partition("/")[2]: value for name, value in found.items()})
-        return history
+            if self.averages:
+                own = jax.device_get(params[FLOOR])
+                passed.append((own, prepared.judge.loss(own, "validation")))
+        if not passed:
+            return history
+        window = passed[swad_window([loss for _, loss in passed])]
+        average = uniform_soup([own for own, _ in window])
+        return [row | {"averaged": prepared.judge.accuracy(average, "test")} for row in history]
 
 
 def key_of(s: Settings, method: str) -> str:
@@ -171,6 +186,9 @@ def results(a: Arguments) -> dict[tuple[Settings, str], History]:
 
 # ---------------------------------------------------------------------------------------- tables
 
+OF_FLOOR = {"its statistics": "own statistics", "its average (SWAD)": "averaged"}
+"""Rows that are the floor's params in another way, and what they are called in histories."""
+
 
 def chosen(history: History, criterion: str, score: str = "oracle") -> float:
     """Accuracy on the target at the step that the criterion likes best; the oracle: its highest."""
@@ -183,16 +201,15 @@ def main(a: Arguments) -> None:
     found = results(a)
     stage = list(dict.fromkeys(s for s, _ in found))
     seeds, first = sorted({s.seed for s in stage}), stage[0]
-    statistics = "its statistics"
-    measured = "own statistics" in found[first, FLOOR][0]
-    rows = [FLOOR, *([statistics] if measured else []), *first.method[2:], CEILING]
+    of_floor = [row for row, name in OF_FLOOR.items() if name in found[first, FLOOR][0]]
+    rows = [FLOOR, *of_floor, *first.method[2:], CEILING]
     kind = "validation" if first.development else "test"
     about = f"{' + '.join(a.domain)}, {kind} things of the target, {first.steps} steps"
     about += f", {first.labels}" if {*a.domain} <= {*VENDORS} else ""
 
     def scores(row: str, criterion: str) -> np.ndarray:
         """Accuracy [seeds, pairs]."""
-        method, score = (FLOOR, "own statistics") if row == statistics else (row, "oracle")
+        method, score = (FLOOR, OF_FLOOR[row]) if row in OF_FLOOR else (row, "oracle")
         values = [
             [chosen(found[s, method], criterion, score) for s in stage if s.seed == seed]
             for seed in seeds

@@ -206,11 +206,7 @@ def read_published(s: Settings) -> Corpus:
                 unheard = side == "train" and said.language in s.unheard
                 if said.language in captions and not unheard:
                     corpus.spoken[row, said.language, None] = len(corpus.utterances)
-                    read = lambda source=source, index=index: source[index]["audio"]  # noqa: E731
-                    key = f"{source.checksum} {index}"
-                    corpus.utterances.append(
-                        Utterance(said.text, said.language, recording=read, key=key)
-                    )
+                    corpus.utterances.append(source.spoken(index))
             if len(corpus.captions) == before:
                 raise UserError(
                     f"{given}: nothing of {split} is in --languages {' '.join(s.languages)}, or "

@@ -27,13 +27,14 @@ import csv
 import dataclasses
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import soundfile
 import yaml
 
-from fusion_jax.data import audio, concepts
+from fusion_jax.data import audio, concepts, spoken
 from fusion_jax.data.lines import read_jsonl, read_lines, read_text
 from fusion_jax.errors import UserError
 
@@ -63,7 +64,7 @@ class Recordings:
                 " recordings where the set's own archive puts them"
             )
 
-    @property
+    @cached_property
     def checksum(self) -> str:
         """Changes with what is listed and with the size or the time of any recording."""
         digest = hashlib.sha256(repr(self.utterances).encode())
@@ -78,6 +79,16 @@ class Recordings:
     @property
     def concepts(self) -> list[str]:
         return [concepts.normalize(each.text) for each in self.utterances]
+
+    def spoken(self, row: int) -> spoken.Utterance:
+        """One of them, to stand in a `spoken.Spoken` beside those of other sources."""
+        said = self.utterances[row]
+        return spoken.Utterance(
+            said.text,
+            said.language,
+            recording=lambda: self[row]["audio"],
+            key=f"{self.checksum} {row}",
+        )
 
     def __len__(self) -> int:
         return len(self.utterances)

@@ -46,6 +46,11 @@ class Judge:
         logits, _, labels = self.see(params, part)
         return accuracy.accuracy(logits.argmax(axis=1), labels)
 
+    def loss(self, params: Any, part: str) -> float:
+        """Cross-entropy, the mean of rows."""
+        logits, _, labels = self.see(params, part)
+        return float(_losses(logits, labels).mean())
+
     def criteria(self, params: Any) -> dict[str, float]:
         """Those of CRITERIA that can be measured, the higher the better."""
         logits, fused, labels = self.see(params, "validation")
@@ -54,8 +59,12 @@ class Judge:
             return found
         seen, away, _ = self.see(params, "target")
         _, home, _ = self.see(params, "source")
-        losses = -selection.log_softmax(logits)[np.arange(len(labels)), labels]
+        losses = _losses(logits, labels)
         found["entropy"] = selection.certainty(seen)
         found["infomax"] = selection.infomax(seen)
         found["dev"] = selection.deep_embedded_validation(home, away, fused, losses)
         return found
+
+
+def _losses(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    return -selection.log_softmax(logits)[np.arange(len(labels)), labels]

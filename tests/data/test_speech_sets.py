@@ -50,12 +50,14 @@ def test_common_voice_and_covost(voices):
     assert len(translated) == 1 and translated.checksum != source.checksum
     assert translated[0]["translation"] == {"en": "An owl."}
     assert translated[0]["text"] == 'Un "hibou.'
-    before = source.checksum, translated.checksum
     record(voices / "clips" / "b.mp3", seconds=0.7)
-    assert source.checksum != before[0] and translated.checksum == before[1]
+    assert speech_sets.common_voice(voices).checksum != source.checksum
+    again = speech_sets.covost2(voices, voices / "covost_v2.fr_en.tsv", "train")
+    assert again.checksum == translated.checksum
+    assert source.spoken(1).sound() == source[1]["audio"] and source.spoken(1).language == "fr"
     (voices / "clips" / "b.mp3").unlink()
     with pytest.raises(UserError, match=r"b\.mp3: cannot be read"):
-        _ = source.checksum
+        _ = speech_sets.common_voice(voices).checksum
 
 
 def test_must_c_cuts_segments_out(tmp_path):

@@ -290,6 +290,30 @@ def test_a_run_of_pairs_ends_at_its_last_step(every, seen, monkeypatch):
     assert trainer.run(s, prepared) == [{"source": 0.5}] * len(seen) and steps == seen
 
 
+@pytest.mark.parametrize(("unseen", "averaged"), [(True, 3.0), (False, None)])
+def test_the_floor_is_averaged_where_the_sources_losses_are_low(unseen, averaged, monkeypatch):
+    """Every step adds 1 to its param; losses 5, 1, 1.1, 1.2, then too high to the end."""
+    floor = domain_shift_pairs.FLOOR
+    experiment = SimpleNamespace(
+        init=lambda key: {floor: {"bias": jnp.zeros(())}},
+        pretrained={},
+        optimizer=optax.sgd(1.0),
+        objective=lambda params, batch, rng: (-params[floor]["bias"], {}),
+    )
+    losses = [None, 5.0, 1.0, 1.1, 1.2, *[2.0] * 8]
+    judge = SimpleNamespace(
+        loss=lambda params, part: losses[int(params["bias"])] if part == "validation" else 0.0,
+        accuracy=lambda params, part: float(params["bias"]) if part == "test" else 0.0,
+    )
+    monkeypatch.setattr(domain_shift_pairs.domain_shift, "build", lambda s: experiment)
+    monkeypatch.setattr(domain_shift_pairs, "evaluation_params", lambda state, _: state.params)
+    monkeypatch.setattr(domain_shift_pairs.domain_shift, "validate", lambda *_: {"m/source": 0.5})
+    s = Settings(steps=12, evaluate_every=1, unseen=unseen)
+    data = [{"source": {"x": np.ones(2)}, "target": {"x": np.ones(2)}}] * s.steps
+    history = domain_shift_pairs.Trainer(s, floor).run(s, SimpleNamespace(data=data, judge=judge))
+    assert [row.get("averaged") for row in history] == [averaged] * 12
+
+
 def test_tables_of_pairs_are_continued(drawn, tmp_path, capsys, monkeypatch):
     small = Settings(width=4, batch_size=16, steps=2, evaluate_every=1, bounds=False)
     hands = tuple(str(drawn / hand) for hand in ("pencil", "brush"))
