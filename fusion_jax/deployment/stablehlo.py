@@ -7,6 +7,7 @@ artifact/
   weights.safetensors   their params: an argument, so that they can be replaced
   tokenizer.json ...    what preprocessing reads
   runtime/, serve.py    `python artifact/serve.py` needs jax, and fusion_jax not at all
+  requirements.txt      what it needs, for pip
 """
 
 import dataclasses
@@ -51,6 +52,11 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 SHORTEST_SOUND = 1024
 """Samples: what is shorter is padded, since convolutions need so many."""
 RUNTIME = Path(__file__).with_name("runtime")
+NEEDED = (
+    *("numpy", "flatbuffers", "tokenizers", "jinja2", "pillow", "soundfile", "soxr"),
+    *("anyio", "starlette", "uvicorn", "pydantic", "prometheus-client"),
+)
+"""Beside JAX, by what runs an artifact."""
 SERVE = '''"""Serves the model in this folder: python serve.py --help."""
 
 import sys
@@ -329,5 +335,7 @@ def write(
         (place / "card.json").write_text(json.dumps(about | dict(card), indent=1))
         (place / "model.json").write_text(json.dumps(draft.manifest, indent=1))
         (place / "serve.py").write_text(SERVE)
+        needed = (f"jax>={jax.__version__}", *NEEDED)
+        (place / "requirements.txt").write_text("".join(f"{name}\n" for name in needed))
         shutil.copytree(RUNTIME, place / "runtime", ignore=shutil.ignore_patterns("__pycache__"))
     return draft.manifest

@@ -1,5 +1,6 @@
 """What is exported is what runs here: any batch and length, in a process without fusion_jax."""
 
+import ast
 import base64
 import contextlib
 import io
@@ -162,6 +163,21 @@ def test_all_platforms_and_the_card(predicts, talker):
             assert len(content) < 500_000  # params are not constants
     card = json.loads((predicts / "card.json").read_text())
     assert card["metrics"] == {"accuracy": 0.5} and card["data"] == "random numbers"
+
+
+def test_the_requirements_are_what_the_runtime_imports(predicts):
+    needed = (predicts / "requirements.txt").read_text().split()
+    assert needed[0] == f"jax>={jax.__version__}"
+    imported = set()
+    for file in (predicts / "runtime").glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module]
+            imported |= {name.partition(".")[0] for name in names}
+    called = {"PIL": "pillow", "prometheus_client": "prometheus-client"}
+    imported = {called.get(name, name) for name in imported - sys.stdlib_module_names - {"jax"}}
+    assert set(needed[1:]) == imported | {"flatbuffers"}  # which jax.export reads
 
 
 def test_the_manifest_says_how_to_ask_for_a_translation(talker, predicts):
