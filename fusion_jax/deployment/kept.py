@@ -54,7 +54,7 @@ def servable(workdir: Path, senses: Path | None = None) -> Path | Callable[..., 
         from fusion_jax.deployment.speaking import Described, Standing
 
         return functools.partial(Standing, Described(name, card["about"]), model)
-    stablehlo.write(folder, name, model, card)
+    stablehlo.write(folder, name, model, card, shared=True)
     for old in workdir.glob(f"{KEPT}*"):
         if old != folder:
             shutil.rmtree(old)

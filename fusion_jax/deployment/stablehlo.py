@@ -309,9 +309,16 @@ def _dim(dim: Any) -> int | str:
 
 
 def write(
-    folder: Path, name: str, model: Predictor | Assistant, card: Mapping[str, Any]
+    folder: Path,
+    name: str,
+    model: Predictor | Assistant,
+    card: Mapping[str, Any],
+    shared: bool = False,
 ) -> dict[str, Any]:
     """Writes the artifact; it appears when it is complete. Returns the manifest.
+
+    Args:
+        shared: whether what somebody else wrote there meanwhile is as good.
 
     Raises:
         UserError: the folder exists; the model cannot be exported.
@@ -319,7 +326,7 @@ def write(
     if folder.exists():
         raise UserError(f"{folder} exists already: give another folder, or remove it")
     attention.use(attention.dense_attend)  # which every platform has
-    with write_folder(folder) as place:
+    with write_folder(folder, shared) as place:
         draft = Draft(place, {"format": FORMAT, "name": name, "functions": {}})
         (predictor if isinstance(model, Predictor) else language_model)(draft, model)
         save_file(draft.weights, place / "weights.safetensors")

@@ -62,7 +62,7 @@ def save(
         if shards[-1] and sum(size[other] for other in shards[-1]) + size[name] > shard_bytes:
             shards.append([])
         shards[-1].append(name)
-    with write_folder(folder) as draft:
+    with write_folder(folder, shared=False) as draft:
         index = {}
         for number, names in enumerate(shards, start=1):
             file = f"model-{number:05}-of-{len(shards):05}.safetensors"

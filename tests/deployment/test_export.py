@@ -165,6 +165,19 @@ def test_all_platforms_and_the_card(predicts, talker):
     assert card["metrics"] == {"accuracy": 0.5} and card["data"] == "random numbers"
 
 
+def test_what_was_written_there_meanwhile_stays_and_is_told(classifier, tmp_path, monkeypatch):
+    def slow(weights, path):
+        (tmp_path / "artifact").mkdir()
+        (tmp_path / "artifact" / "theirs").touch()
+        path.touch()
+
+    monkeypatch.setattr(stablehlo, "save_file", slow)
+    with pytest.raises(UserError, match="was written by somebody else meanwhile"):
+        stablehlo.write(tmp_path / "artifact", "mine", classifier, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["artifact"]
+    assert [path.name for path in (tmp_path / "artifact").iterdir()] == ["theirs"]
+
+
 def test_the_requirements_are_what_the_runtime_imports(predicts):
     needed = (predicts / "requirements.txt").read_text().split()
     assert needed[0] == f"jax>={jax.__version__}"

@@ -21,7 +21,8 @@ def opening(monkeypatch):
     """What a run is opened as; counts how often it was written."""
     state = {"model": Assistant(None, {}, None), "written": []}
 
-    def write(folder, name, model, card):
+    def write(folder, name, model, card, shared):
+        assert shared  # two servers may find the same run at once
         folder.mkdir()
         state["written"].append(name)
 
