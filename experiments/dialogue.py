@@ -99,6 +99,9 @@ class Settings(Base):
     """Which of the decoder's kernels get adapters."""
     ctc_weight: float = 0.3
     """Of the spelling, once turns are answered."""
+    told_from: int = 0
+    """Word pieces that a batch's are told from in a step of spelling, these among them, the others
+    drawn at random; 0: all."""
     questions: int = 3000
     """Questions that are synthesized."""
     answered: int = 1500
@@ -386,7 +389,7 @@ def build(s: Settings) -> Experiment:
     return Experiment(
         data=Later(lambda: stream(s, corpus, model)),
         init=model.init,
-        objective=spell_and_answer(model, learned, s.ctc_weight),
+        objective=spell_and_answer(model, learned, s.ctc_weight, s.told_from),
         optimizer=optax.chain(
             optax.clip_by_global_norm(1.0),
             optax.adamw(schedule, weight_decay=0.01),

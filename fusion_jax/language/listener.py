@@ -57,11 +57,16 @@ class Listener(nn.Module):
         shape = (self.pieces, self.width)
         self.words = self.param("words", nn.initializers.normal(0.02), shape)
 
-    def spell(self, tokens: Tokens, train: bool = False) -> tuple[Tokens, jax.Array]:
+    def spell(
+        self, tokens: Tokens, train: bool = False, classes: jax.Array | None = None
+    ) -> tuple[Tokens, jax.Array]:
         """[b, t, any] -> logits of classes, Tokens [b, t / stack, pieces + 1], and hidden states.
 
         Each recording is standardized over its own frames: what differs between speakers,
         microphones and synthesizers is mostly there.
+
+        Args:
+            classes: int [k], of which alone there are to be logits.
         """
         stacks = windows(_standardized(tokens), self.stack)
         mask = stacks.mask.any(axis=2)
@@ -73,7 +78,11 @@ class Listener(nn.Module):
             seen = jnp.concatenate([padded[:, :-2], seen, padded[:, 2:]], axis=-1)
             hidden += self.drop(narrow(gelu(wide(seen))), deterministic=not train)
         hidden = self.norms[-1](hidden)
-        return Tokens(self.head(hidden), mask), hidden
+        if classes is None:
+            return Tokens(self.head(hidden), mask), hidden
+        head = self.head.variables["params"]
+        kernel, bias = (head[name][..., classes].astype(self.dtype) for name in ("kernel", "bias"))
+        return Tokens(hidden @ kernel + bias[None, None], mask), hidden
 
     def __call__(self, tokens: Tokens, train: bool = False) -> Tokens:
         """[b, t, any] -> [b, most, width]"""

@@ -25,6 +25,7 @@ from fusion_jax.language.listener import Listener, Spelling
 from fusion_jax.language.sight import Sight
 from fusion_jax.language.spoken import SpokenLM
 from fusion_jax.language.tuned import Tuned
+from fusion_jax.objectives import recognition
 from fusion_jax.objectives.generative import causal_lm
 from fusion_jax.objectives.recognition import as_typed, spell_and_answer
 from fusion_jax.tokens import Tokens
@@ -168,6 +169,28 @@ def test_spelling_comes_alone_first_and_then_beside_the_answers(spoken):
     moved = lambda tree: float(sum(jnp.abs(leaf).sum() for leaf in jax.tree.leaves(tree)))  # noqa: E731
     assert moved(first["lora"]) == 0 < moved(second["lora"])
     assert moved(first["base"]["connectors_audio"]["head"]) > 0
+
+
+def test_spelling_is_told_from_few_classes_at_about_the_same_loss(spoken):
+    """Those of the batch and one other of 17: on average as from all."""
+    listener = spoken.listener.clone(pieces=17, dropout=0.0)
+    words = {"words": np.zeros((17, tiny.WIDTH), np.float32)}
+    rng = np.random.default_rng(0)
+    head = {"kernel": jnp.asarray(rng.normal(size=(8, 18)), jnp.float32), "bias": jnp.zeros(18)}
+    params = spoken.init(jax.random.key(0))
+    params["base"]["connectors_audio"] |= words | {"head": head}
+    batch = {"listen": batches(spoken)["listen"]}
+    given = dataclasses.replace(spoken, listener=listener)
+    losses = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recognition, "spec_augment", lambda heard, *_, **__: heard)
+        for told_from in (0, 18, 1):
+            objective = spell_and_answer(given, {}, 1.0, told_from)
+            run = jax.jit(lambda key, objective=objective: objective(params, batch, key)[0])
+            losses[told_from] = [float(run(jax.random.key(seed))) for seed in range(40)]
+    assert len(set(losses[0])) == 1 and losses[18] == losses[0]
+    assert len(set(losses[1])) > 10
+    assert np.mean(losses[1]) == pytest.approx(losses[0][0], rel=0.04)
 
 
 def typed_batch(spoken, turns):

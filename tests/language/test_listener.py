@@ -47,6 +47,14 @@ def test_a_vector_for_each_piece_that_is_spelled() -> None:
     np.testing.assert_allclose(few.values[:, 0], vectors.values[:, 0])
 
 
+def test_logits_of_few_classes_are_those_of_all() -> None:
+    every, hidden = LISTENER.apply({"params": PARAMS}, heard(12), method="spell")
+    classes = jnp.array([0, 4, 2])
+    few, same = LISTENER.apply({"params": PARAMS}, heard(12), classes=classes, method="spell")
+    np.testing.assert_allclose(few.values, every.values[..., classes], rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(hidden, same)
+
+
 def test_a_sure_frame_is_the_word_as_typed() -> None:
     params = jax.tree.map(jnp.zeros_like, PARAMS)
     words = jnp.arange(24, dtype=jnp.float32).reshape(4, 6)
