@@ -34,7 +34,8 @@ What holds it back is the spelling of nouns.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +101,9 @@ class Settings(Base):
     ctc_weight: float = 0.3
     """Of the spelling, once turns are answered."""
     told_from: int = 0
-    """Word pieces that a batch's are told from in a step of spelling, these among them, the others
-    drawn at random; 0: all."""
+    """Classes (word pieces, or none) that those of a batch are told from in a step of spelling:
+    these and others drawn at random; more, if so many may be said in a batch; 0: all. With fewer
+    the loss is a little lower."""
     questions: int = 3000
     """Questions that are synthesized."""
     answered: int = 1500
@@ -142,7 +144,8 @@ class Corpus:
     """What is said, and which rows of it serve for what.
 
     Attributes:
-        train, tests: {kind: rows}; kinds of training are "question", "sentence" and "recording".
+        train, tests: {kind: rows}; kinds of training are "question", "sentence" (published
+            recordings among them, which are spelled alone) and "recording".
         answers: {row: answer} of recorded questions that came with one.
     """
 
@@ -199,29 +202,17 @@ def read_corpus(s: Settings) -> Corpus:
     prompts = asterisk.load(("en",))
     prompted = asterisk.splits(prompts, s.seed)
 
-    def short(said: Utterance) -> bool:
+    def short(sound: bytes) -> bool:
         """Whether all of it is heard."""
-        sound = said.sound()
-        samples = decode(sound, said.text) if isinstance(sound, bytes) else sound
-        return len(samples) <= s.seconds * SAMPLE_RATE
-
-    def heard(those: list[Utterance], what: str) -> list[Utterance]:
-        """The short ones; raises UserError if there is none."""
-        found = [said for said in those if short(said)]
-        if left := len(those) - len(found):
-            print(f"{left} of {len(those)} {what} take over {s.seconds:g} s and are left out")
-        if not found:
-            raise UserError(f"all {what} take over --seconds {s.seconds:g}: give more")
-        return found
+        return len(decode(sound)) <= s.seconds * SAMPLE_RATE
 
     def telephoned(side: str) -> list[Utterance]:
         found = []
         for row in prompted[side]:
             read = lambda row=row: prompts[row]["audio"]["en"]  # noqa: E731
             words, key = prompts[row]["text"]["en"], f"asterisk {prompts.checksum} {row}"
-            said = Utterance(words, recording=read, key=key)
-            if (side != "train" or fresh(words)) and short(said):
-                found.append(said)
+            if (side != "train" or fresh(words)) and short(read()):
+                found.append(Utterance(words, recording=read, key=key))
         return found
 
     train = {
@@ -241,10 +232,10 @@ def read_corpus(s: Settings) -> Corpus:
         own = spoken_questions(s.asked)
         shares = concepts.split(own.concepts, s.seed)
         for side in ("train", held):
-            numbers = [number for number in shares[side] if short(own.spoken(number))]
+            numbers = [number for number in shares[side] if own.seconds(number) <= s.seconds]
             if left := len(shares[side]) - len(numbers):
                 print(f"{left} of your {side} questions take over {s.seconds:g} s and are left out")
-            rows = add([own.spoken(number) for number in numbers])
+            rows = add([own.spoken(number, "en") for number in numbers])
             answers |= {
                 row: own.utterances[number].more["answer"]
                 for row, number in zip(rows, numbers, strict=True)
@@ -254,28 +245,48 @@ def read_corpus(s: Settings) -> Corpus:
             else:
                 tests["your own questions"] = rows
     if s.published:
-        tested, trained = read_published(s)
-        tests["published recordings"] = add(heard(tested, "published test recordings")[:TESTED])
-        train["sentence"] += add(heard(trained, "published recordings"))
+        said = {
+            utterances[row].text
+            for kind in (train, tests)
+            for rows in kind.values()
+            for row in rows
+        }
+        tested, trained = read_published(s, {concepts.normalize(text) for text in said})
+        tests["published recordings"] = add(tested)
+        train["sentence"] += add([each for each in trained if fresh(each.text)])
     return Corpus(utterances, train, tests, answers)
 
 
-def read_published(s: Settings) -> tuple[list[Utterance], list[Utterance]]:
-    """English recordings of published sets, to test on and to train on; what is said in one of the
-    first is in none of the second."""
-    sides: list[list[Utterance]] = []
+def read_published(s: Settings, said: Set[str]) -> tuple[list[Utterance], list[Utterance]]:
+    """English recordings of published sets to test on, TESTED at most, drawn from all sets alike,
+    and to train on.
+
+    Nothing of either is what the other, or one of `said`, says.
+    """
+    rng, sides, said = np.random.default_rng(s.seed), [], set(said)
     for split in ("dev" if s.development else "test", "train"):
+        most = None if split == "train" else -(-TESTED // len(s.published))
         found: list[Utterance] = []
         for given in s.published:
             source = published(given, split)
-            rows = [n for n, said in enumerate(source.utterances) if said.language in ("", "en")]
+            english = [n for n, each in enumerate(source.utterances) if each.language == "en"]
+            fit = (
+                number
+                for number in rng.permutation(english).tolist()
+                if concepts.normalize(source.utterances[number].text) not in said
+                and source.seconds(number) <= s.seconds
+            )
+            rows = sorted(itertools.islice(fit, most))
             if not rows:
-                raise UserError(f"{given}: nothing of {split} is said in English")
+                raise UserError(
+                    f"{given}: nothing of {split} is in English, takes at most --seconds "
+                    f"{s.seconds:g} and is not said elsewhere"
+                )
+            print(f"{given}: {len(rows)} of {len(source)} recordings of {split} are taken")
             found += [source.spoken(row) for row in rows]
         sides.append(found)
-    tested, trained = sides
-    texts = {concepts.normalize(said.text) for said in tested}
-    return tested, [said for said in trained if concepts.normalize(said.text) not in texts]
+        said |= {concepts.normalize(each.text) for each in found}
+    return sides[0], sides[1]
 
 
 TESTED = 80
@@ -404,7 +415,9 @@ def build(s: Settings) -> Experiment:
 def assistant(s: Settings, params: Params) -> Assistant:
     """What `python -m fusion_jax chat --workdir` talks to."""
     corpus, model = assemble(s)
-    data = f"trained on {sum(map(len, corpus.train.values()))} utterances, most of them synthetic"
+    trained = [corpus.utterances[row] for rows in corpus.train.values() for row in rows]
+    synthetic = sum(said.synthetic for said in trained)
+    data = f"trained on {len(trained)} utterances, {synthetic} of them synthetic"
     return model.assistant(params, data)
 
 

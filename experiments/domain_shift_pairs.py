@@ -113,7 +113,7 @@ class Trainer:
         seen = ("source",) if s.unseen else ("source", "target")
         self.streams = {FLOOR: ("source",), CEILING: ("source", "supervised")}.get(method, seen)
         self.streams += ("weak", "strong") if method in domain_shift.CONSISTENT else ()
-        self.averages = s.unseen and method == FLOOR
+        self.averages = averages(s, method)
 
         def start(seed: jax.Array) -> State:
             drawn = flatten_dict(experiment.init(jax.random.key(seed)))
@@ -127,8 +127,8 @@ class Trainer:
     def run(self, s: Settings, prepared: Prepared) -> History:
         """What `validate` said of the method at each evaluation.
 
-        Of the floor that never sees its target also "averaged" in every row: the accuracy of the
-        mean of the params that were validated in SWAD's window, which the sources' losses choose.
+        Where it `averages` also "averaged" in every row: the accuracy of the mean of the params
+        that were validated in SWAD's window, which the sources' losses choose.
         """
         state, history, passed = self.start(jnp.int32(s.seed)), [], []
         every = s.evaluate_every or s.steps
@@ -150,6 +150,11 @@ class Trainer:
         return [row | {"averaged": prepared.judge.accuracy(average, "test")} for row in history]
 
 
+def averages(s: Settings, method: str) -> bool:
+    """Whether SWAD is measured: of the floor that never sees its target, if looked at often."""
+    return s.unseen and method == FLOOR and s.steps >= 9 * (s.evaluate_every or s.steps)
+
+
 def key_of(s: Settings, method: str) -> str:
     """What tells a run from others in the log."""
     return kept(dataclasses.asdict(s) | {"method": method})
@@ -167,12 +172,18 @@ def read_log(workdir: Path) -> dict[str, History]:
     return {kept(json.loads(entry["key"])): entry["history"] for entry in entries}
 
 
+def whole(s: Settings, method: str, known: Mapping[str, History]) -> bool:
+    """Whether all that is measured of a run is in the log."""
+    history = known.get(key_of(s, method))
+    return history is not None and ("averaged" in history[0] or not averages(s, method))
+
+
 def results(a: Arguments) -> dict[tuple[Settings, str], History]:
     """All runs, those that are there already read back."""
     a.workdir.mkdir(parents=True, exist_ok=True)
     known, found, trainers = read_log(a.workdir), {}, {}
     for s in tqdm(plans(a), desc=a.what, unit="run"):
-        missing = [method for method in s.method if key_of(s, method) not in known]
+        missing = [method for method in s.method if not whole(s, method, known)]
         prepared = domain_shift.prepare(s) if missing else None
         for method in missing:
             if method not in trainers:

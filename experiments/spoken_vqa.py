@@ -3,10 +3,10 @@
     python -m experiments.spoken_vqa --workdir runs/vqa --senses runs/dialogue
 
 A run of vqa.py sees, one of dialogue.py lends it ears, and nothing is trained: what `ask --senses`
-does. Test pictures are asked about, typed, spoken by two synthesizers (a voice that the listener
+does. Test pictures are asked about, typed, spoken in two synthetic voices (one that the listener
 was trained on, and one that it never heard), in the words that Moonshine's own decoder writes down
-of those, and without a question. An answer is right if it is the expected one as it is written,
-but for case and marks.
+of those, and without a question. An answer is right if it is the expected one, but for case, marks
+and articles; captions, which differ in many ways, are not asked for.
 """
 
 import dataclasses
@@ -20,6 +20,7 @@ import tyro
 from tqdm import tqdm
 
 from experiments.dialogue import HEARD, UNHEARD
+from experiments.vqa import ANSWER_TOKENS
 from fusion_jax.data import flite, questions
 from fusion_jax.data.audio import encode
 from fusion_jax.data.pictures import open_pictures
@@ -27,12 +28,10 @@ from fusion_jax.data.questions import Question
 from fusion_jax.errors import UserError
 from fusion_jax.evaluation.answers import plain
 from fusion_jax.evaluation.table import print_table
-from fusion_jax.language.ask import lent
+from fusion_jax.language.ask import from_workdir
 from fusion_jax.language.recogniser import recogniser
-from fusion_jax.training import experiment, loop, runtime
+from fusion_jax.training import experiment, runtime
 
-TOKENS = 8
-"""Most that are written of an answer."""
 Ask = Callable[[str, dict[str, list[Path]]], str]
 Table = dict[str, dict[str, float]]
 
@@ -88,11 +87,10 @@ def measure(
 def main(s: Settings) -> Table:
     """Prints the table and returns it."""
     runtime.start()
-    module, settings = experiment.reopen(s.workdir)
-    if not hasattr(settings, "blind"):
+    _, settings = experiment.reopen(s.workdir)
+    if not hasattr(settings, "vqa2"):
         raise UserError(f"--workdir {s.workdir} is no run of vqa.py")
-    params = loop.restore_params(module.build(settings), settings, s.workdir)
-    assistant = lent(module.assistant(settings, params), s.senses)
+    assistant = from_workdir(s.workdir, s.senses)
     if "audio" not in assistant.readers:
         raise UserError(f"--senses {s.senses} hears nothing: give a run of dialogue.py")
     pictures = open_pictures(
@@ -100,10 +98,10 @@ def main(s: Settings) -> Table:
     )
     rng = np.random.default_rng(settings.seed)
     things = [pictures.test[i] for i in rng.permutation(len(pictures.test))[: s.pictures]]
-    asked = questions.make(things, rng)
+    asked = [q for q in questions.make(things, rng) if q.kind != "caption"]
 
     def ask(question: str, media: dict[str, list[Path]]) -> str:
-        return "".join(assistant.answer(question, media, max_tokens=TOKENS))
+        return "".join(assistant.answer(question, media, max_tokens=ANSWER_TOKENS))
 
     voices = {"a voice of training": flite.Voice(HEARD[-1]), "another voice": UNHEARD}
     with tempfile.TemporaryDirectory() as folder:

@@ -80,12 +80,26 @@ class Recordings:
     def concepts(self) -> list[str]:
         return [concepts.normalize(each.text) for each in self.utterances]
 
-    def spoken(self, row: int) -> spoken.Utterance:
-        """One of them, to stand in a `spoken.Spoken` beside those of other sources."""
+    def seconds(self, row: int) -> float:
+        """How long one of them is, without reading more than its file's beginning."""
+        said = self.utterances[row]
+        if said.seconds is not None:
+            return said.seconds
+        try:
+            return soundfile.info(str(said.path)).duration
+        except (soundfile.LibsndfileError, RuntimeError) as error:
+            raise UserError(f"{said.path}: not readable ({error})") from error
+
+    def spoken(self, row: int, language: str = "") -> spoken.Utterance:
+        """One of them, to stand in a `spoken.Spoken` beside those of other sources.
+
+        Args:
+            language: where the set does not tell.
+        """
         said = self.utterances[row]
         return spoken.Utterance(
             said.text,
-            said.language,
+            said.language or language,
             recording=lambda: self[row]["audio"],
             key=f"{self.checksum} {row}",
         )

@@ -164,5 +164,5 @@ def _speak(speaker: Speaker, line: Line, count: Count) -> None:
             except Exception as error:
                 outcome = ("error", BadInput(f"the model failed: {error}", 500))
             job.cost = time.perf_counter() - started
-            line.done(job, failed=outcome[0] == "error")
+            line.done(job, outcome[0] == "error", len(spoken.written))
             job.tell(*outcome)

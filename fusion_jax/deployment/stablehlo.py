@@ -53,8 +53,9 @@ SHORTEST_SOUND = 1024
 """Samples: what is shorter is padded, since convolutions need so many."""
 RUNTIME = Path(__file__).with_name("runtime")
 NEEDED = (
-    *("numpy", "flatbuffers", "tokenizers", "jinja2", "pillow", "soundfile", "soxr"),
-    *("anyio", "starlette", "uvicorn", "pydantic", "prometheus-client"),
+    *("numpy>=2", "flatbuffers>=24", "tokenizers>=0.21", "jinja2>=3.1", "pillow>=11"),
+    *("soundfile>=0.13", "soxr>=0.5", "anyio", "starlette>=0.40", "uvicorn>=0.30"),
+    *("pydantic>=2", "prometheus-client>=0.20"),
 )
 """Beside JAX, by what runs an artifact."""
 SERVE = '''"""Serves the model in this folder: python serve.py --help."""
@@ -321,9 +322,10 @@ def write(
         shared: whether what somebody else wrote there meanwhile is as good.
 
     Raises:
-        UserError: the folder exists; the model cannot be exported.
+        UserError: the folder exists, or does by now, and is not `shared`; the model cannot be
+            exported.
     """
-    if folder.exists():
+    if folder.exists() and not shared:
         raise UserError(f"{folder} exists already: give another folder, or remove it")
     attention.use(attention.dense_attend)  # which every platform has
     with write_folder(folder, shared) as place:

@@ -66,7 +66,7 @@ class Listener(nn.Module):
         microphones and synthesizers is mostly there.
 
         Args:
-            classes: int [k], of which alone there are to be logits.
+            classes: int [k], of which alone there are to be logits, [b, t / stack, k].
         """
         stacks = windows(_standardized(tokens), self.stack)
         mask = stacks.mask.any(axis=2)

@@ -91,7 +91,8 @@ def sampled_classes(
 
     Where there are tens of thousands, a batch is told from few of them in a fraction of the time.
     Those drawn count for all that were not, so that the sum that a softmax divides by is right on
-    average (importance sampling, as in arXiv 1412.2007).
+    average, and its logarithm, the loss, a little too low (importance sampling, as in arXiv
+    1412.2007).
 
     Args:
       labels: int [b, t], without the blank, 0.
@@ -122,7 +123,8 @@ def spell_and_answer(
     Args:
         answers: {stream of `Turns`: how it is learned}; each counts alike.
         ctc_weight: of the spelling, once there are answers.
-        told_from: classes of a step, see `sampled_classes`; 0 takes all.
+        told_from: classes of a step of spelling, see `sampled_classes`, where a batch cannot hold
+            more; 0 takes all.
 
     Raises:
         UserError: a batch with another stream.
@@ -134,7 +136,7 @@ def spell_and_answer(
         heard = spec_augment(batch["audio"], masked, bands=30, time=0.1)
         classes, labels = model.listener.pieces + 1, batch["spoken"]
         count = max(told_from, labels.values.size + 1)
-        few, added = None, jnp.zeros(classes)
+        few, added = None, None
         if told_from and count < classes:
             few, labels, added = sampled_classes(labels, classes, count, jax.random.fold_in(rng, 2))
         logits, _ = model.listener.apply(
@@ -145,7 +147,9 @@ def spell_and_answer(
             rngs={"dropout": dropped},
             method="spell",
         )
-        return spelling(Tokens(logits.values + added[None, None], logits.mask), {"spoken": labels})
+        if added is not None:
+            logits = Tokens(logits.values + added[None, None], logits.mask)
+        return spelling(logits, {"spoken": labels})
 
     def hearing(answer: Objective) -> Objective:
         @wraps(answer)

@@ -697,42 +697,44 @@ def test_what_failed_or_was_left_does_not_make_the_model_seem_fast():
 
 
 def test_who_would_come_late_beside_others_is_refused():
-    """Three are written together at little cost each, and each takes as long as all of them."""
+    """Three are written together at little cost each; a token takes each 0.1 s all the same."""
 
-    def job(seconds):
-        return Job(None, print, time.monotonic() + seconds)
+    def job(seconds, tokens):
+        return Job(Writing([], np.zeros((0, 0)), tokens), print, time.monotonic() + seconds)
 
-    line, three = Line(9), [job(60) for _ in range(3)]
-    line.put(*three)
-    for taken in line.take(3, 0):
-        taken.taken -= 1.0
-        taken.cost = 0.4
-        line.done(taken)
-    line.check(time.monotonic() + 0.5)  # nobody is there: it may be quicker alone
-    line.put(job(60))
-    line.check(time.monotonic() + 2.5)
-    with pytest.raises(BadInput, match=r"2\.0 s would pass before an answer"):
-        line.check(time.monotonic() + 1.9)
-    line.put(*(job(60) for _ in range(5)))
-    for late in line.take(6, 0):  # given up early: they would have taken no less than those before
-        late.deadline = 0.0
-        line.done(late)
-    assert line.pace == 0.4
+    def finished(line, tokens, late=False):
+        for taken in line.take(9, 0):
+            taken.taken -= 0.1 * tokens
+            taken.cost = 0.0 if late else 0.03 * tokens
+            taken.deadline *= not late
+            line.done(taken, steps=tokens)
+
+    line = Line(9)
+    line.put(*(job(60, 16) for _ in range(3)))
+    finished(line, 16)
+    line.put(job(60, 99))  # nobody is there
+    line.put(job(2.2, 16))  # 2 x 2 x 0.48 s of the model's time, 1.6 s of its own
+    with pytest.raises(BadInput, match=r"3\.0 s would pass before an answer"):
+        line.put(job(2.9, 30))
+    line.put(job(3.2, 30))
+    finished(line, 1, late=True)  # given up early: they would have taken no less
+    assert line.pace == pytest.approx(0.48)
 
 
 def test_an_answer_is_complete_in_time_or_not_there():
-    def step():
+    def write(*_):
         time.sleep(0.3)
         writing.finish = "length"
 
-    writing, told, line = Writing([1], np.zeros((0, 0)), 3), [], Line(1)
     nothing = lambda *_: None  # noqa: E731
-    model = types.SimpleNamespace(rows=1, join=nothing, leave=nothing, step=step)
-    line.put(Job(writing, lambda *what: told.append(what), time.monotonic() + 0.2))
-    line.close()
-    workers.write(model, nothing)(line)
-    [(kind, error)] = told
-    assert kind == "error" and error.status == 504 and line.pace >= 0.3
+    for join, step in ((nothing, write), (write, nothing)):  # its last token, its only one
+        writing, told, line = Writing([1], np.zeros((0, 0)), 3), [], Line(1)
+        model = types.SimpleNamespace(rows=1, join=join, leave=nothing, step=step)
+        line.put(Job(writing, lambda *what, told=told: told.append(what), time.monotonic() + 0.2))
+        line.close()
+        workers.write(model, nothing)(line)
+        [(kind, error)] = told
+        assert kind == "error" and error.status == 504 and line.pace >= 0.3
 
 
 def test_all_tokens_are_counted():

@@ -158,14 +158,17 @@ def test_published_sets_are_joined_and_none_trains_on_what_another_tests(tmp_pat
     ]
     talks.rename(tmp_path / "en-fr")  # to dialogue what is said in English alone
     hers = (f"librispeech {tmp_path}/LibriSpeech", f"must_c {tmp_path}/en-fr")
-    tested, trained = dialogue.read_published(dialogue.Settings(published=hers))
-    assert [said.text for said in tested] == ["a house", "A cat"]
-    assert [said.text for said in trained] == ["an owl", "A lake"]
+    tested, trained = dialogue.read_published(dialogue.Settings(published=hers), set())
+    assert [each.text for each in tested] == ["a house", "A cat"]
+    assert [each.text for each in trained] == ["an owl", "A lake"]
     assert (
-        trained[0].sound()[:4] == b"fLaC" and len({said.key for said in (*tested, *trained)}) == 4
+        trained[0].sound()[:4] == b"fLaC" and len({each.key for each in (*tested, *trained)}) == 4
     )
-    with pytest.raises(UserError, match="nothing of test is said in English"):
-        dialogue.read_published(dialogue.Settings(published=(f"common_voice {voices}",)))
+    tested, trained = dialogue.read_published(dialogue.Settings(published=hers[:1]), {"an owl"})
+    assert [each.text for each in (*tested, *trained)] == ["a house", "a cat"]
+    for wrong in ({"published": (f"common_voice {voices}",)}, {"published": hers, "seconds": 0.1}):
+        with pytest.raises(UserError, match=r"nothing of test is in English, takes at most"):
+            dialogue.read_published(dialogue.Settings(**wrong), set())
     drawn = translation.Drawn(found, drawing(views=1), (0.3, 0.3, 0.25, 0.15), 2.0, seed=0)
     asked = {drawn[index][0].content for index in range(400)}
     assert {"To English: <audio>", "From French to English: <audio> Un lac"} <= asked

@@ -61,6 +61,8 @@ def test_each_way_to_ask_is_judged_by_what_is_written(tmp_path, monkeypatch):
 
 
 def test_a_run_of_another_experiment_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(spoken_vqa.experiment, "reopen", lambda _: (None, SimpleNamespace()))
+    monkeypatch.setattr(
+        spoken_vqa.experiment, "reopen", lambda _: (None, SimpleNamespace(blind=0.1))
+    )
     with pytest.raises(UserError, match=r"is no run of vqa\.py"):
         spoken_vqa.main(spoken_vqa.Settings(tmp_path, tmp_path))

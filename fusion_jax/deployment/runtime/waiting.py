@@ -24,6 +24,7 @@ class Job:
         deadline: when the answer is of no use any more, by `time.monotonic`.
         cancelled: set by whoever does not want it any more.
         enough: set where that is because all that was asked for is there.
+        steps: of the model, one after the other, that it takes at most: the tokens of a `Writing`.
         cost: seconds of the model's time that it took.
         taken: when work on it began, by `time.monotonic`.
     """
@@ -33,7 +34,8 @@ class Job:
     ) -> None:
         self.work, self.tell, self.deadline, self.size = work, tell, deadline, size
         self.cancelled = self.enough = False
-        self.cost = self.taken = 0.0
+        self.steps: int = getattr(work, "max_tokens", 1)
+        self.cost, self.taken = 0.0, time.monotonic()
 
     @property
     def late(self) -> bool:
@@ -65,8 +67,8 @@ class Line:
         """Whether a job may come; asked before the body is read, so that refusing costs little.
 
         Raises:
-            BadInput: 429 where the line is full, or would not come to it before its deadline; 503
-                where it is closed.
+            BadInput: 429 where the line is full, or it would not be answered before its deadline;
+                503 where it is closed.
         """
         with self._changed:
             self._check(deadline, size)
@@ -83,15 +85,15 @@ class Line:
             with self._changed:
                 self._coming -= 1
 
-    def _check(self, deadline: float, size: int) -> None:
+    def _check(self, deadline: float, size: int, steps: int = 0) -> None:
         if self._closed:
             raise BadInput(CLOSED, 503)
         self.prune()
         if len(self._jobs) + self._coming >= self.limit:
             raise BadInput(f"{self.limit} requests wait already: try again later", 429)
         ahead = self._working + self._coming + sum(each.size for each in self._jobs)
-        # Alone it would take less of the model's time, but no less time than work on others took.
-        wait = MARGIN * max((ahead + size) * self.pace, _median(self._stays))
+        # It shares the model with those ahead, and its own steps take what they took others.
+        wait = max(MARGIN * (ahead + size) * self.pace, steps * _median(self._stays))
         if ahead and time.monotonic() + wait > deadline:
             raise BadInput(
                 f"{wait:.1f} s would pass before an answer, after the deadline: try again later",
@@ -101,7 +103,11 @@ class Line:
     def put(self, *jobs: Job) -> None:
         """Takes all jobs of a request, or refuses them at once; raises as `check`."""
         with self._changed:
-            self._check(min(job.deadline for job in jobs), sum(job.size for job in jobs))
+            self._check(
+                min(job.deadline for job in jobs),
+                sum(job.size for job in jobs),
+                max(job.steps for job in jobs),
+            )
             self._jobs.extend(jobs)
             self._changed.notify()
 
@@ -138,19 +144,16 @@ class Line:
                     wanted.append(job)
             self._jobs = wanted
 
-    def done(self, job: Job, failed: bool = False) -> None:
-        """A job that was taken is finished, and it is remembered what it took.
+    def done(self, job: Job, failed: bool = False, steps: int = 1) -> None:
+        """A job that was taken is finished, and it is remembered what it and its steps took.
 
         Of one that failed or was left it is not; one that was late would have taken that or more.
         """
         with self._changed:
             self._working -= job.size
             if not failed and (job.enough or not job.cancelled):
-                took = (
-                    (self._costs, job.cost / job.size),
-                    (self._stays, time.monotonic() - job.taken),
-                )
-                for known, seconds in took:
+                stay = (time.monotonic() - job.taken) / max(steps, 1)
+                for known, seconds in ((self._costs, job.cost / job.size), (self._stays, stay)):
                     known.append(max(seconds, _median(known) if job.late else 0.0))
 
     def close(self) -> None:

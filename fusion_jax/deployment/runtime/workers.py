@@ -47,7 +47,7 @@ def predict(predictor: Predictor, rows: int, patience: float, count: Count) -> A
                 job.cost = spent * job.size / len(together)
                 line.done(job)
                 if job.late:
-                    job.tell("error", _late())
+                    job.tell("error", BadInput("the deadline passed while it was answered", 504))
                 else:
                     job.tell("done", part)
 
@@ -60,11 +60,14 @@ def write(generator: Generator, count: Count) -> Any:
     def run(line: Line) -> None:
         jobs: dict[Writing, Job] = {}
 
-        def end(job: Job, kind: str, value: Any) -> None:
+        def end(job: Job, error: BadInput | None = None) -> None:
+            """It is done, unless it failed; an answer after its deadline is none."""
             generator.leave(job.work)
             del jobs[job.work]
-            line.done(job, failed=kind == "error" and not job.late)
-            job.tell(kind, value)
+            line.done(job, error is not None, len(job.work.written))
+            if error is None and job.late and not job.cancelled:
+                error = BadInput("the deadline passed while it was answered", 504)
+            job.tell(*(("done", job.work) if error is None else ("error", error)))
 
         while True:
             line.prune()
@@ -79,15 +82,13 @@ def write(generator: Generator, count: Count) -> Any:
                     generator.join(job.work)
                     job.cost += time.perf_counter() - started
                 except Exception as error:
-                    end(job, "error", _told(error))
+                    end(job, _told(error))
                     continue
                 count("tokens", len(job.work.written))
                 _tell(job, 0)
-                if job.work.finish is not None:
-                    end(job, "done", job.work)
             for job in list(jobs.values()):
-                if job.cancelled:
-                    end(job, "done", job.work)
+                if job.cancelled or job.late or job.work.finish is not None:
+                    end(job)
             if not jobs:
                 continue
             started = time.perf_counter()
@@ -96,7 +97,7 @@ def write(generator: Generator, count: Count) -> Any:
                 generator.step()
             except Exception as error:
                 for job in list(jobs.values()):
-                    end(job, "error", _told(error))
+                    end(job, _told(error))
                 continue
             spent = (time.perf_counter() - started) / len(jobs)
             count("batch", len(jobs))
@@ -104,10 +105,8 @@ def write(generator: Generator, count: Count) -> Any:
                 job.cost += spent
                 count("tokens", len(writing.written) - before[writing])
                 _tell(job, before[writing])
-                if job.late:
-                    end(job, "error", _late())
-                elif writing.finish is not None:
-                    end(job, "done", writing)
+                if job.late or writing.finish is not None:
+                    end(job)
 
     return run
 
@@ -121,10 +120,6 @@ def _fail(jobs: list[Job], error: Exception, line: Line) -> None:
     for job in jobs:
         line.done(job, failed=True)
         job.tell("error", _told(error))
-
-
-def _late() -> BadInput:
-    return BadInput("the deadline passed while it was answered", 504)
 
 
 def _told(error: Exception) -> BadInput:
