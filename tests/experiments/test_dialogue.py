@@ -1,5 +1,6 @@
 """Dialogue from its commands: trained, reported, asked and chatted with, on tiny checkpoints."""
 
+import dataclasses
 import io
 import json
 import sys
@@ -12,6 +13,8 @@ from colab.quick import HEARING, LANGUAGE_MODEL, small_checkpoint
 from experiments import dialogue
 from fusion_jax.__main__ import main
 from fusion_jax.data.spoken import Utterance
+from fusion_jax.errors import UserError
+from fusion_jax.training import experiment
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'user' %}: {{ m.content }} ? "
@@ -54,7 +57,7 @@ def run(tmp_path_factory):
     flags = [
         *("--language-model", model, "--tower", small_checkpoint(folder / "tower", HEARING)),
         *("--steps", "4", "--listen-steps", "2", "--batch-size", "8", "--turns", "8"),
-        *("--seconds", "1", "--answer-tokens", "3", "--no-tensorboard"),
+        *("--seconds", "1", "--answer-tokens", "3", "--no-tensorboard", "--lora-rank", "2"),
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FUSION_JAX_HOME", str(folder / "home"))
@@ -86,6 +89,17 @@ def test_ask_and_chat_answer_a_recording_alike(run, tmp_path, monkeypatch, capsy
     assert main(["chat", *asked]) == 0
     first, second = (line.strip() for line in capsys.readouterr().out.splitlines() if line.strip())
     assert first == spoken and second
+
+
+def test_who_only_listens_asks_for_no_answers(run, monkeypatch):
+    monkeypatch.setattr(dialogue.SpokenLM, "own_answers", None)
+    _, s = experiment.reopen(run)
+    alone = dataclasses.replace(s, listen_steps=s.steps, lora_rank=0)
+    found = dialogue.build(alone)
+    assert set(found.data[3]) == set(found.data[0]) and "turn" not in found.data[3]
+    assert len(found.data[3]["listen"]["spoken"].values) == 8
+    with pytest.raises(UserError, match="--lora-rank 2: give more --steps"):
+        dialogue.build(dataclasses.replace(s, listen_steps=s.steps))
 
 
 def test_what_says_more_than_is_heard_is_refused(run, tmp_path, monkeypatch, capsys):
