@@ -13,10 +13,13 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fusion_jax.data import audio, features
 from fusion_jax.data.pipeline import Padded, Transform
+from fusion_jax.data.streams import Later
 from fusion_jax.data.views import SoundViews
 from fusion_jax.errors import UserError
 from fusion_jax.language.chat import Chat
@@ -36,13 +39,13 @@ class Hearing:
     """A frozen encoder's view of a source's utterances, and of new ones. Made by `open_hearing`.
 
     Attributes:
-        frozen: the source, with tokens [t, d] in place of sound.
+        frozen: [row] of the source, with tokens [t, d] in place of sound.
         published: the encoder as it comes.
-        shape: the most tokens of an utterance of the source, and their width.
+        shape: the most tokens of what is heard of an utterance, and their width.
         views: of each utterance of training, the first as it is, see `SoundViews`.
     """
 
-    frozen: features.Frozen
+    frozen: Later | features.Frozen
     published: Tower
     shape: tuple[int, int]
     views: int = 1
@@ -84,7 +87,7 @@ def open_hearing(
     views: int = 1,
     rows: Collection[int] = (),
 ) -> Hearing:
-    """Encodes the recordings of `source`, unless that was done before.
+    """Encodes the recordings of `source` when one is asked for, unless that was done before.
 
     Args:
         tower: a published encoder of sound, by name, hub id or folder.
@@ -94,9 +97,12 @@ def open_hearing(
     if views > 1:
         source = SoundViews(source, views, rows, seconds)
     published = open_tower(tower, "audio", seconds=seconds)
-    frozen = features.freeze(source, {"audio": published.frozen()})
-    _, kept = frozen.fields["audio"]
-    return Hearing(frozen, published, (kept.longest, kept.width), views)
+    frozen = published.frozen()
+    whole = (1, *frozen.transform.shape)
+    sound = Tokens(jax.ShapeDtypeStruct(whole, jnp.float32), jax.ShapeDtypeStruct(whole, bool))
+    _, longest, width = jax.eval_shape(frozen.encode, sound).values.shape
+    encoded = Later(lambda: features.freeze(source, {"audio": frozen}))
+    return Hearing(encoded, published, (longest, width), views)
 
 
 def load_speech(file: Path) -> np.ndarray:
