@@ -348,7 +348,7 @@ def check(name: str, claim: Claim, workdir: Path) -> list[str]:
     rows, wrong = [], []
     for (file, row, column), (mean, deviation, rounding) in stated.items():
         values = claim.found(workdir, row, column)
-        holds = bool(values) and abs(np.mean(values) - mean) <= deviation + rounding
+        holds = bool(values) and abs(np.mean(values) - mean) <= deviation + rounding + 1e-9
         wrong += [] if holds else [f"{name}, {file}: {row}, {column} is outside its spread"]
         spread = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
         found = f"{np.mean(values):.4f}{spread}" if values else "nothing"
