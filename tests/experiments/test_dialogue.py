@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -102,6 +103,8 @@ def test_who_only_listens_asks_for_no_answers(run, monkeypatch):
     assert len(found.data[3]["listen"]["spoken"].values) == 8
     with pytest.raises(UserError, match="--lora-rank 2: give more --steps"):
         dialogue.build(dataclasses.replace(s, listen_steps=s.steps))
+    with pytest.raises(UserError, match=r"mine\.jsonl: its answers are learned after"):
+        dialogue.build(dataclasses.replace(alone, asked=Path("mine.jsonl")))
 
 
 def test_what_says_more_than_is_heard_is_refused(run, tmp_path, monkeypatch, capsys):
