@@ -40,7 +40,7 @@ still falls when training ends (perplexity of training captions 9 to 11).
 import dataclasses
 import io
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,7 @@ from fusion_jax.evaluation.translation import (
 )
 from fusion_jax.language.answers import PLAIN
 from fusion_jax.language.ask import Assistant
-from fusion_jax.language.hearing import Dictation, Turn, Turns, open_hearing
+from fusion_jax.language.hearing import Dictation, PackedTurns, Turn, open_hearing
 from fusion_jax.language.listener import Spelling
 from fusion_jax.language.spoken import SpokenLM
 from fusion_jax.language.translate import WRITTEN, instruction
@@ -94,8 +94,8 @@ class Settings(Base):
     listen_steps: int = 800
     batch_size: int = 32
     """Recordings that are spelled in a step."""
-    turns: int = 16
-    """Translations of a step."""
+    rows: int = 4
+    """Of a step, in each of which are as many translations as go in."""
     checkpoint_every: int = 200
     learning_rate: float = 2e-3
     language_model: str = "smollm2-135m-instruct"
@@ -107,6 +107,8 @@ class Settings(Base):
     """Which of the decoder's kernels get adapters."""
     ctc_weight: float = 0.3
     """Of the spelling, once translations are learned."""
+    told_from: int = 1024
+    """Word pieces that those of a batch are told from in a step of spelling, see dialogue.py."""
     label_smoothing: float = 0.1
     languages: tuple[str, ...] = LANGUAGES
     """Of captions; recordings serve where there are any."""
@@ -118,8 +120,8 @@ class Settings(Base):
     """Of translating text, speech, and both, and of writing down speech."""
     seconds: float = 4.5
     """What lies beyond is not heard in training."""
-    length: int = 88
-    """Ids of a translation and what it is of, vectors of a recording among them."""
+    length: int = 128
+    """Ids of a row: of translations and what they are of, vectors of recordings among them."""
     views: int = 2
     """Of each recording of training: as it is, then at other speeds and in noise of 0 to 20 dB."""
     stack: int = 2
@@ -255,13 +257,18 @@ def read_stamps(s: Settings) -> Corpus:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Drawn:
-    """A source of translations: each index is a row, two languages and a way to give the first.
+    """A source of rows of translations, each between two languages and of text, speech or both.
 
-    What it is depends on (seed, index) alone. There are as many as row, language and language.
+    What is in a row depends on (seed, index) alone. There are as many as rows of the corpus,
+    language and language.
+
+    Attributes:
+        places: {utterance of training: vectors that it is given}.
     """
 
     corpus: Corpus
-    turns: Turns
+    turns: PackedTurns
+    places: Mapping[int, int]
     shares: Sequence[float]
     temperature: float
     seed: int
@@ -282,10 +289,14 @@ class Drawn:
         return len(self.rows) * len(self.weights) ** 2
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        rng = np.random.default_rng([self.seed, index])
-        row = self.rows[index % len(self.rows)]
-        turn = self._turn(row, rng)
-        return self.turns.example(turn, index, int(rng.integers(self.turns.hearing.views)))
+        return self.turns.row(self.drawn(index), index)
+
+    def drawn(self, index: int) -> Iterator[tuple[Turn, int]]:
+        """Translations and the views of what is heard, without end."""
+        rng, row = np.random.default_rng([self.seed, index]), self.rows[index % len(self.rows)]
+        while True:
+            yield self._turn(row, rng), int(rng.integers(self.turns.hearing.views))
+            row = self.rows[rng.integers(len(self.rows))]
 
     def _ways(self, known: bool, said: bool) -> np.ndarray:
         """Shares of what can be done with a row, by whether another language is known, and sound.
@@ -309,7 +320,8 @@ class Drawn:
         known = source if rng.random() < 0.5 else None
         asked = instruction(to, known, text, spoken=way > 0)
         utterance = self.corpus.spoken[row, source, None] if way else None
-        return Turn(asked, captions[to], utterance, to)
+        places = None if utterance is None else self.places[utterance]
+        return Turn(asked, captions[to], utterance, to, places=places)
 
 
 # ------------------------------------------------------------------------------ model, objective
@@ -357,15 +369,17 @@ def stream(s: Settings, corpus: Corpus, model: SpokenLM) -> Phases:
         number: model.spelling.classes(in_pieces(model.chat.tokenizer, text))
         for number, text in texts.items()
     }
+    # A few more than there is to say, since it may be spelled worse.
+    places = {u: min(len(said) * 5 // 4 + 2, s.spelled) for u, said in classes.items()}
     if long := [number for number, each in classes.items() if len(each) > s.spelled]:
         print(f"{len(long)} recordings take over --spelled {s.spelled} pieces and are not spelled")
     classes = {number: each for number, each in classes.items() if len(each) <= s.spelled}
     dictation = Dictation(list(classes), list(classes.values()), model.hearing, most=s.spelled)
     share = own_share()
     listen = Batches(dictation, s.batch_size, dictation.transforms, seed=s.seed, **share)
-    turns = model.turns((), s.length)
-    drawn = Drawn(corpus, turns, s.shares, s.temperature, s.seed)
-    turn = Batches(drawn, s.turns, turns.transforms, seed=s.seed, **share)
+    turns = model.packed(s.length)
+    drawn = Drawn(corpus, turns, places, s.shares, s.temperature, s.seed)
+    turn = Batches(drawn, s.rows, turns.transforms, seed=s.seed, **share)
     both = Streams({"listen": listen, "turn": turn})
     return Phases([(Streams({"listen": listen}), s.listen_steps), (both, 0)])
 
@@ -389,7 +403,7 @@ def build(s: Settings) -> Experiment:
     return Experiment(
         data=Later(lambda: stream(s, corpus, model)),
         init=model.init,
-        objective=spell_and_answer(model, {"turn": translate}, s.ctc_weight),
+        objective=spell_and_answer(model, {"turn": translate}, s.ctc_weight, s.told_from),
         optimizer=optax.chain(
             optax.clip_by_global_norm(1.0),
             optax.adamw(schedule, weight_decay=0.01),

@@ -9,8 +9,8 @@
 Media have an axis of items after the batch, since a prompt may hold several: pictures are Tokens
 of values [b, items, h, w, 3] and mask [b, items]; sound [b, items, samples] twice; features
 [b, items, t, d] and [b, items, t]. The first mark of a name in a row takes the first item, and so
-on. An item that is absent (mask False) leaves the model's output exactly as if the prompt had no
-mark for it.
+on, from one text of a packed row ("segment") to the next. An item that is absent (mask False)
+leaves the model's output exactly as if the prompt had no mark for it.
 """
 
 import dataclasses
@@ -127,7 +127,9 @@ class FusedLM(nn.Module):
                     "query_items": looked_at(here, present, batch.get("segment")),
                 }
                 continue
-            order = (jnp.cumsum(here, axis=1) - 1).clip(0, media.mask.shape[1] - 1)
+            length = media.mask.shape[1] // batch[name].mask.shape[1]
+            order = vector_of(here, length, batch.get("segment"))
+            order = order.clip(0, media.mask.shape[1] - 1)
             placed = jnp.take_along_axis(fill(media), order[:, :, None], axis=1)
             vectors = jnp.where(here[:, :, None], placed.astype(vectors.dtype), vectors)
             mask = mask & (~here | jnp.take_along_axis(media.mask, order, axis=1))
@@ -189,6 +191,28 @@ class FusedLM(nn.Module):
             lengths[self.cross] = 1
         marks = {name: mark(self.connectors, name) for name in lengths}
         return Layout(marks, lengths, items, self.decoder.context_length)
+
+
+def vector_of(marks: jax.Array, length: int, segments: Tokens | None = None) -> jax.Array:
+    """Which of a row's vectors each marked place takes, int32 [b, t]; anything elsewhere.
+
+    An item begins where a run of marks does, after `length` of them, and with a segment. A run that
+    is shorter takes the first vectors of its item.
+
+    Args:
+        marks: bool [b, t]; the first item's come first.
+        length: vectors of an item.
+        segments: of packed rows, int32 [b, t].
+    """
+    before = jnp.pad(marks[:, :-1], ((0, 0), (1, 0)))
+    if segments is not None:
+        ids = fill(segments)
+        before &= ids == jnp.pad(ids[:, :-1], ((0, 0), (1, 0)))
+    index = jnp.broadcast_to(jnp.arange(marks.shape[1], dtype=jnp.int32)[None], marks.shape)
+    start = jax.lax.cummax(jnp.where(marks & ~before, index, 0), axis=1)
+    place = (index - start) % length
+    item = jnp.cumsum(marks & (place == 0), axis=1, dtype=jnp.int32) - 1
+    return item * length + place
 
 
 def looked_at(marks: jax.Array, present: jax.Array, segments: Tokens | None) -> jax.Array:

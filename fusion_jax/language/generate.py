@@ -179,7 +179,10 @@ def cross_context(prompt: Prompt, query_items: jax.Array | None) -> dict[str, An
 
 
 def fit(model: Decoder, prompt: Prompt, max_tokens: int) -> Prompt:
-    """The prompt padded on the left to a bucket's length, checked against the context."""
+    """The prompt in a bucket that holds its real tokens, checked against the context.
+
+    Padding on the left is added, or taken away with all that stands for what is absent.
+    """
     longest = int(np.asarray(prompt.mask).sum(axis=1).max())
     limit = model.context_length
     if limit is not None and longest + max_tokens > limit:
@@ -189,16 +192,20 @@ def fit(model: Decoder, prompt: Prompt, max_tokens: int) -> Prompt:
         )
     if longest == 0:
         raise UserError("the prompt is empty: give at least one token")
-    extra = bucket(prompt.mask.shape[1]) - prompt.mask.shape[1]
+    extra = bucket(longest) - prompt.mask.shape[1]
+    if extra < 0:
+        prompt = prompt.aligned()
 
-    def widen(leaf: jax.Array | None) -> jax.Array | None:
+    def resized(leaf: jax.Array | None) -> jax.Array | None:
         if leaf is None or not extra:
             return leaf
+        if extra < 0:
+            return leaf[:, -extra:]
         widths = ((0, 0), (extra, 0)) + ((0, 0),) * (leaf.ndim - 2)
         return (np if isinstance(leaf, np.ndarray) else jnp).pad(leaf, widths)
 
     names = ("ids", "mask", "vectors", "query_items")
-    return prompt.replace(**{name: widen(getattr(prompt, name)) for name in names})
+    return prompt.replace(**{name: resized(getattr(prompt, name)) for name in names})
 
 
 def _chunks(

@@ -9,7 +9,8 @@ Batches(turns, 8, turns.transforms)     # to train a `FusedLM` on
 """
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,11 @@ class Hearing:
     shape: tuple[int, int]
     views: int = 1
 
+    @cached_property
+    def tower(self) -> features.Tower:
+        """Encodes a new recording."""
+        return self.published.frozen()
+
     def tokens(self, row: int, view: int = 0) -> np.ndarray:
         """Of an utterance, [t, d], float16."""
         found = self.frozen[row]["audio"]
@@ -75,7 +81,7 @@ class Hearing:
 
     def encode(self, samples: np.ndarray) -> np.ndarray:
         """Samples at 16 kHz -> [t, d], rounded as what is kept beside the data."""
-        encoded = self.published.frozen().encode(audio.whole_seconds(samples))
+        encoded = self.tower.encode(audio.whole_seconds(samples))
         return np.asarray(encoded.values[0])[np.asarray(encoded.mask[0])].astype(np.float16)
 
 
@@ -131,6 +137,7 @@ class Turn:
         answer: text, or ids where the answer goes on beyond them.
         label: of the row in tables, such as its language.
         said: the words of the utterance, for `Typed`.
+        places: vectors that the recording is given, if not as many as the layout says.
     """
 
     content: str
@@ -138,6 +145,7 @@ class Turn:
     row: int | None = None
     label: str = ""
     said: str = ""
+    places: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -173,11 +181,14 @@ class Turns:
     def example(self, turn: Turn, number: int, view: int = 0) -> dict[str, Any]:
         """A turn, be it among `turns` or not."""
         asked = {"role": "user", "content": turn.content}
+        layout = self.layout
+        if turn.places is not None:
+            layout = dataclasses.replace(layout, lengths={**layout.lengths, "audio": turn.places})
         if isinstance(turn.answer, str):
             said = {"role": "assistant", "content": turn.answer}
-            ids, weights = self.chat.training([asked, said], self.layout)
+            ids, weights = self.chat.training([asked, said], layout)
         else:
-            before = self.chat.prompt([asked], self.layout)
+            before = self.chat.prompt([asked], layout)
             ids = [*before, *turn.answer]
             weights = [0.0] * len(before) + [1.0] * len(turn.answer)
         return {
@@ -185,6 +196,53 @@ class Turns:
             "text": np.asarray(ids, np.int32),
             "weight": np.asarray(weights, np.float32),
             "audio": None if turn.row is None else self.hearing.tokens(turn.row, view),
+        }
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PackedTurns(Turns):
+    """Rows of several turns, each a segment: what would be padding is read by others.
+
+    Attributes:
+        items: most recordings in a row.
+    """
+
+    items: int = 4
+
+    @property
+    def transforms(self) -> dict[str, Transform]:
+        """What a batch holds: text, weight and segment [b, length], and for `as_items` audio
+        [b, items * t, d] and audio_lengths [b, items]."""
+        t, d = self.hearing.shape
+        return super().transforms | {
+            "segment": Padded("segment", (self.length,), np.int32),
+            "audio": Padded("audio", (self.items * t, d)),
+            "audio_lengths": Padded("audio_lengths", (self.items,), np.int32),
+        }
+
+    def row(self, turns: Iterable[tuple[Turn, int]], number: int) -> dict[str, Any]:
+        """Of turns and the views that they are heard in, as many as go in before one does not."""
+        parts: list[dict[str, Any]] = []
+        heard: list[np.ndarray] = []
+        room = self.length
+        for turn, view in turns:
+            part = self.example(turn, number, view)
+            more = part["audio"] is not None
+            if parts and (len(part["text"]) > room or len(heard) + more > self.items):
+                break
+            parts.append(part)
+            room -= len(part["text"])
+            if more:
+                heard.append(part["audio"][: self.hearing.shape[0]])
+        spans = [len(part["text"]) for part in parts]
+        ends = [((0, self.hearing.shape[0] - len(sound)), (0, 0)) for sound in heard]
+        return {
+            "id": number,
+            "text": np.concatenate([part["text"] for part in parts]),
+            "weight": np.concatenate([part["weight"] for part in parts]),
+            "segment": np.repeat(np.arange(1, len(parts) + 1, dtype=np.int32), spans),
+            "audio": np.concatenate([*map(np.pad, heard, ends)]) if heard else None,
+            "audio_lengths": np.array([len(sound) for sound in heard], np.int32),
         }
 
 

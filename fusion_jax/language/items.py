@@ -4,12 +4,14 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from tqdm import tqdm
 
 from fusion_jax.language.fused import Batch
 from fusion_jax.language.prompt import bucket, pad
-from fusion_jax.tokens import Tokens
+from fusion_jax.tokens import Tokens, fill
 
 
 def one_each(found: Sequence[np.ndarray | None], shape: tuple[int, int]) -> Tokens:
@@ -24,8 +26,17 @@ def one_each(found: Sequence[np.ndarray | None], shape: tuple[int, int]) -> Toke
 
 
 def as_items(batch: Batch, name: str) -> Batch:
-    """The batch with Tokens [b, t, d] as [b, 1, t, d]: an axis of items before the item's own."""
-    return {**batch, name: jax.tree.map(lambda leaf: leaf[:, None], batch[name])}
+    """The batch with Tokens [b, t, d] as [b, 1, t, d]: an axis of items before the item's own.
+
+    Where rows hold several, one after another, "NAME_lengths" int32 [b, items] says how much of
+    each is real: [b, items * t, d] becomes [b, items, t, d].
+    """
+    if (lengths := batch.get(f"{name}_lengths")) is None:
+        return {**batch, name: jax.tree.map(lambda leaf: leaf[:, None], batch[name])}
+    items = lengths.values.shape[1]
+    values = rearrange(batch[name].values, "b (m t) d -> b m t d", m=items)
+    real = jnp.arange(values.shape[2])[None, None] < fill(lengths)[:, :, None]
+    return {**batch, name: Tokens(values, real)}
 
 
 def answer_all(

@@ -25,7 +25,7 @@ from fusion_jax.language.ask import Assistant, Encoder
 from fusion_jax.language.chat import Chat
 from fusion_jax.language.fused import FusedLM, Layout, Params
 from fusion_jax.language.generate import generate
-from fusion_jax.language.hearing import LONGEST, Hearing, Turn, Turns
+from fusion_jax.language.hearing import LONGEST, Hearing, PackedTurns, Turn, Turns
 from fusion_jax.language.items import answer_all
 from fusion_jax.language.listener import Listener, Spelling, best_path
 from fusion_jax.language.tuned import Tuned
@@ -107,6 +107,10 @@ class SpokenLM:
     def turns(self, turns: Sequence[Turn], length: int) -> Turns:
         """A source to train on."""
         return Turns(turns, self.hearing, self.chat, self.layout, length)
+
+    def packed(self, length: int) -> PackedTurns:
+        """Rows of several turns to train on, which are drawn elsewhere."""
+        return PackedTurns((), self.hearing, self.chat, self.layout, length)
 
     def spell(self, params: Params, rows: Sequence[int]) -> list[str]:
         """What the listener alone writes of utterances."""

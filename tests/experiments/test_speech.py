@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import inspect
 import io
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -64,28 +65,32 @@ def test_what_is_heard_says_the_caption_whole(corpus):
 
 
 def drawing(views):
-    """In place of `Turns`: what an example would be made of."""
-    example = lambda turn, number, view: (turn, number, view)  # noqa: E731
-    return SimpleNamespace(example=example, hearing=SimpleNamespace(views=views))
+    """In place of `PackedTurns`: what the first of a row would be made of."""
+    row = lambda turns, number: (number, *next(turns))  # noqa: E731
+    return SimpleNamespace(row=row, hearing=SimpleNamespace(views=views))
 
 
 def test_draws_are_of_training_and_depend_on_seed_and_index_alone(corpus):
     turns = drawing(views=3)
-    drawn = translation.Drawn(corpus, turns, (0.3, 0.3, 0.25, 0.15), 2.0, seed=0)
+    places = {number: number % 7 for number in translation.heard(corpus)}
+    drawn = translation.Drawn(corpus, turns, places, (0.3, 0.3, 0.25, 0.15), 2.0, seed=0)
     found = [drawn[index] for index in range(800)]
     assert found[:50] == [drawn[index] for index in range(50)]
     other = dataclasses.replace(drawn, seed=1)
     assert found[:50] != [other[index] for index in range(50)]
     held = {text for row in corpus.rows["held"] for text in corpus.captions[row].values()}
     ways = np.zeros(2)
-    assert {view for _, _, view in found} == {0, 1, 2}
-    for turn, _, _ in found:
+    assert {view for *_, view in found} == {0, 1, 2}
+    first = [list(itertools.islice(drawn.drawn(index), 5)) for index in range(60)]
+    assert len({turn.content for turns in first for turn, _ in turns}) > 150
+    for turn in [turn for turns in first for turn, _ in turns] + [turn for _, turn, _ in found]:
         asked = turn.content.split(": ", 1)[1].removeprefix("<audio>").strip()
         assert turn.answer not in held and asked not in held
         assert (turn.row is None) == ("<audio>" not in turn.content)
         ways += [turn.row is None, turn.row is not None]
         if turn.row is not None:
             assert corpus.utterances[turn.row].noise is None
+            assert turn.places == turn.row % 7
     assert ways.min() > 100
 
 
@@ -169,12 +174,14 @@ def test_published_sets_are_joined_and_none_trains_on_what_another_tests(tmp_pat
     for wrong in ({"published": (f"common_voice {voices}",)}, {"published": hers, "seconds": 0.1}):
         with pytest.raises(UserError, match=r"nothing of test is in English, takes at most"):
             dialogue.read_published(dialogue.Settings(**wrong), set())
-    drawn = translation.Drawn(found, drawing(views=1), (0.3, 0.3, 0.25, 0.15), 2.0, seed=0)
-    asked = {drawn[index][0].content for index in range(400)}
+    places = dict.fromkeys(translation.heard(found))
+    shares = (0.3, 0.3, 0.25, 0.15)
+    drawn = translation.Drawn(found, drawing(views=1), places, shares, 2.0, seed=0)
+    asked = {drawn[index][1].content for index in range(400)}
     assert {"To English: <audio>", "From French to English: <audio> Un lac"} <= asked
     assert not any("Un hibou" in each for each in asked)  # nothing to translate it into
     for index in range(400):
-        turn, _, view = drawn[index]
+        _, turn, view = drawn[index]
         assert view == 0
         alone = len(found.captions[found.rows["train"][index % 4]]) == 1
         assert not alone or turn.answer == found.utterances[turn.row].text

@@ -46,7 +46,7 @@ def flags(tmp_path_factory, save_tiny):
     return [
         *("--published", published, "--languages", "en", "fr", "--pairs", "fr-en"),
         *("--language-model", str(folder / "lm"), "--tower", str(folder / "tower")),
-        *("--steps", "4", "--listen-steps", "2", "--batch-size", "8", "--turns", "8"),
+        *("--steps", "4", "--listen-steps", "2", "--batch-size", "8", "--rows", "8"),
         *("--seconds", "1", "--written", "4", "--lora", "attention/query", "--no-tensorboard"),
     ]
 

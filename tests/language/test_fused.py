@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fusion_jax.errors import UserError
 from fusion_jax.language.connectors import Patches, Projection, Resampler, with_cross_attention
-from fusion_jax.language.fused import FusedLM, init_around, looked_at
+from fusion_jax.language.fused import FusedLM, init_around, looked_at, vector_of
 from fusion_jax.language.generate import choose, generate
 from fusion_jax.language.prompt import pad
 from fusion_jax.tokens import Tokens
@@ -188,6 +190,25 @@ def test_each_word_looks_at_the_picture_before_it():
         moved = np.abs(after - before).max(axis=(0, 2)) > 1e-4
         keep = np.array(mask[0])
         assert moved[keep].tolist() == np.array(changed, bool)[keep].tolist()
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_each_place_takes_its_own_items_next_vector(data):
+    """Runs of marks of any length in texts that follow each other, against a loop."""
+    length = data.draw(st.integers(1, 4))
+    parts = st.tuples(st.integers(0, 2), st.integers(1, 9))
+    marks, segments, expected, item = [], [], [], 0
+    for number, (words, run) in enumerate(data.draw(st.lists(parts, min_size=1, max_size=5))):
+        marks += [False] * words + [True] * run
+        segments += [number + 1] * (words + run)
+        places = np.arange(run)
+        expected += [-1] * words + list((item + places // length) * length + places % length)
+        item += -(-run // length)
+    marks, segments = np.array([marks]), np.array([segments], np.int32)
+    texts = Tokens(jnp.asarray(segments), jnp.ones(segments.shape, bool))
+    found = np.asarray(vector_of(jnp.asarray(marks), length, texts))
+    np.testing.assert_array_equal(np.where(marks, found, -1)[0], expected)
 
 
 def test_each_word_looks_at_the_last_picture_that_is_there_in_its_own_segment():

@@ -170,6 +170,24 @@ def test_vectors_in_place_of_ids(params):
     np.testing.assert_array_equal(found.ids, expected.ids)
 
 
+def test_places_of_what_is_absent_cost_nothing(params):
+    """As of a short recording, for which a prompt has room: they are gone before it is read."""
+    prompt = Prompt.of(PROMPTS)
+    vectors = MODEL.apply({"params": params}, jnp.asarray(prompt.ids), method="embed")
+    wide = prompt.replace(vectors=vectors)
+    gaps = {
+        name: np.insert(getattr(wide, name), [3] * 20, fill, axis=1)
+        for name, fill in (("ids", -1), ("mask", False), ("vectors", np.nan))
+    }
+    wide = wide.replace(**gaps)
+    assert wide.mask.shape[1] == 27
+    found = generation.fit(MODEL, wide, 6)
+    assert found.mask.shape[1] == found.vectors.shape[1] == 16
+    assert bool(jnp.isfinite(jnp.where(found.mask[..., None], found.vectors, 0)).all())
+    expected = generate(MODEL, params, prompt, max_tokens=6)
+    np.testing.assert_array_equal(generate(MODEL, params, wide, max_tokens=6).ids, expected.ids)
+
+
 def test_choices_have_their_own_probabilities(params):
     choices = [[9, 4, 2], [30], [9, 5], [8, 8, 8, 8]]
     found = choose(MODEL, params, Prompt.of(PROMPTS), choices, at_once=3)

@@ -6,6 +6,7 @@ import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,6 +29,7 @@ from fusion_jax.language.tuned import Tuned
 from fusion_jax.objectives import recognition
 from fusion_jax.objectives.generative import causal_lm
 from fusion_jax.objectives.recognition import as_typed, spell_and_answer
+from fusion_jax.pretrained.tower import Tower
 from fusion_jax.tokens import Tokens
 
 spec = importlib.util.spec_from_file_location("tiny", Path(__file__).with_name("tiny.py"))
@@ -85,6 +87,21 @@ def test_a_film_is_not_read(tmp_path):
             read(tmp_path / "film.mkv")
 
 
+def test_a_second_recording_needs_no_second_compilation(tmp_path):
+    traced = []
+
+    class Encoder(nn.Module):
+        def __call__(self, sound):
+            traced.append(sound.values.shape)
+            return Tokens(sound.values[:, ::400, None], sound.mask[:, ::400])
+
+    hearing = Hearing(None, Tower(Encoder(), {}, lambda example, rng: None, ""), (40, 1))
+    for name, length in (("a", 12_000), ("b", 15_000)):
+        soundfile.write(tmp_path / f"{name}.wav", tone(length / 16_000), 16_000)
+        assert hearing.read(tmp_path / f"{name}.wav").mask.sum() == -(-length // 400)
+    assert len(traced) == 1
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Heard(Hearing):
     """Encoded already."""
@@ -130,6 +147,34 @@ def test_a_turn_is_its_marks_and_its_answer(spoken):
     assert lengths.tolist() == [9, 4, 4]
     assert weight.values[:, :9].sum(axis=1).tolist() == [2, 2, 2]
     assert turn["audio"].mask.sum(axis=1).tolist() == [9, 0, 11]
+
+
+def test_packed_turns_are_learned_as_those_in_rows_of_their_own(spoken):
+    """Recordings that get fewer places than the layout's, and one that gets more than it fills."""
+    turns = [
+        Turn("w4<audio>", "w8", 0, places=2),
+        Turn("w5", "w7 w9"),
+        Turn("<audio>", "w6 w5", 2, places=6),
+        Turn("w9", "w5"),
+        Turn("<audio> w4", "w4", 1, places=1),
+    ]
+    packed = dataclasses.replace(spoken.packed(25), items=2)
+    # A third recording does not go in.
+    rows = [packed.row(((turn, 0) for turn in turns), 7), packed.row([(turns[4], 0)], 8)]
+    assert rows[0]["segment"].max() == 4
+    batch = Batches(rows, 2, packed.transforms, train=False)[0]
+    alone = Turns(turns, spoken.hearing, spoken.chat, spoken.layout, 16)
+    apart = Batches(alone, 5, alone.transforms, train=False)[0]
+    params = spoken.init(jax.random.key(0))
+    learn = causal_lm(spoken.tuned.model, train=False)
+    found, metrics = learn(params["base"], as_items(batch, "audio"), jax.random.key(1))
+    expected, others = learn(params["base"], as_items(apart, "audio"), jax.random.key(1))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert metrics["answer_tokens"] == others["answer_tokens"] == 12
+    full = packed.row([(turns[1], 0)] * 9, 0)
+    assert len(full["text"]) == 5 * full["segment"].max() == 25
+    long = packed.row([(Turn("w5", [4] * 30), 0), (turns[1], 0)], 0)
+    assert len(long["text"]) > 25 and long["segment"].max() == 1  # to be cut, and alone
 
 
 def test_every_view_of_training_is_heard(spoken):
