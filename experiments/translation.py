@@ -89,9 +89,9 @@ LANGUAGES = ("en", "fr", "ro", "ru", "ca", "bg", "es", "be", "el", "da", "de", "
 
 @dataclasses.dataclass(frozen=True)
 class Settings(Base):
-    steps: int = 1300
+    steps: int = 2200
     """Of them `listen_steps` train the listener alone, and are quick."""
-    listen_steps: int = 800
+    listen_steps: int = 1400
     batch_size: int = 32
     """Recordings that are spelled in a step."""
     rows: int = 4

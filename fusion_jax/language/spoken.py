@@ -88,7 +88,7 @@ class SpokenLM:
         base = {"decoder": checkpoint.params, "connectors_audio": spelling.start}
         layout = model.layout(jax.random.key(0), {"audio": hearing.items([None])})
         return cls(
-            Tuned(model, ranks, dropout=0.05),
+            Tuned(model, ranks),
             connector,
             {"base": base},
             hearing,
