@@ -150,16 +150,20 @@ def of_pairs(workdir: Path, row: str, column: str) -> list[float]:
     return [float(np.mean(scores[seed])) for seed in sorted(scores)]
 
 
-def of_compression(workdir: Path, row: str, column: str) -> list[float]:
-    """Points of mean accuracy that a recipe (row) loses."""
-    lost = []
-    for file in sorted(workdir.glob(f"{row}-*/compression.json")):
-        before, after = (
-            np.mean([value for name, value in numbers.items() if "/accuracy/" in name])
-            for numbers in json.loads(file.read_text())["rows"].values()
-        )
-        lost.append(100 * float(before - after))
-    return lost
+def of_compression(quality: str) -> Found:
+    """Points that a recipe (row) loses of the mean of what the pattern `quality` finds."""
+
+    def found(workdir: Path, row: str, column: str) -> list[float]:
+        lost = []
+        for file in sorted(workdir.glob(f"{row}-*/compression.json")):
+            before, after = (
+                np.mean([value for name, value in numbers.items() if re.search(quality, name)])
+                for numbers in json.loads(file.read_text())["rows"].values()
+            )
+            lost.append(100 * float(before - after))
+        return lost
+
+    return found
 
 
 def of_holding(workdir: Path, row: str, column: str) -> list[float]:
@@ -299,7 +303,15 @@ CLAIMS = {
             [*TRAIN, "experiments/trimodal.py", "--seeds", "3", *RUN],
             *(compressed(recipe, seed) for recipe in ("int8", "int4") for seed in range(3)),
         ],
-        found=of_compression,
+        found=of_compression("/accuracy/"),
+    ),
+    "compression_vqa": Claim(
+        places=[("fusion_jax/compression/workdir.py", ("of float32", "points of vqa lost"))],
+        commands=[
+            [*TRAIN, "experiments/vqa.py", "--seeds", "3", *RUN],
+            *(compressed("int8", seed) for seed in range(3)),
+        ],
+        found=of_compression("/picture$"),
     ),
     "adapt": Claim(
         places=[("experiments/adapt_with_knowledge.py", ("accuracy", "forgotten"))],

@@ -116,8 +116,10 @@ def test_what_compression_loses_is_read_of_each_seed(tmp_path):
         }
         (tmp_path / f"int8-{seed}").mkdir()
         (tmp_path / f"int8-{seed}/compression.json").write_text(json.dumps({"rows": rows}))
-    assert reproduce.of_compression(tmp_path, "int8", "points lost") == [12.5, 25.0]
-    assert reproduce.of_compression(tmp_path, "int4", "points lost") == []
+    found = reproduce.of_compression("/accuracy/")
+    assert found(tmp_path, "int8", "points lost") == [12.5, 25.0]
+    assert found(tmp_path, "int4", "points lost") == []
+    assert reproduce.of_compression("^loss$")(tmp_path, "int8", "points lost") == [100, 100]
 
 
 def test_injections_are_read_from_either_side_of_a_table(tmp_path):
