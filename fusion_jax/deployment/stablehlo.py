@@ -249,6 +249,11 @@ def _medium(draft: Draft, assistant: Assistant, name: str) -> dict[str, Any]:
     encoder, model = assistant.encoders[name], assistant.model
     described, bounds = _preprocessing(draft, name, encoder.transform)
     scope = jax_export.SymbolicScope(["b >= 1", *bounds])
+    connector = model.connectors[name]
+    if (most := getattr(connector, "most", None)) is not None:
+        # One more vector than is read shows what has too many.
+        described["most"] = most
+        model = model.clone(connectors={**model.connectors, name: connector.clone(most=most + 1)})
     own = {
         key: assistant.params[key]
         for key in (f"connectors_{name}", f"encoders_{name}")

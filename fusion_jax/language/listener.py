@@ -89,18 +89,12 @@ class Listener(nn.Module):
         logits, hidden = self.spell(tokens, train)
         belief = jax.nn.softmax(logits.values[..., BLANK + 1 :].astype(jnp.float32), axis=-1)
         spoken = belief.astype(self.dtype) @ self.words.astype(self.dtype) + self.beside(hidden)
-        kept = new_pieces(logits)
+        room = ((0, 0), (0, self.most))  # so that there are as many, whatever the length
+        kept = jnp.pad(new_pieces(logits), room)
         order = jnp.argsort(~kept, axis=1, stable=True)[:, : self.most]
-        short = self.most - order.shape[1]
-        found = Tokens(
-            jnp.take_along_axis(spoken, order[:, :, None], axis=1),
-            jnp.take_along_axis(kept, order, axis=1),
-        )
-        if short <= 0:
-            return found
         return Tokens(
-            jnp.pad(found.values, ((0, 0), (0, short), (0, 0))),
-            jnp.pad(found.mask, ((0, 0), (0, short))),
+            jnp.take_along_axis(jnp.pad(spoken, (*room, (0, 0))), order[:, :, None], axis=1),
+            jnp.take_along_axis(kept, order, axis=1),
         )
 
 

@@ -3,6 +3,7 @@
 import ast
 import base64
 import contextlib
+import dataclasses
 import importlib.metadata
 import io
 import json
@@ -19,14 +20,18 @@ from hypothesis import strategies as st
 from jax import export as jax_export
 from PIL import Image
 
+from fusion_jax.data.audio import Waveforms
 from fusion_jax.deployment import export, stablehlo
 from fusion_jax.deployment.runtime import chat_protocol
-from fusion_jax.deployment.runtime.artifact import Artifact
+from fusion_jax.deployment.runtime.artifact import Artifact, BadInput
 from fusion_jax.deployment.runtime.chat_protocol import ChatRequest
 from fusion_jax.deployment.runtime.generation import Generator, TooLong
 from fusion_jax.errors import UserError
+from fusion_jax.language.ask import Encoder
+from fusion_jax.language.fused import FusedLM, init_around
 from fusion_jax.language.generate import advance, prefill
-from fusion_jax.language.prompt import Prompt
+from fusion_jax.language.listener import Listener, best_path
+from fusion_jax.language.prompt import Prompt, pad
 from fusion_jax.language.translate import instruction
 from fusion_jax.tokens import Tokens
 
@@ -247,6 +252,46 @@ def test_answers_are_those_in_process(assistant, generator, tmp_path):
         )
         assert generator.conversation.tokenizer.decode(writing.written) == expected
     assert generator._caches is None
+
+
+def test_speech_of_more_than_is_heard_at_once_is_refused_and_not_cut(assistant, tmp_path):
+    decoder = assistant.model.decoder
+    listener = Listener(decoder.width, 3, most=2, stack=1, hidden_width=8, depth=1)
+    model = FusedLM(decoder, {"audio": listener})
+    sound = Tokens(np.zeros((1, 1, 20, 5), np.float32), np.ones((1, 1, 20), bool))
+    base = {"decoder": assistant.params["decoder"]}
+    params = init_around(model, jax.random.key(1), {"text": pad([[1]]), "audio": sound}, base)
+
+    def hear(_, sound):
+        count = sound.values.shape[1] // 400
+        frames = sound.values[:, : count * 400].reshape(sound.values.shape[0], count, 5, 80)
+        return Tokens(frames.mean(axis=-1), sound.mask[:, 399::400]), None
+
+    hears = dataclasses.replace(
+        assistant,
+        model=model,
+        params=params,
+        layout=model.layout(jax.random.key(0), {"audio": sound}),
+        readers={"audio": hear},
+        encoders={"audio": Encoder(hear, {}, Waveforms(0.5))},
+    )
+    stablehlo.write(tmp_path / "hears", "hears", hears, {})
+    generator = Generator(Artifact(tmp_path / "hears"), rows=1, slots=64)
+    outcomes = set()
+    for seed in range(12):
+        item = np.random.default_rng(seed).normal(size=1600 + 400 * (seed % 3)).astype(np.float32)
+        tokens, _ = hear(None, Tokens(item[None], np.ones((1, len(item)), bool)))
+        own = {"params": params["connectors_audio"]}
+        [pieces] = best_path(listener.apply(own, tokens, method="spell")[0])
+        outcomes.add(min(len(pieces), 3))
+        if len(pieces) > 2:
+            with pytest.raises(BadInput, match="more than the 2 word pieces"):
+                generator.see("audio", item)
+        else:
+            expected = listener.apply(own, tokens)
+            found, _ = generator.see("audio", item)
+            np.testing.assert_allclose(found, expected.values[expected.mask], atol=1e-5)
+    assert {2, 3} <= outcomes
 
 
 def png(seed):

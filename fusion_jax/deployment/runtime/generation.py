@@ -176,7 +176,13 @@ class Generator:
         if "words" in spec:
             order = np.argsort(-np.asarray(found["scores"][0]))[: spec["words"]["count"]]
             words = ", ".join(spec["words"]["labels"][index] for index in order) + ".\n"
-        return np.asarray(found["vectors"][0][np.asarray(found["real"][0])]), words
+        vectors = np.asarray(found["vectors"][0][np.asarray(found["real"][0])])
+        if len(vectors) > spec.get("most", len(vectors)):
+            raise BadInput(
+                f"the {spec['kind']} says more than the {spec['most']} word pieces that are read at"
+                " once: cut it into parts"
+            )
+        return vectors, words
 
     # ------------------------------------------------------------------------------- writing
 
