@@ -157,10 +157,12 @@ def of_compression(quality: str) -> Found:
         lost = []
         for file in sorted(workdir.glob(f"{row}-*/compression.json")):
             before, after = (
-                np.mean([value for name, value in numbers.items() if re.search(quality, name)])
+                [value for name, value in numbers.items() if re.search(quality, name)]
                 for numbers in json.loads(file.read_text())["rows"].values()
             )
-            lost.append(100 * float(before - after))
+            if not before:
+                raise UserError(f"{file} has no number of {quality}")
+            lost.append(100 * float(np.mean(before) - np.mean(after)))
         return lost
 
     return found

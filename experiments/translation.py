@@ -95,7 +95,8 @@ class Settings(Base):
     batch_size: int = 32
     """Recordings that are spelled in a step."""
     rows: int = 4
-    """Of a step, in each of which are as many translations as go in."""
+    """Of a step, as many as devices or a multiple of that; in each are as many translations as go
+    in, four or so."""
     checkpoint_every: int = 200
     learning_rate: float = 2e-3
     language_model: str = "smollm2-135m-instruct"
@@ -260,7 +261,9 @@ class Drawn:
     """A source of rows of translations, each between two languages and of text, speech or both.
 
     What is in a row depends on (seed, index) alone. There are as many as rows of the corpus,
-    language and language.
+    language and language. What does not go in any more is left out, so that long ones are fewer
+    than `shares` and `temperature` would have: in rows of 128, 0.89 of those below 20 ids stay,
+    0.77 of 30 to 44, 0.53 of 60 to 89.
 
     Attributes:
         places: {utterance of training: vectors that it is given}.
@@ -295,7 +298,7 @@ class Drawn:
         """Translations and the views of what is heard, without end."""
         rng, row = np.random.default_rng([self.seed, index]), self.rows[index % len(self.rows)]
         while True:
-            yield self._turn(row, rng), int(rng.integers(self.turns.hearing.views))
+            yield self._turn(row, rng), int(rng.integers(self.turns.each.hearing.views))
             row = self.rows[rng.integers(len(self.rows))]
 
     def _ways(self, known: bool, said: bool) -> np.ndarray:

@@ -181,7 +181,8 @@ def cross_context(prompt: Prompt, query_items: jax.Array | None) -> dict[str, An
 def fit(model: Decoder, prompt: Prompt, max_tokens: int) -> Prompt:
     """The prompt in a bucket that holds its real tokens, checked against the context.
 
-    Padding on the left is added, or taken away with all that stands for what is absent.
+    Padding on the left is added, or taken away with all that stands for what is absent. Not so
+    where tokens look at items: what is masked may be all that says which is the last.
     """
     longest = int(np.asarray(prompt.mask).sum(axis=1).max())
     limit = model.context_length
@@ -192,7 +193,8 @@ def fit(model: Decoder, prompt: Prompt, max_tokens: int) -> Prompt:
         )
     if longest == 0:
         raise UserError("the prompt is empty: give at least one token")
-    extra = bucket(longest) - prompt.mask.shape[1]
+    width = prompt.mask.shape[1]
+    extra = bucket(longest if prompt.query_items is None else width) - width
     if extra < 0:
         prompt = prompt.aligned()
 

@@ -137,7 +137,8 @@ class Turn:
         answer: text, or ids where the answer goes on beyond them.
         label: of the row in tables, such as its language.
         said: the words of the utterance, for `Typed`.
-        places: vectors that the recording is given, if not as many as the layout says.
+        places: vectors that its only recording is given, one or more, if not as many as the layout
+            says.
     """
 
     content: str
@@ -200,42 +201,48 @@ class Turns:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class PackedTurns(Turns):
+class PackedTurns:
     """Rows of several turns, each a segment: what would be padding is read by others.
 
     Attributes:
+        each: how a turn is made, and the length of a row.
         items: most recordings in a row.
     """
 
-    items: int = 4
+    each: Turns
+    items: int
 
     @property
     def transforms(self) -> dict[str, Transform]:
         """What a batch holds: text, weight and segment [b, length], and for `as_items` audio
         [b, items * t, d] and audio_lengths [b, items]."""
-        t, d = self.hearing.shape
-        return super().transforms | {
-            "segment": Padded("segment", (self.length,), np.int32),
+        t, d = self.each.hearing.shape
+        return self.each.transforms | {
+            "segment": Padded("segment", (self.each.length,), np.int32),
             "audio": Padded("audio", (self.items * t, d)),
             "audio_lengths": Padded("audio_lengths", (self.items,), np.int32),
         }
 
     def row(self, turns: Iterable[tuple[Turn, int]], number: int) -> dict[str, Any]:
-        """Of turns and the views that they are heard in, as many as go in before one does not."""
+        """Of turns and the views that they are heard in, as many as go in before one does not.
+
+        That one is left out, and more often than not it is long.
+        """
+        (longest, width), room = self.each.hearing.shape, self.each.length
         parts: list[dict[str, Any]] = []
         heard: list[np.ndarray] = []
-        room = self.length
         for turn, view in turns:
-            part = self.example(turn, number, view)
-            more = part["audio"] is not None
+            part = self.each.example(turn, number, view)
+            more = self.each.layout.marks["audio"] in part["text"]
             if parts and (len(part["text"]) > room or len(heard) + more > self.items):
                 break
             parts.append(part)
             room -= len(part["text"])
             if more:
-                heard.append(part["audio"][: self.hearing.shape[0]])
+                sound = part["audio"]
+                heard.append(np.zeros((0, width)) if sound is None else sound[:longest])
         spans = [len(part["text"]) for part in parts]
-        ends = [((0, self.hearing.shape[0] - len(sound)), (0, 0)) for sound in heard]
+        ends = [((0, longest - len(sound)), (0, 0)) for sound in heard]
         return {
             "id": number,
             "text": np.concatenate([part["text"] for part in parts]),

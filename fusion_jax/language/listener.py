@@ -101,7 +101,7 @@ class Listener(nn.Module):
 def new_pieces(logits: Tokens) -> jax.Array:
     """Which frames begin a piece, bool [b, t]: neither blank nor as the frame before."""
     best = logits.values.argmax(axis=-1)
-    before = jnp.pad(best[:, :-1], ((0, 0), (1, 0)), constant_values=BLANK)
+    before = jnp.pad(best, ((0, 0), (1, 0)), constant_values=BLANK)[:, : best.shape[1]]
     return logits.mask & (best != BLANK) & (best != before)
 
 

@@ -110,7 +110,7 @@ class SpokenLM:
 
     def packed(self, length: int) -> PackedTurns:
         """Rows of several turns to train on, which are drawn elsewhere."""
-        return PackedTurns((), self.hearing, self.chat, self.layout, length)
+        return PackedTurns(self.turns((), length), items=max(1, length // 32))
 
     def spell(self, params: Params, rows: Sequence[int]) -> list[str]:
         """What the listener alone writes of utterances."""

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -256,16 +257,18 @@ def test_answers_are_those_in_process(assistant, generator, tmp_path):
 
 def test_speech_of_more_than_is_heard_at_once_is_refused_and_not_cut(assistant, tmp_path):
     decoder = assistant.model.decoder
-    listener = Listener(decoder.width, 3, most=2, stack=1, hidden_width=8, depth=1)
+    listener = Listener(decoder.width, 3, most=2, hidden_width=8, depth=1)
     model = FusedLM(decoder, {"audio": listener})
-    sound = Tokens(np.zeros((1, 1, 20, 5), np.float32), np.ones((1, 1, 20), bool))
+    sound = Tokens(np.zeros((1, 1, 20, 4), np.float32), np.ones((1, 1, 20), bool))
     base = {"decoder": assistant.params["decoder"]}
     params = init_around(model, jax.random.key(1), {"text": pad([[1]]), "audio": sound}, base)
 
     def hear(_, sound):
-        count = sound.values.shape[1] // 400
-        frames = sound.values[:, : count * 400].reshape(sound.values.shape[0], count, 5, 80)
-        return Tokens(frames.mean(axis=-1), sound.mask[:, 399::400]), None
+        """As many tokens of as much sound as Moonshine's convolutions give."""
+        count = (((sound.values.shape[1] - 127) // 64 - 6) // 3 - 2) // 2 + 1
+        frames = sound.values[:, : count * 384].reshape(sound.values.shape[0], count, 4, 96)
+        real = jnp.arange(count)[None] < sound.mask.sum(axis=1, keepdims=True) // 384 - 2
+        return Tokens(frames.mean(axis=-1), real), None
 
     hears = dataclasses.replace(
         assistant,
@@ -279,7 +282,7 @@ def test_speech_of_more_than_is_heard_at_once_is_refused_and_not_cut(assistant, 
     generator = Generator(Artifact(tmp_path / "hears"), rows=1, slots=64)
     outcomes = set()
     for seed in range(12):
-        item = np.random.default_rng(seed).normal(size=1600 + 400 * (seed % 3)).astype(np.float32)
+        item = np.random.default_rng(seed).normal(size=3000 + 1900 * (seed % 3)).astype(np.float32)
         tokens, _ = hear(None, Tokens(item[None], np.ones((1, len(item)), bool)))
         own = {"params": params["connectors_audio"]}
         [pieces] = best_path(listener.apply(own, tokens, method="spell")[0])

@@ -120,6 +120,8 @@ def test_what_compression_loses_is_read_of_each_seed(tmp_path):
     assert found(tmp_path, "int8", "points lost") == [12.5, 25.0]
     assert found(tmp_path, "int4", "points lost") == []
     assert reproduce.of_compression("^loss$")(tmp_path, "int8", "points lost") == [100, 100]
+    with pytest.raises(UserError, match="no number of /picture"):
+        reproduce.of_compression("/picture$")(tmp_path, "int8", "points lost")
 
 
 def test_injections_are_read_from_either_side_of_a_table(tmp_path):

@@ -67,7 +67,8 @@ def test_what_is_heard_says_the_caption_whole(corpus):
 def drawing(views):
     """In place of `PackedTurns`: what the first of a row would be made of."""
     row = lambda turns, number: (number, *next(turns))  # noqa: E731
-    return SimpleNamespace(row=row, hearing=SimpleNamespace(views=views))
+    hearing = SimpleNamespace(views=views)
+    return SimpleNamespace(row=row, each=SimpleNamespace(hearing=hearing))
 
 
 def test_draws_are_of_training_and_depend_on_seed_and_index_alone(corpus):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from fusion_jax.errors import UserError
 from fusion_jax.language.connectors import Patches, Projection, Resampler, with_cross_attention
 from fusion_jax.language.fused import FusedLM, init_around, looked_at, vector_of
-from fusion_jax.language.generate import choose, generate
+from fusion_jax.language.generate import answer_items, choose, fit, generate
 from fusion_jax.language.prompt import pad
 from fusion_jax.tokens import Tokens
 
@@ -176,6 +176,19 @@ def test_cross_attention_starts_as_the_decoder_itself():
     )
 
 
+def test_an_answer_looks_at_a_picture_at_the_end_of_its_prompt():
+    """However wide the prompt is padded; the mark's own place holds nothing."""
+    model = build(decoder=with_cross_attention(DECODER, every=1, heads=2), cross="image")
+    layout = model.layout(jax.random.key(0), media())
+    base = {"decoder": tiny.random_params(DECODER)}
+    params = init_around(model, jax.random.key(1), {"text": text(layout)} | media(), base)
+    ids = layout.encode(encode, "what " * 16 + "<image>")
+    for width, left in ((17, True), (24, False), (32, True)):
+        batch = {"text": pad([ids] * 3, width, left=left)} | media()
+        prompt = model.apply({"params": params}, batch, method="prompt")
+        assert answer_items(fit(model.decoder, prompt, 4)).tolist() == [[1]] * 3
+
+
 def test_each_word_looks_at_the_picture_before_it():
     model = build(decoder=with_cross_attention(DECODER, every=1, heads=2), cross="image")
     layout = model.layout(jax.random.key(0), media())
@@ -195,20 +208,23 @@ def test_each_word_looks_at_the_picture_before_it():
 @settings(deadline=None)
 @given(st.data())
 def test_each_place_takes_its_own_items_next_vector(data):
-    """Runs of marks of any length in texts that follow each other, against a loop."""
-    length = data.draw(st.integers(1, 4))
-    parts = st.tuples(st.integers(0, 2), st.integers(1, 9))
-    marks, segments, expected, item = [], [], [], 0
-    for number, (words, run) in enumerate(data.draw(st.lists(parts, min_size=1, max_size=5))):
+    """Runs of marks of any length, in one text or in texts that follow each other, by a loop."""
+    length, packed = data.draw(st.integers(1, 4)), data.draw(st.booleans())
+    part = st.tuples(st.integers(0, 2), st.integers(1, 9), st.booleans())
+    marks, segments, expected, item, text = [], [], [], 0, 1
+    for words, run, more in data.draw(st.lists(part, min_size=1, max_size=5)):
+        if packed and (more or not words):
+            text += 1
+        words = words if packed or not marks else max(words, 1)
         marks += [False] * words + [True] * run
-        segments += [number + 1] * (words + run)
+        segments += [text] * (words + run)
         places = np.arange(run)
         expected += [-1] * words + list((item + places // length) * length + places % length)
         item += -(-run // length)
-    marks, segments = np.array([marks]), np.array([segments], np.int32)
-    texts = Tokens(jnp.asarray(segments), jnp.ones(segments.shape, bool))
-    found = np.asarray(vector_of(jnp.asarray(marks), length, texts))
-    np.testing.assert_array_equal(np.where(marks, found, -1)[0], expected)
+    two, mask = np.array([marks, [False] * len(marks)]), np.ones((2, len(marks)), bool)
+    texts = Tokens(jnp.asarray([segments, segments], jnp.int32), jnp.asarray(mask))
+    found = np.asarray(vector_of(jnp.asarray(two), length, texts if packed else None))
+    np.testing.assert_array_equal(np.where(marks, found[0], -1), expected)
 
 
 def test_each_word_looks_at_the_last_picture_that_is_there_in_its_own_segment():

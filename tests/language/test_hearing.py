@@ -152,29 +152,31 @@ def test_a_turn_is_its_marks_and_its_answer(spoken):
 def test_packed_turns_are_learned_as_those_in_rows_of_their_own(spoken):
     """Recordings that get fewer places than the layout's, and one that gets more than it fills."""
     turns = [
+        Turn("<audio>", "w8"),  # which nothing was recorded of
         Turn("w4<audio>", "w8", 0, places=2),
         Turn("w5", "w7 w9"),
         Turn("<audio>", "w6 w5", 2, places=6),
         Turn("w9", "w5"),
         Turn("<audio> w4", "w4", 1, places=1),
     ]
-    packed = dataclasses.replace(spoken.packed(25), items=2)
-    # A third recording does not go in.
-    rows = [packed.row(((turn, 0) for turn in turns), 7), packed.row([(turns[4], 0)], 8)]
-    assert rows[0]["segment"].max() == 4
+    packed = dataclasses.replace(spoken.packed(34), items=3)
+    # A fourth mark of a recording does not go in.
+    rows = [packed.row(((turn, 0) for turn in turns), 7), packed.row([(turns[5], 0)], 8)]
+    assert rows[0]["segment"].max() == 5
+    assert [row["audio_lengths"].tolist() for row in rows] == [[0, 9, 11], [10]]
     batch = Batches(rows, 2, packed.transforms, train=False)[0]
     alone = Turns(turns, spoken.hearing, spoken.chat, spoken.layout, 16)
-    apart = Batches(alone, 5, alone.transforms, train=False)[0]
+    apart = Batches(alone, 6, alone.transforms, train=False)[0]
     params = spoken.init(jax.random.key(0))
     learn = causal_lm(spoken.tuned.model, train=False)
     found, metrics = learn(params["base"], as_items(batch, "audio"), jax.random.key(1))
     expected, others = learn(params["base"], as_items(apart, "audio"), jax.random.key(1))
     np.testing.assert_allclose(found, expected, rtol=1e-5)
-    assert metrics["answer_tokens"] == others["answer_tokens"] == 12
-    full = packed.row([(turns[1], 0)] * 9, 0)
-    assert len(full["text"]) == 5 * full["segment"].max() == 25
-    long = packed.row([(Turn("w5", [4] * 30), 0), (turns[1], 0)], 0)
-    assert len(long["text"]) > 25 and long["segment"].max() == 1  # to be cut, and alone
+    assert metrics["answer_tokens"] == others["answer_tokens"] == 14
+    full = packed.row([(turns[2], 0)] * 9, 0)
+    assert len(full["text"]) == 5 * full["segment"].max() == 30
+    long = packed.row([(Turn("w5", [4] * 40), 0), (turns[2], 0)], 0)
+    assert len(long["text"]) > 34 and long["segment"].max() == 1  # to be cut, and alone
 
 
 def test_every_view_of_training_is_heard(spoken):
