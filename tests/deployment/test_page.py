@@ -331,6 +331,15 @@ def test_the_microphone_is_heard(page):
     assert page.see(f"{LAST}.dataset.done") == "true", page.see(f"{LAST}.textContent")
 
 
+def test_where_a_browser_does_not_record_that_is_told(page):
+    """As on a page that came by http from another machine."""
+    page.see("Object.defineProperty(navigator, 'mediaDevices', {value: undefined, configurable: true}), true")
+    page.see("$('record').click()")
+    page.wait("$('status').textContent.includes('https and localhost only')")
+    assert page.see("$('record').textContent") == "Record"
+    page.see("delete navigator.mediaDevices, true")
+
+
 def test_a_second_recording_is_not_cut_by_the_limit_of_the_first(page):
     page.see("later = [], heard = [], kept = [setTimeout, add], true")
     page.see("setTimeout = (run) => later.push(run), add = (file) => heard.push(file), true")
