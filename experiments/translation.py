@@ -53,7 +53,7 @@ from tokenizers import Tokenizer
 from fusion_jax.data import questions, stamps
 from fusion_jax.data.concepts import normalize
 from fusion_jax.data.domain_batches import own_share
-from fusion_jax.data.pipeline import Batches
+from fusion_jax.data.pipeline import Batches, spread
 from fusion_jax.data.speech_sets import published
 from fusion_jax.data.spoken import Spoken, Utterance
 from fusion_jax.data.streams import Later, Phases, Streams
@@ -439,6 +439,9 @@ def named(s: Settings) -> str:
 
 FEWEST = 10
 """Recordings of a language from which it gets a row."""
+EXAMPLES, EXAMPLE_TOKENS = 6, 24
+AS_IT_CAME = f"as it came, {EXAMPLES} examples"
+"""What the language model writes untrained after so many examples, at most so many tokens."""
 WAYS = {"text": (True, False), "speech": (False, True), "both": (True, True)}
 
 
@@ -484,12 +487,22 @@ def report(
             "nearest caption": [nearest(text, lang, to) for text, lang in given],
         }
 
+    def untrained(items: list[tuple[int, str, float | None]], to: str) -> list[str]:
+        """What the language model as it came writes after examples of training."""
+        asked = [examples(corpus, lang, to) + asked_of(row, lang, to) for row, lang, _ in items]
+        params = {"decoder": model.published["base"]["decoder"]}
+        written = model.write(params, asked, [None] * len(asked), min(s.written, EXAMPLE_TOKENS))
+        return [model.text(ids).partition("\n")[0] for ids in written]
+
+    def asked_of(row: int, lang: str, to: str) -> str:
+        return instruction(to, lang, corpus.captions[row][lang], spoken=False)
+
     into: dict[str, dict[str, Score]] = {}
     pooled: dict[str, tuple[list[str], list[str]]] = {}
     for lang in [lang for lang in s.languages if lang != "en" and len(items_of(lang)) >= FEWEST]:
         items = items_of(lang)
         truth = [corpus.captions[row]["en"] for row, *_ in items]
-        written = everyone(items, "en", WAYS)
+        written = everyone(items, "en", WAYS) | {AS_IT_CAME: untrained(items, "en")}
         name = f"{lang} (unheard)" if lang in s.unheard else lang
         into[name] = {way: chrf(texts, truth) for way, texts in written.items()}
         for way, texts in written.items():
@@ -578,6 +591,14 @@ def report(
         for row, each in rows.items()
         for name, value in each.items()
     }
+
+
+def examples(corpus: Corpus, lang: str, to: str) -> str:
+    """Captions of training and their translations, as turns are written, each on a line."""
+    rows = [r for r in corpus.rows["train"] if {lang, to} <= set(corpus.captions[r])]
+    chosen = [corpus.captions[row] for row in spread(rows, EXAMPLES)]
+    shown = (f"{instruction(to, lang, each[lang], spoken=False)}\n{each[to]}\n" for each in chosen)
+    return "".join(shown)
 
 
 def nearest_caption(corpus: Corpus) -> Callable[[str, str, str], str]:

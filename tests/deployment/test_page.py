@@ -333,7 +333,10 @@ def test_the_microphone_is_heard(page):
 
 def test_where_a_browser_does_not_record_that_is_told(page):
     """As on a page that came by http from another machine."""
-    page.see("Object.defineProperty(navigator, 'mediaDevices', {value: undefined, configurable: true}), true")
+    page.see(
+        "Object.defineProperty(navigator, 'mediaDevices', {value: undefined, configurable: true}),"
+        " true"
+    )
     page.see("$('record').click()")
     page.wait("$('status').textContent.includes('https and localhost only')")
     assert page.see("$('record').textContent") == "Record"
