@@ -32,9 +32,9 @@ given and the translation of the most similar caption of training (in brackets t
 So it is not yet of use: the nearest caption is nearer by chrF. What it lacks are words, not steps.
 Nothing that is tested on was written in any language in training, and SmolLM2 brings few: as it
 came, shown six examples, it has chrF 12.1 in French, 13.1 in Spanish and 7.5 in Russian (trained
-16.8, 12.4 and 9.7), and no chicken for poulet. 8,000 translations in place of these 13,000 (and half
-the listening) gave 12.1 from text, 6.1 from speech and 12.3 from both: speech gains by what is
-heard, text does not gain. Speech is spelled with 51 to 73% of characters wrong where there are 400
+16.8, 12.4 and 9.7), and no chicken for poulet. 8,000 translations in place of these 13,000, and
+half the listening, gave 12.1 from text, 6.1 from speech and 12.3 from both: speech gains by being
+heard more, text does not. Speech is spelled with 51 to 73% of characters wrong where there are 400
 to 550 recordings of a language, 88% in Danish. Text and speech together do not beat text alone
 (chrF -0.47, paired bootstrap p = 0.10): what is spelled wrong helps little. A `--language-model`
 that knows these languages is the next thing to try.
