@@ -13,6 +13,7 @@ from fusion_jax.data.image import Pictures
 from fusion_jax.deployment.predictor import Predictor
 from fusion_jax.errors import UserError
 from fusion_jax.paths import replacing
+from fusion_jax.platforms import portable
 from fusion_jax.tokens import Tokens
 
 TOLERANCE = 1e-3
@@ -63,7 +64,8 @@ def write(target: Path, model: Any) -> float:
     ours = jax.jit(run)(*map(jnp.asarray, samples))
     outputs = sorted(jax.eval_shape(model.apply, model.params, _batch(names, samples, model)))
     try:
-        made = jax2onnx.to_onnx(run, specs, input_names=names, output_names=outputs)
+        with portable():
+            made = jax2onnx.to_onnx(run, specs, input_names=names, output_names=outputs)
     except Exception as error:  # whatever its plugins raise
         first = str(error).strip().splitlines()[0]
         raise UserError(f"jax2onnx cannot write this model: {first}; export stablehlo") from error

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from fusion_jax.platforms import by_platform
 from fusion_jax.tokens import Tokens, fill
 
 # Kernel size, stride of the first, expansion, channels, repeats of each stage of Lite0.
@@ -106,7 +107,7 @@ class DepthwiseConv(nn.Module):
         init = nn.initializers.he_normal(in_axis=(0, 1), out_axis=3)
         kernel = self.param("kernel", init, shape).astype(self.dtype)
         bias = self.param("bias", nn.initializers.zeros, shape[-1:]).astype(self.dtype)
-        out = jax.lax.platform_dependent(
+        out = by_platform(
             x,
             kernel,
             cpu=partial(depthwise_by_shifts, stride=self.stride),

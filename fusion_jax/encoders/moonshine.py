@@ -22,10 +22,15 @@ Norm = partial(LayerNorm, epsilon=1e-5, use_bias=False)
 
 
 def frames_of(samples: jax.Array) -> jax.Array:
-    """How many frames the convolutions make of that many samples; 0 or less if too few."""
+    """How many frames the convolutions make of that many samples, int32; 0 if too few."""
     for kernel, stride in CONVOLUTIONS:
-        samples = (samples - kernel) // stride + 1
+        samples = _steps(samples, kernel, stride)
     return samples
+
+
+def _steps(length: jax.Array, kernel: int, stride: int) -> jax.Array:
+    """Places of a kernel within lengths, int32; 0 if it does not fit. Divided as ONNX can."""
+    return jax.lax.div((length + (stride - kernel)).clip(0), jnp.int32(stride))
 
 
 class Conv1D(nn.Module):
@@ -83,7 +88,7 @@ class MoonshineEncoder(nn.Module):
         hidden = jnp.tanh(
             conv(self.width, *first, use_bias=False, name="conv1")(waveform[..., None])
         )
-        real = _first(hidden.shape[1], (samples - first[0]) // first[1] + 1)
+        real = _first(hidden.shape[1], _steps(samples, *first))
         hidden = RecordingNorm(self.dtype, name="norm")(hidden, real)
         hidden = gelu(conv(2 * self.width, *second, name="conv2")(hidden))
         hidden = gelu(conv(self.width, *third, name="conv3")(hidden))
