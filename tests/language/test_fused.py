@@ -221,10 +221,12 @@ def test_each_place_takes_its_own_items_next_vector(data):
         places = np.arange(run)
         expected += [-1] * words + list((item + places // length) * length + places % length)
         item += -(-run // length)
-    two, mask = np.array([marks, [False] * len(marks)]), np.ones((2, len(marks)), bool)
-    texts = Tokens(jnp.asarray([segments, segments], jnp.int32), jnp.asarray(mask))
+    rest = 64 - len(marks)  # one shape, compiled once
+    two = np.array([marks + [False] * rest, [False] * 64])
+    ids = np.array([segments + [0] * rest] * 2, np.int32)
+    texts = Tokens(jnp.asarray(ids), jnp.asarray(ids > 0))
     found = np.asarray(vector_of(jnp.asarray(two), length, texts if packed else None))
-    np.testing.assert_array_equal(np.where(marks, found[0], -1), expected)
+    np.testing.assert_array_equal(np.where(two[0], found[0], -1), expected + [-1] * rest)
 
 
 def test_each_word_looks_at_the_last_picture_that_is_there_in_its_own_segment():
