@@ -297,15 +297,8 @@ steps = 250  # @param {type:"integer"}
 from fusion_jax.__main__ import main
 
 translation, dialogue = runs / "colab_translation", runs / "colab_dialogue"
-flags = [
-    "--languages",
-    "en",
-    "fr",
-    "--rows",
-    "8" if quick else "2",
-    "--overwrite",
-    "--no-tensorboard",
-]
+rows = str(max(2, jax.device_count()))
+flags = ["--languages", "en", "fr", "--rows", rows, "--overwrite", "--no-tensorboard"]
 few = ["--listen-steps", str(listen_steps), "--steps", str(steps)]
 if quick:  # small stand-ins for both models, three steps on noise: only that it runs
     from colab.quick import HEARING, small_models, small_speech
