@@ -189,15 +189,19 @@ def test_published_sets_are_joined_and_none_trains_on_what_another_tests(tmp_pat
 
 
 class Knowing:
-    """In place of a model: of speech alone it writes what was said, of anything else nothing."""
+    """In place of a model: of speech alone it writes what was said, of anything else nothing; as
+    it came it goes on after the line that was asked for."""
 
     def __init__(self, corpus):
         self.corpus, self.tuned = corpus, self
+        self.published = {"base": {"decoder": "as it came"}}
 
     def merged(self, params):
         return params
 
     def write(self, params, asked, rows, most):
+        if params == {"decoder": "as it came"}:
+            return [f"{ask.splitlines()[1]}\nand more" for ask in asked]
         said = [row is not None and self.corpus.utterances[row].text for row in rows]
         alone = [ask.endswith("<audio>") for ask in asked]
         return [text if only else "" for text, only in zip(said, alone, strict=True)]
@@ -226,6 +230,11 @@ def test_the_report_leaves_out_what_there_is_none_of(corpus, tmp_path, monkeypat
     row = "Into English, chrF/all that were heard"
     assert found[f"{row}/speech"] == found[f"{row}/copy the source"] > 0
     assert found[f"{row}/text"] == found[f"{row}/both"] == 0
+    held = [r for r in corpus.rows["held"] if "en" in corpus.captions[r]]
+    truth = [corpus.captions[r]["en"] for r in held if (r, "fr", None) in corpus.spoken][: s.most]
+    first = translation.examples(corpus, "fr", "en").splitlines()[1]
+    expected = translation.chrf([first] * len(truth), truth).value
+    assert found[f"Into English, chrF/fr/{translation.AS_IT_CAME}"] == expected > 0
     written = "Written down, character errors/fr"
     assert found[f"{written}/listener"] == found[f"{written}/language model"] == 0
     assert "Both against speech alone: chrF" in capsys.readouterr().out
