@@ -155,7 +155,7 @@ def of_compression(quality: str) -> Found:
 
     def found(workdir: Path, row: str, column: str) -> list[float]:
         lost = []
-        for file in sorted(workdir.glob(f"{row}-*/compression.json")):
+        for file in sorted(workdir.glob(f"{row.replace(' ', '-')}-*/compression.json")):
             before, after = (
                 [value for name, value in numbers.items() if re.search(quality, name)]
                 for numbers in json.loads(file.read_text())["rows"].values()
@@ -166,6 +166,16 @@ def of_compression(quality: str) -> Found:
         return lost
 
     return found
+
+
+def of_merging(workdir: Path, row: str, column: str) -> list[float]:
+    """Points of the mean accuracy that runs with merged tokens are behind those without."""
+    runs = (json.loads((workdir / run / "seeds.json").read_text()) for run in ("run", "merged"))
+    whole, merged = (
+        np.mean([values for name, values in run.items() if "/accuracy/" in name], axis=0)
+        for run in runs
+    )
+    return (100 * (whole - merged)).tolist()
 
 
 def of_holding(workdir: Path, row: str, column: str) -> list[float]:
@@ -200,10 +210,19 @@ CUT = "cut, the answer is not in them"
 SCORERS = ("complex", "simple", "distmult", "rotate", "tucker", "conve", "transe")
 
 
-def compressed(recipe: str, seed: int) -> list[str]:
-    """The command that compresses a run of {workdir}/run."""
-    written = ("--recipe", recipe, "--output", f"{{workdir}}/{recipe}-{seed}")
-    return ["-m", "fusion_jax", "compress", "--workdir", f"{{workdir}}/run/seed-{seed}", *written]
+def compressed(recipe: str, run: str = "run", name: str | None = None) -> list[list[str]]:
+    """The commands that compress three seeds of {workdir}/run into {workdir}/name-seed."""
+    name = name or recipe
+    into = "{workdir}"
+    command = ("-m", "fusion_jax", "compress", "--recipe", recipe)
+    paths = ((f"{into}/{run}/seed-{seed}", f"{into}/{name}-{seed}") for seed in range(3))
+    return [[*command, "--workdir", given, "--output", written] for given, written in paths]
+
+
+def main_job(run: str, *settings: str) -> list[str]:
+    """The command that trains three seeds of the main job into {workdir}/run."""
+    into = ("--workdir", f"{{workdir}}/{run}", "--no-tensorboard")
+    return [*TRAIN, "experiments/trimodal.py", "--seeds", "3", *settings, *into]
 
 
 def link_prediction(dataset: str) -> Claim:
@@ -302,16 +321,33 @@ CLAIMS = {
     "compression": Claim(
         places=[("fusion_jax/compression/workdir.py", ("of float32", "points lost"))],
         commands=[
-            [*TRAIN, "experiments/trimodal.py", "--seeds", "3", *RUN],
-            *(compressed(recipe, seed) for recipe in ("int8", "int4") for seed in range(3)),
+            main_job("run"),
+            *(each for recipe in ("int8", "int4", "prune-0.5") for each in compressed(recipe)),
         ],
         found=of_compression("/accuracy/"),
+    ),
+    "compression_trained": Claim(
+        places=[
+            ("fusion_jax/compression/workdir.py", ("of float32", "points lost, trained for it"))
+        ],
+        commands=[
+            main_job("aware", "--aware", "int4"),
+            *compressed("int4", "aware", "aware-int4"),
+            main_job("sparse", "--sparsity", "0.5"),
+            *compressed("prune-0.5", "sparse", "sparsity-0.5"),
+        ],
+        found=of_compression("/accuracy/"),
+    ),
+    "merging": Claim(
+        places=[("fusion_jax/compression/workdir.py", ("points lost by merging",))],
+        commands=[main_job("run"), main_job("merged", "--merge-to", "16")],
+        found=of_merging,
     ),
     "compression_vqa": Claim(
         places=[("fusion_jax/compression/workdir.py", ("of float32", "points of vqa lost"))],
         commands=[
             [*TRAIN, "experiments/vqa.py", "--seeds", "3", *RUN],
-            *(compressed("int8", seed) for seed in range(3)),
+            *compressed("int8"),
         ],
         found=of_compression("/picture$"),
     ),

@@ -108,6 +108,18 @@ def test_every_spread_that_is_stated_is_compared():
         assert repeated <= set.union(*compared.values()), source.name
 
 
+def test_what_merging_loses_is_read_of_each_seed(tmp_path):
+    for run, values in {
+        "run": ([0.8, 0.7], [0.6, 0.5]),
+        "merged": ([0.7, 0.7], [0.6, 0.3]),
+    }.items():
+        (tmp_path / run).mkdir()
+        found = dict(zip(("sum/accuracy/image", "gated/accuracy/text"), values, strict=True))
+        (tmp_path / run / "seeds.json").write_text(json.dumps(found | {"loss": [1, len(run)]}))
+    lost = reproduce.of_merging(tmp_path, "merge to 16", "points lost by merging")
+    assert lost == pytest.approx([5, 10])
+
+
 def test_what_compression_loses_is_read_of_each_seed(tmp_path):
     for seed, lost in enumerate((0.25, 0.5)):
         rows = {
