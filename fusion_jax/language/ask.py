@@ -271,15 +271,15 @@ def ask(
     senses: Path | None = None,
     draft: str | None = None,
     mesh: str | None = None,
-    image: tuple[Path, ...] = (),
-    audio: tuple[Path, ...] = (),
+    image: tyro.conf.UseAppendAction[tuple[Path, ...]] = (),
+    audio: tyro.conf.UseAppendAction[tuple[Path, ...]] = (),
     max_tokens: int = 256,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float = 1.0,
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
-    stop: tuple[str, ...] = (),
+    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
     seed: int = 0,
 ) -> None:
     """Asks a language model; its answer streams.
@@ -293,15 +293,15 @@ def ask(
         draft: a smaller model with the same tokenizer, a workdir or a checkpoint, that guesses
             ahead, such as what `compress --recipe distil-0.5` wrote: the same answer, sooner.
         mesh: devices along each axis, as in training: tensor=-1 for a model that one cannot hold.
-        image: picture files.
-        audio: sound files.
+        image: a picture file; may be given several times.
+        audio: a sound file; may be given several times.
         max_tokens: at most so many tokens.
         temperature: 0 always takes the most likely token.
         top_k: draw among so many of the most likely tokens.
         top_p: draw among the likeliest that hold this probability together.
         min_p: draw among those at least this fraction as likely as the likeliest.
         repetition_penalty: above 1 avoids saying the same again.
-        stop: strings that end the answer.
+        stop: a string that ends the answer; may be given several times.
         seed: of what is drawn.
     """
     sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p)
