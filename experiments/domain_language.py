@@ -61,6 +61,7 @@ from fusion_jax.objectives.generative import causal_lm
 from fusion_jax.objectives.rules import Rules, class_log_odds, rule_loss
 from fusion_jax.pretrained.load import load
 from fusion_jax.training.experiment import Experiment
+from fusion_jax.training.optimizer import warmup_cosine
 from fusion_jax.training.partition import Params, partition
 from fusion_jax.training.settings import Settings as Base
 from fusion_jax.training.settings import runtime
@@ -331,10 +332,7 @@ def build(s: Settings) -> Experiment:
         ]
     )
     # Each phase has its own warm-up and decay: the task would come too late in a common one.
-    schedule = optax.join_schedules(
-        [optax.warmup_cosine_decay_schedule(0.0, s.learning_rate, n // 10, n) for n in steps if n],
-        np.cumsum([n for n in steps if n])[:-1].tolist(),
-    )
+    schedule = warmup_cosine(*((s.learning_rate, n) for n in steps))
     trained, frozen = partition(published, s.trainable)
     pretrained = {"model": published}
     if s.hold in ("ewc", "l2-sp"):

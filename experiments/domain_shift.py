@@ -135,7 +135,7 @@ from fusion_jax.pretrained.tower import open_tower
 from fusion_jax.tokens import Tokens
 from fusion_jax.training.experiment import Experiment
 from fusion_jax.training.metrics import read_metrics
-from fusion_jax.training.optimizer import by_path
+from fusion_jax.training.optimizer import by_path, warmup_cosine
 from fusion_jax.training.partition import Params
 from fusion_jax.training.settings import Settings as Base
 from fusion_jax.training.settings import runtime
@@ -443,7 +443,7 @@ def optimizer_of(s: Settings) -> optax.GradientTransformation:
 
     Of the source-free method the classifier is still in the second phase.
     """
-    schedule = optax.warmup_cosine_decay_schedule(0.0, s.learning_rate, s.steps // 10, s.steps)
+    schedule = warmup_cosine((s.learning_rate, s.steps))
     players = {
         "/teacher/": optax.sgd(1 - 0.99),
         "/group_dro$": optax.sgd(0.01),

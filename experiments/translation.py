@@ -83,6 +83,7 @@ from fusion_jax.objectives.generative import causal_lm
 from fusion_jax.objectives.recognition import spell_and_answer
 from fusion_jax.pretrained.load import load
 from fusion_jax.training.experiment import Experiment
+from fusion_jax.training.optimizer import warmup_cosine
 from fusion_jax.training.partition import Params
 from fusion_jax.training.settings import Settings as Base
 from fusion_jax.training.step import parameter_ema
@@ -403,10 +404,7 @@ def build(s: Settings) -> Experiment:
         raise UserError(f"--pairs {wrong}: expected two codes each, such as fr-es")
     corpus, model = assemble(s)
     phases = (s.listen_steps, s.steps - s.listen_steps)
-    schedule = optax.join_schedules(
-        [optax.warmup_cosine_decay_schedule(0.0, s.learning_rate, n // 10, n) for n in phases],
-        [phases[0]],
-    )
+    schedule = warmup_cosine(*((s.learning_rate, steps) for steps in phases))
     translate = causal_lm(model.tuned, chunk=8, label_smoothing=s.label_smoothing)
     return Experiment(
         data=Later(lambda: stream(s, corpus, model)),

@@ -1,5 +1,6 @@
 """The optimizer that small experiments share, and optimizers that differ by path."""
 
+import itertools
 import re
 from collections.abc import Mapping
 
@@ -11,6 +12,23 @@ from fusion_jax.training.partition import Params
 from fusion_jax.training.step import parameter_ema
 
 
+def warmup_cosine(*phases: tuple[float, int]) -> optax.Schedule:
+    """Of each phase (its learning rate, its steps): up over a tenth of it, then a cosine to zero.
+
+    Those without steps are left out.
+
+    Raises:
+        UserError: none has any.
+    """
+    phases = tuple((rate, steps) for rate, steps in phases if steps)
+    if not phases:
+        raise UserError("nothing is trained in 0 steps: give more --steps")
+    schedules = [
+        optax.warmup_cosine_decay_schedule(0.0, rate, steps // 10, steps) for rate, steps in phases
+    ]
+    return optax.join_schedules(schedules, list(itertools.accumulate(n for _, n in phases))[:-1])
+
+
 def averaged_adamw(
     learning_rate: float, steps: int, *, weight_decay: float, average: float = 0.98
 ) -> optax.GradientTransformation:
@@ -19,10 +37,11 @@ def averaged_adamw(
     Weight decay spares biases, scales and single vectors. An average of the params over about
     1 / (1 - average) steps is kept, and is what is evaluated.
     """
-    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, steps // 10, steps)
     return optax.chain(
         optax.clip_by_global_norm(1.0),
-        optax.adamw(schedule, weight_decay=weight_decay, mask=_matrices),
+        optax.adamw(
+            warmup_cosine((learning_rate, steps)), weight_decay=weight_decay, mask=_matrices
+        ),
         parameter_ema(average),
     )
 

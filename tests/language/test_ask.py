@@ -11,6 +11,7 @@ import pytest
 import soundfile
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from fusion_jax.__main__ import main
 from fusion_jax.errors import UserError
 from fusion_jax.language.ask import Assistant, ask
 from fusion_jax.language.chat import Chat
@@ -255,6 +256,18 @@ def test_lines_are_turns_and_a_wrong_one_is_told(assistant, tmp_path):
     assert told[0] == "".join(assistant.answer("w5", {"image": [file]}, max_tokens=3))
     assert told[3] == "".join(assistant.answer("w7", max_tokens=3))
     assert len(conversation.turns) == 1
+
+
+def test_a_question_may_stand_anywhere_and_files_and_stops_be_several(monkeypatch, capsys):
+    class Told:
+        def answer(self, question, media, **how):
+            return [f"{question} {media} {how['stops']} {how['max_tokens']}"]
+
+    monkeypatch.setattr("fusion_jax.language.ask.named", lambda *_: Told())
+    flags = ["--image", "a.png", "--image", "b.png", "Which?", "--stop", "x", "--stop", "y"]
+    assert main(["ask", *flags, "--max-tokens", "3"]) == 0
+    media = {"image": (Path("a.png"), Path("b.png")), "audio": ()}
+    assert capsys.readouterr().out == f"Which? {media} {('x', 'y')} 3\n"
 
 
 def test_whom_to_ask(tmp_path):
