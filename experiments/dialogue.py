@@ -71,6 +71,7 @@ from fusion_jax.objectives.generative import causal_lm
 from fusion_jax.objectives.recognition import as_typed, spell_and_answer
 from fusion_jax.pretrained.load import load
 from fusion_jax.training.experiment import Experiment
+from fusion_jax.training.optimizer import warmup_cosine
 from fusion_jax.training.partition import Params
 from fusion_jax.training.settings import Settings as Base
 from fusion_jax.training.settings import runtime
@@ -403,13 +404,8 @@ def build(s: Settings) -> Experiment:
     if len(s.shares) != 3 or min(s.shares) < 0 or not any(s.shares):
         raise UserError(f"--shares {s.shares}: give three numbers, none of them negative")
     corpus, model = assemble(s)
-    phases = ((s.learning_rate, s.listen_steps), (s.answer_learning_rate, s.steps - s.listen_steps))
-    schedules = [
-        optax.warmup_cosine_decay_schedule(0.0, rate, steps // 10, steps)
-        for rate, steps in phases
-        if steps
-    ]
-    schedule = optax.join_schedules(schedules, [s.listen_steps][: len(schedules) - 1])
+    answering = (s.answer_learning_rate, s.steps - s.listen_steps)
+    schedule = warmup_cosine((s.learning_rate, s.listen_steps), answering)
     learned = {
         "turn": as_typed(model.tuned, s.answer_tokens),
         "told": causal_lm(model.tuned, chunk=8),

@@ -53,8 +53,9 @@ def decode(data: bytes, name: str = "audio", max_seconds: float | None = None) -
                 left -= len(block)
             samples = np.concatenate(means)
     except (soundfile.LibsndfileError, RuntimeError) as error:
+        reason = str(getattr(error, "error_string", error)).rstrip(".")  # without our buffer's name
         raise UserError(
-            f"{name}: not a readable sound ({error}); expected WAV, FLAC, Ogg ..."
+            f"{name}: not a readable sound ({reason}); expected WAV, FLAC, Ogg ..."
         ) from (error)
     if kind == "MP3" and _counts(data) and min(frames, stated) - len(samples) > 0.1 * rate:
         raise UserError(f"{name}: {_BREAKS_OFF}")

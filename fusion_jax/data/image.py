@@ -55,8 +55,9 @@ def decode(data: bytes, name: str = "image", side: int | None = None) -> np.ndar
                 picture = Image.alpha_composite(white, picture)
             picture = picture.convert("RGB")
     except _DAMAGED as error:
+        reason = str(error).partition(" <_io.")[0]  # without our buffer's name
         raise UserError(
-            f"{name}: not a readable picture ({error}); expected PNG, JPEG ..."
+            f"{name}: not a readable picture ({reason}); expected PNG, JPEG ..."
         ) from error
     if side is not None and max(picture.size) > side:
         picture.thumbnail((side, side), Image.Resampling.LANCZOS)

@@ -63,7 +63,7 @@ def test_sound_is_cut_to_the_limit():
     ("data", "message"),
     [
         (b"", "empty"),
-        (b"what is this", "not a readable sound"),
+        (b"what is this", r"not a readable sound \(Format not recognised\); expected WAV"),
         (sound(np.zeros(9000), 8000, "WAV")[:-500], "breaks off"),
         (sound(np.random.default_rng(0).normal(size=9000), 8000, "OGG")[:-5], "breaks off"),
         (sound(np.zeros(9000), 8000, "OGG")[:20], "breaks off"),
@@ -170,6 +170,11 @@ def test_damaged_exif_is_named(whole, damaged):
     assert image.decode(buffer.getvalue()).shape == (6, 4, 3)
     with pytest.raises(UserError, match=r"owl\.jpg: not a readable picture"):
         image.decode(buffer.getvalue().replace(whole, damaged), "owl.jpg")
+
+
+def test_what_is_no_picture_is_told_as_its_file():
+    with pytest.raises(UserError, match=r"a\.png: .* \(cannot identify image file\); expected PNG"):
+        image.decode(b"what is this", "a.png")
 
 
 @pytest.mark.parametrize(("shape", "side"), [((5000, 4000), None), ((1, 50_000), 64)])

@@ -112,7 +112,8 @@ def _opened(content: bytes) -> Iterator[Any]:
         *(OSError, SyntaxError, ValueError, Image.DecompressionBombError),
         *(struct.error, TypeError, AttributeError),  # by EXIF, when a picture is turned
     ) as error:
-        raise BadInput(f"not a readable picture: {error}; send PNG, JPEG or WebP") from error
+        reason = str(error).partition(" <_io.")[0]  # without the name of our buffer
+        raise BadInput(f"not a readable picture: {reason}; send PNG, JPEG or WebP") from error
 
 
 def sound(content: bytes, rate: int, longest: int, *, whole: bool = False) -> np.ndarray:
