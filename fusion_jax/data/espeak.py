@@ -3,19 +3,20 @@
     samples = speak("What is a badger?", Voice(variant="f3", rate=160))    # float32 at 16 kHz
 
 It sounds like a machine: what is trained on it is to be tested on recordings of people. The same
-text is not the same to the sample: espeak-ng's pauses depend by some 10 ms on what it said before.
+text is not the same to the sample: what espeak-ng said before moves its waves, and its pauses by
+some 10 ms. (Loaded anew each time it is nearly the same, and not always.)
 """
 
 import ctypes
 import dataclasses
 import functools
-import threading
 from collections.abc import Sequence
 
 import espeakng_loader
 import numpy as np
 
 from fusion_jax.data.audio import resample
+from fusion_jax.data.synthesizers import alone
 from fusion_jax.errors import UserError
 
 VARIANTS = ("m1", "m2", "m3", "m4", "m5", "m6", "m7", "m8", "f1", "f2", "f3", "f4", "f5")
@@ -23,7 +24,6 @@ ENGLISH = ("en-us", "en", "en-gb-scotland", "en-gb-x-rp", "en-gb-x-gbclan")
 
 _RETRIEVE, _UTF8 = 1, 1  # audio output mode; character encoding
 _RATE, _PITCH, _RANGE = 1, 3, 4
-_SYNC = threading.Lock()  # the library holds one voice for the whole process
 _Callback = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p
 )
@@ -74,7 +74,7 @@ def speak(text: str, voice: Voice = Voice()) -> np.ndarray:
 
     name = f"{voice.language}+{voice.variant}" if voice.variant else voice.language
     callback, said = _Callback(heard), text.encode() + b"\0"
-    with _SYNC:
+    with alone(text):
         if library.espeak_SetVoiceByName(name.encode()):
             raise UserError(f"espeak-ng has no voice {name!r}: see its list of languages")
         for parameter, value in ((_RATE, voice.rate), (_PITCH, voice.pitch), (_RANGE, voice.span)):

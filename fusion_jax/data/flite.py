@@ -9,21 +9,19 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
-import threading
 from pathlib import Path
 
 import numpy as np
 
 from fusion_jax.data import debian
 from fusion_jax.data.audio import resample
+from fusion_jax.data.synthesizers import alone
 from fusion_jax.errors import UserError
 
 VOICES = ("awb", "kal16", "rms", "slt")
 """A Scottish man, an American man (diphones), an American man and an American woman."""
 
 ALSA = "libasound.so.2"
-
-_ONE_AT_A_TIME = threading.Lock()  # a voice's settings are those of the process
 
 
 class _Wave(ctypes.Structure):
@@ -67,7 +65,7 @@ def speak(text: str, voice: Voice = Voice()) -> np.ndarray:
     if voice.name not in VOICES:
         raise UserError(f"flite has no voice {voice.name!r}; it has {', '.join(VOICES)}")
     library = _library()
-    with _ONE_AT_A_TIME:
+    with alone(text):  # a voice's settings are those of the process
         speaker = _speaker(voice.name)
         library.feat_set_float(
             speaker.contents.features, b"duration_stretch", ctypes.c_float(voice.stretch)

@@ -72,7 +72,10 @@ class Spoken:
     @property
     def checksum(self) -> str:
         """Of all that is said, by whom."""
-        said = [(u.text, u.language, repr(u.voice), u.key, u.noise) for u in self.utterances]
+        said = [
+            (u.text, u.language, f"{u.voice}, seeded" if u.voice else "None", u.key, u.noise)
+            for u in self.utterances
+        ]
         return hashlib.sha256(repr(said).encode()).hexdigest()
 
     def __len__(self) -> int:

@@ -27,6 +27,17 @@ def test_espeak_speaks_languages_in_voices() -> None:
 
 
 @pytest.mark.parametrize("name", flite.VOICES)
+def test_flite_says_the_same_whatever_was_said_before(name: str) -> None:
+    try:
+        first = flite.speak("Shall six cats fly?", flite.Voice(name))
+    except UserError as error:
+        pytest.skip(str(error))
+    for other in (*map(flite.Voice, flite.VOICES), espeak.Voice("en", "m3")):
+        Utterance("What is a badger?", voice=other).sound()
+        np.testing.assert_array_equal(flite.speak("Shall six cats fly?", flite.Voice(name)), first)
+
+
+@pytest.mark.parametrize("name", flite.VOICES)
 def test_flite_speaks_slower(name: str) -> None:
     try:
         quick, slow = (flite.speak("a cat", flite.Voice(name, stretch)) for stretch in (1.0, 1.5))
