@@ -3,6 +3,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from fusion_jax.errors import UserError
 from fusion_jax.knowledge import graph, retrieval
@@ -32,7 +33,7 @@ def test_search_is_exact_on_one_device_and_on_many(size, k):
     queries = rng.normal(size=(4, 8)).astype(np.float32)
     scores = queries @ vectors.T
     expected = np.argsort(-scores, axis=1)[:, :k]
-    mesh = jax.make_mesh((4, 2), ("data", "tensor"))
+    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "tensor"))
     for index in (Index.of(vectors), Index.of(vectors, mesh)):
         found, rows = index.search(queries, k)
         np.testing.assert_array_equal(rows, expected)
