@@ -197,7 +197,6 @@ def trimodal(row: str, column: str) -> str:
 
 TRAIN = ("-m", "fusion_jax", "train")
 INTO = ("--workdir", "{workdir}", "--no-tensorboard")
-RUN = ("--workdir", "{workdir}/run", "--no-tensorboard")
 TABLE = ("-m", "experiments.knowledge_table")
 SUBSETS = ("audio", "image", "text", "audio+image+text")
 INJECTIONS = (
@@ -210,19 +209,22 @@ CUT = "cut, the answer is not in them"
 SCORERS = ("complex", "simple", "distmult", "rotate", "tucker", "conve", "transe")
 
 
-def compressed(recipe: str, run: str = "run", name: str | None = None) -> list[list[str]]:
-    """The commands that compress three seeds of {workdir}/run into {workdir}/name-seed."""
-    name = name or recipe
-    into = "{workdir}"
-    command = ("-m", "fusion_jax", "compress", "--recipe", recipe)
-    paths = ((f"{into}/{run}/seed-{seed}", f"{into}/{name}-{seed}") for seed in range(3))
-    return [[*command, "--workdir", given, "--output", written] for given, written in paths]
-
-
-def main_job(run: str, *settings: str) -> list[str]:
-    """The command that trains three seeds of the main job into {workdir}/run."""
+def trained(experiment: str, run: str, *settings: str) -> list[str]:
+    """The command that trains three seeds of an experiment into {workdir}/run."""
     into = ("--workdir", f"{{workdir}}/{run}", "--no-tensorboard")
-    return [*TRAIN, "experiments/trimodal.py", "--seeds", "3", *settings, *into]
+    return [*TRAIN, f"experiments/{experiment}.py", "--seeds", "3", *settings, *into]
+
+
+def compressed(recipe: str, run: str = "run", name: str = "") -> list[list[str]]:
+    """The commands that compress those into {workdir}/name-seed, or recipe-seed without a name."""
+    command = ("-m", "fusion_jax", "compress", "--recipe", recipe)
+    return [
+        [
+            *(*command, "--workdir", f"{{workdir}}/{run}/seed-{seed}"),
+            *("--output", f"{{workdir}}/{name or recipe}-{seed}"),
+        ]
+        for seed in range(3)
+    ]
 
 
 def link_prediction(dataset: str) -> Claim:
@@ -321,7 +323,7 @@ CLAIMS = {
     "compression": Claim(
         places=[("fusion_jax/compression/workdir.py", ("of float32", "points lost"))],
         commands=[
-            main_job("run"),
+            trained("trimodal", "run"),
             *(each for recipe in ("int8", "int4", "prune-0.5") for each in compressed(recipe)),
         ],
         found=of_compression("/accuracy/"),
@@ -331,22 +333,22 @@ CLAIMS = {
             ("fusion_jax/compression/workdir.py", ("of float32", "points lost, trained for it"))
         ],
         commands=[
-            main_job("aware", "--aware", "int4"),
+            trained("trimodal", "aware", "--aware", "int4"),
             *compressed("int4", "aware", "aware-int4"),
-            main_job("sparse", "--sparsity", "0.5"),
+            trained("trimodal", "sparse", "--sparsity", "0.5"),
             *compressed("prune-0.5", "sparse", "sparsity-0.5"),
         ],
         found=of_compression("/accuracy/"),
     ),
     "merging": Claim(
         places=[("fusion_jax/compression/workdir.py", ("points lost by merging",))],
-        commands=[main_job("run"), main_job("merged", "--merge-to", "16")],
+        commands=[trained("trimodal", "run"), trained("trimodal", "merged", "--merge-to", "16")],
         found=of_merging,
     ),
     "compression_vqa": Claim(
         places=[("fusion_jax/compression/workdir.py", ("of float32", "points of vqa lost"))],
         commands=[
-            [*TRAIN, "experiments/vqa.py", "--seeds", "3", *RUN],
+            trained("vqa", "run"),
             *compressed("int8"),
         ],
         found=of_compression("/picture$"),

@@ -490,22 +490,21 @@ def report(
             "nearest caption": [nearest(text, lang, to) for text, lang in given],
         }
 
-    def untrained(items: list[tuple[int, str, float | None]], to: str) -> list[str]:
+    def untrained(captions: list[str], lang: str, to: str) -> list[str]:
         """What the language model as it came writes after examples of training."""
-        asked = [examples(corpus, lang, to) + asked_of(row, lang, to) for row, lang, _ in items]
+        shown = examples(corpus, lang, to)
+        asked = [shown + instruction(to, lang, text, spoken=False) for text in captions]
         params = {"decoder": model.published["base"]["decoder"]}
         written = model.write(params, asked, [None] * len(asked), min(s.written, EXAMPLE_TOKENS))
         return [model.text(ids).partition("\n")[0] for ids in written]
-
-    def asked_of(row: int, lang: str, to: str) -> str:
-        return instruction(to, lang, corpus.captions[row][lang], spoken=False)
 
     into: dict[str, dict[str, Score]] = {}
     pooled: dict[str, tuple[list[str], list[str]]] = {}
     for lang in [lang for lang in s.languages if lang != "en" and len(items_of(lang)) >= FEWEST]:
         items = items_of(lang)
         truth = [corpus.captions[row]["en"] for row, *_ in items]
-        written = everyone(items, "en", WAYS) | {AS_IT_CAME: untrained(items, "en")}
+        captions = [corpus.captions[row][lang] for row, *_ in items]
+        written = everyone(items, "en", WAYS) | {AS_IT_CAME: untrained(captions, lang, "en")}
         name = f"{lang} (unheard)" if lang in s.unheard else lang
         into[name] = {way: chrf(texts, truth) for way, texts in written.items()}
         for way, texts in written.items():

@@ -4,8 +4,8 @@
 
 SmolLM2-135M-Instruct in one run: the size of its file, its perplexity on English text (the Python
 manual, rows of 256 tokens) and how fast it writes 64 tokens greedily after 32, the prompt's reading
-included, at each kind of number; the best of several runs, taken in turn. So it writes as float32
-does with a copy in 8 bits that guesses ahead (`drafted by`). Then what memory XLA plans for a LoRA
+included, at each kind of number; the best of several runs, taken in turn. `drafted by` is float32
+with a copy in 8 bits that guesses ahead: the same tokens. Then what memory XLA plans for a LoRA
 step (rank 8 on queries and values, 8 x 64 tokens) on a frozen base of each kind: QLoRA. The weights
 come in a GGUF file (Q4_1, the words as Q8_0), which are the last row; the others are made of their
 float32 values, so what is lost is lost beside that.

@@ -73,7 +73,7 @@ class Spoken:
     def checksum(self) -> str:
         """Of all that is said, by whom."""
         said = [
-            (u.text, u.language, f"{u.voice}, seeded" if u.voice else "None", u.key, u.noise)
+            (u.text, u.language, f"{u.voice}{', seeded' * u.synthetic}", u.key, u.noise)
             for u in self.utterances
         ]
         return hashlib.sha256(repr(said).encode()).hexdigest()
