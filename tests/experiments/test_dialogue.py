@@ -5,6 +5,7 @@ import io
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from fusion_jax.data import features
 from fusion_jax.data.spoken import Utterance
 from fusion_jax.errors import UserError
 from fusion_jax.training import experiment
+from fusion_jax.training.loop import restore_params
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'user' %}: {{ m.content }} ? "
@@ -79,6 +81,37 @@ def test_the_report_compares_with_typed_words_and_hearing_nothing(run):
     logged = [json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines()]
     trained = [row for row in logged if "train/loss" in row][-1]
     assert {"train/listen/spell", "train/turn/agreement", "train/told/accuracy"} <= set(trained)
+
+
+def test_the_words_that_it_says_stay_the_language_models(run):
+    module, s = experiment.reopen(run)
+    trained = restore_params(module.build(s), s, run)["base"]["connectors_audio"]
+    _, model = dialogue.assemble(s)
+    np.testing.assert_array_equal(trained["words"], model.spelling.start["words"])
+
+
+def test_definitions_end_with_their_noun(monkeypatch):
+    """Names of one meaning and one word, and what is long or has brackets, are left out."""
+    described = {
+        "vacuum": "the absence of matter; empty",
+        "rarity": "something seldom seen",
+        "steam engine": "an engine that is driven by steam",
+        "bank": "a slope (beside water)",
+        "fork": "a tool that has so many prongs that nobody counts them all",
+    }
+    counts = {name: 1 if name == "rarity" else 2 for name in described}
+    graph = SimpleNamespace(
+        names={"en": [[name] for name in described]},
+        descriptions=list(described.values()),
+        senses={"en": {name: range(counts[name]) for name in described if " " not in name}},
+    )
+    monkeypatch.setattr(dialogue.wordnet, "load", lambda: graph)
+    found = dialogue.definitions(9, np.random.default_rng(0))
+    assert sorted(found) == [
+        "An engine that is driven by steam is steam engine.",
+        "The absence of matter is vacuum.",
+    ]
+    assert len(dialogue.definitions(1, np.random.default_rng(0))) == 1
 
 
 def test_ask_and_chat_answer_a_recording_alike(run, tmp_path, monkeypatch, capsys):
