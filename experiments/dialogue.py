@@ -16,11 +16,11 @@ Lite two thirds, espeak-ng one third). Real recordings are Asterisk's telephone 
 said or written in training, nor any question or recording with the head noun of a held thing; a
 definition, or a recording of `--published`, may hold it.
 
-Seed 0 (on one core 22 minutes to synthesize and encode 13,000 utterances and 27 to train): words
-that are wrong (%) as the listener spells them and as Moonshine's own decoder writes them down; then
-how near (chrF) the first 24 tokens of an answer are to those that SmolLM2 gives to the typed words:
-of the spoken question, of the listener's words, hearing nothing, and by the cascade, Moonshine's
-words answered by SmolLM2 (80 of each kind, 13 names):
+Seed 0 (26 minutes, beside other work, to synthesize and encode 13,000 utterances; 27 on one core to
+train): words that are wrong (%) as the listener spells them and as Moonshine's own decoder writes
+them down; then how near (chrF) the first 24 tokens of an answer are to those that SmolLM2 gives to
+the typed words: of the spoken question, of the listener's words, hearing nothing, and by the
+cascade, Moonshine's words answered by SmolLM2 (80 of each kind, 13 names):
 
                                      wrong words          nearness of answers
                                      listener  Moonshine  fused  its words  nothing  cascade
@@ -304,8 +304,6 @@ def read_published(s: Settings, said: Set[str]) -> tuple[list[Utterance], list[U
     return sides[0], sides[1]
 
 
-LEARNED = r"^lora/|^base/connectors_audio/(?!words)"
-"""Adapters and the listener; the words that it says are the language model's own."""
 TESTED = 80
 """Most utterances of a kind that are tested."""
 UNHEARD = flite.Voice("rms")
@@ -335,8 +333,8 @@ def definitions(count: int, rng: np.random.Generator) -> list[str]:
         name = graph.names["en"][sense][0]
         text = f"{graph.descriptions[sense].split(';')[0].strip()} is {name}."
         short = len(text.split()) <= 10 and text.isascii() and "(" not in text
-        known = len(graph.senses["en"].get(concepts.normalize(name), ()))
-        if short and (known > 1 or " " in name):
+        senses = graph.senses["en"]
+        if short and (" " in name or len(senses.get(concepts.normalize(name), ())) > 1):
             found.append(f"{text[0].upper()}{text[1:]}")
     return found
 
@@ -403,6 +401,10 @@ def stream(s: Settings, corpus: Corpus, model: SpokenLM) -> Phases:
         told = model.turns([Turn("<audio>", corpus.answers[row], row) for row in own], s.length)
         streams["told"] = Batches(told, s.turns, told.transforms, seed=s.seed, **share)
     return Phases([(Streams({"listen": listen}), s.listen_steps), (Streams(streams), 0)])
+
+
+LEARNED = r"^lora/|^base/connectors_audio/(?!words)"
+"""Adapters and the listener; the words that it says are the language model's own."""
 
 
 def build(s: Settings) -> Experiment:
