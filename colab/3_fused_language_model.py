@@ -189,9 +189,9 @@ assert written == again
 #
 # EfficientNet-Lite2 (frozen) gives nine tokens of each picture and two ImageNet classes in
 # words; a linear connector and LoRA in SmolLM2-135M (frozen) are trained on questions about
-# some 700 pictures. 200 steps and a report on 80 test pictures take less than a quarter of an hour
-# on two CPU cores; 600 steps, with the whole report, give the README's numbers. On a GPU or TPU
-# take these, or name a larger language model, such as HuggingFaceTB/SmolLM2-1.7B-Instruct.
+# some 700 pictures. 200 steps and a report on 80 test pictures take ten minutes or so on two CPU
+# cores; 600 steps, with the whole report, give the README's numbers. On a GPU or TPU take these, or
+# name a larger language model, such as HuggingFaceTB/SmolLM2-1.7B-Instruct.
 
 # %%
 from fusion_jax.__main__ import main
@@ -212,21 +212,27 @@ else:
 assert main(["train", "experiments/vqa.py", *flags]) == 0
 
 # %% [markdown]
-# `experiments/vqa.py` states for 600 steps and 3 seeds: the category among 16 is right for 0.688 ±
-# 0.011 of the pictures (0.234 by the question alone, 0.725 by ridge regression on the tower),
-# whether it is of a category for 0.844 ± 0.015, and whether it is a certain thing for 0.783 ±
-# 0.024.
+# `experiments/vqa.py` states these over 3 seeds, for 200 steps and for 600: how often the category
+# among 16 is right (by ridge regression on the tower 0.725), whether a picture is of a category,
+# and whether it is a certain thing (both by chance 0.5). After 200 steps seeds differ much, and of
+# 80 pictures a share is known to 0.05 or so.
 
 # %%
 import json
 
 found = json.loads((workdir / "report/metrics.json").read_text())
-stated = {"category": 0.688, "is category": 0.844, "is caption": 0.783}
-for kind, mean in stated.items():
+stated = {
+    200: {"category": (0.637, 0.066), "is category": (0.631, 0.047), "is caption": (0.603, 0.057)},
+    600: {"category": (0.688, 0.011), "is category": (0.844, 0.015), "is caption": (0.783, 0.024)},
+}
+known = not quick and language_model == "smollm2-135m-instruct"
+for kind in stated[600]:
     got = {seen: found[f"{kind}/{seen}"] for seen in ("picture", "question alone")}
-    print(f"{kind:12s} stated {mean:.3f}, found", {seen: round(v, 3) for seen, v in got.items()})
-    whole = steps == 600 and language_model == "smollm2-135m-instruct"
-    assert quick or not whole or abs(got["picture"] - mean) < 0.08
+    print(f"{kind:12s} found", {seen: round(value, 3) for seen, value in got.items()}, end="")
+    for mean, spread in [stated[steps][kind]] if steps in stated else ():
+        print(f", stated {mean:.3f} ± {spread:.3f} with a picture", end="")
+        assert not known or abs(got["picture"] - mean) < max(2 * spread, 0.08)
+    print()
 assert quick or found["category/picture"] > found["category/question alone"] + 0.2
 
 # %% [markdown]

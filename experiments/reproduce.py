@@ -368,6 +368,16 @@ CLAIMS = {
         commands=[[*TRAIN, "experiments/vqa.py", "--seeds", "3", *INTO]],
         found=of_seeds(lambda row, column: f"{VQA[row]}/{VQA.get(column, column)}"),
     ),
+    "vqa_short": Claim(
+        places=[("experiments/vqa.py", ("picture", "question alone"))],
+        commands=[
+            [
+                *(*TRAIN, "experiments/vqa.py", "--seeds", "3", "--steps", "200", "--most", "80"),
+                *INTO,
+            ]
+        ],
+        found=of_seeds(lambda row, column: f"{VQA[row]}/{column}"),
+    ),
 }
 VQA = {
     "category among 16": "category",
