@@ -108,6 +108,24 @@ def test_every_spread_that_is_stated_is_compared():
         assert repeated <= set.union(*compared.values()), source.name
 
 
+def test_values_of_seeds_are_read_from_either_side_of_a_table(tmp_path):
+    names = ("gated/accuracy/image", "probe/image", "retrieval/image->text/R@1")
+    names += ("category/picture", "category/shuffled picture")
+    values = {name: [float(number)] for number, name in enumerate(names)}
+    (tmp_path / "seeds.json").write_text(json.dumps(values))
+    for claim, row, column, expected in (
+        ("trimodal", "image", "gated", [0]),
+        ("trimodal", "image", "linear probe", [1]),
+        ("trimodal", "image->text", "R@1", [2]),
+        ("fusion_strategies", "gated", "image", [0]),
+        ("vqa", "category among 16", "picture", [3]),
+        ("vqa", "category among 16", "shuffled", [4]),
+        ("vqa_short", "category among 16", "picture", [3]),
+        ("vqa_short", "category among 16", "question alone", []),
+    ):
+        assert reproduce.CLAIMS[claim].found(tmp_path, row, column) == expected
+
+
 def test_what_merging_loses_is_read_of_each_seed(tmp_path):
     for run, values in {
         "run": ([0.8, 0.7], [0.6, 0.5]),
