@@ -189,9 +189,9 @@ assert written == again
 #
 # EfficientNet-Lite2 (frozen) gives nine tokens of each picture and two ImageNet classes in
 # words; a linear connector and LoRA in SmolLM2-135M (frozen) are trained on questions about
-# some 700 pictures. 200 steps and a report on 80 test pictures take ten minutes or so on two CPU
-# cores; 600 steps, with the whole report, give the README's numbers. On a GPU or TPU take these, or
-# name a larger language model, such as HuggingFaceTB/SmolLM2-1.7B-Instruct.
+# some 700 pictures. 200 steps and a report on 80 test pictures take ten to fifteen minutes on two
+# CPU cores; 600 steps, with the whole report, give the README's numbers. On a GPU or TPU take
+# these, or name a larger language model, such as HuggingFaceTB/SmolLM2-1.7B-Instruct.
 
 # %%
 from fusion_jax.__main__ import main
@@ -229,7 +229,8 @@ known = not quick and language_model == "smollm2-135m-instruct"
 for kind in stated[600]:
     got = {seen: found[f"{kind}/{seen}"] for seen in ("picture", "question alone")}
     print(f"{kind:12s} found", {seen: round(value, 3) for seen, value in got.items()}, end="")
-    for mean, spread in [stated[steps][kind]] if steps in stated else ():
+    if steps in stated:
+        mean, spread = stated[steps][kind]
         print(f", stated {mean:.3f} ± {spread:.3f} with a picture", end="")
         assert not known or abs(got["picture"] - mean) < max(2 * spread, 0.08)
     print()

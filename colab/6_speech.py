@@ -288,18 +288,18 @@ assert quick or right > 0.8
 # ## SmolLM2 hears
 #
 # `experiments/translation.py` and `experiments/dialogue.py` with settings far below their own, to
-# be done in ten minutes on two CPU cores: French captions and recordings of the stamps into
-# English; and spoken questions. So little shows the way and no more. With `whole` ticked
-# both train as they do by themselves, and print what their docstrings state: three hours on two
-# CPU cores.
+# be done in ten to fifteen minutes on two CPU cores: French captions and recordings of the stamps
+# into English; and spoken questions. So little shows the way and no more. With `whole` ticked both
+# train as they do by themselves, and print what their docstrings state, which takes hours.
 
 # %%
 from fusion_jax.__main__ import main
 
 whole = False  # @param {type:"boolean"}
 translation, dialogue = runs / "colab_translation", runs / "colab_dialogue"
-flags = {translation: [], dialogue: []}
-two = ["--languages", "en", "fr", "--rows", str(max(2, jax.device_count()))]
+devices = jax.device_count()
+flags = {translation: ["--rows", str(max(4, devices))], dialogue: []}
+two = ["--languages", "en", "fr", "--rows", str(max(2, devices))]
 if quick:  # small stand-ins for both models, three steps on noise: only that it runs
     from colab.quick import HEARING, small_models, small_speech
 

@@ -195,6 +195,10 @@ def trimodal(row: str, column: str) -> str:
     return f"{'probe' if column == 'linear probe' else f'{column}/accuracy'}/{row}"
 
 
+def vqa(row: str, column: str) -> str:
+    return f"{VQA[row]}/{VQA.get(column, column)}"
+
+
 TRAIN = ("-m", "fusion_jax", "train")
 INTO = ("--workdir", "{workdir}", "--no-tensorboard")
 TABLE = ("-m", "experiments.knowledge_table")
@@ -366,7 +370,7 @@ CLAIMS = {
             )
         ],
         commands=[[*TRAIN, "experiments/vqa.py", "--seeds", "3", *INTO]],
-        found=of_seeds(lambda row, column: f"{VQA[row]}/{VQA.get(column, column)}"),
+        found=of_seeds(vqa),
     ),
     "vqa_short": Claim(
         places=[("experiments/vqa.py", ("picture", "question alone"))],
@@ -376,7 +380,7 @@ CLAIMS = {
                 *INTO,
             ]
         ],
-        found=of_seeds(lambda row, column: f"{VQA[row]}/{column}"),
+        found=of_seeds(vqa),
     ),
 }
 VQA = {
