@@ -39,7 +39,7 @@ def test_a_wrong_derivation_fails_and_the_others_run_still(tmp_path, monkeypatch
 def test_what_quick_mode_leaves_out_names_settings_that_there_are():
     """Synthetic voices have to be fetched, so that dialogue.py is not trained there."""
     source = (notebooks.FOLDER / "6_speech.py").read_text()
-    block = source[source.index('flags = ["--questions"') : source.index("# Your recordings")]
+    block = source[source.index("flags[dialogue]") : source.index("# Your recordings")]
     flags = {flag.replace("-", "_") for flag in re.findall(r'"--([a-z-]+)"', block)}
     settings = {field.name for field in dataclasses.fields(dialogue.Settings)}
     assert {"questions", "sentences"} < flags - {"overwrite", "no_tensorboard"} <= settings
