@@ -3,6 +3,7 @@
     python -m experiments.reproduce --list
     python -m experiments.reproduce --only umls trimodal
     python -m experiments.reproduce                           # all of them: hours on two cores
+    python -m experiments.reproduce --resume                  # after a kill: where it was
 
 Nothing is stated here: a table of `mean ± standard deviation` is read from the README or from the
 docstring it stands in, its commands are run with the same seeds into a workdir of their own, and
@@ -399,18 +400,27 @@ VQA = {
 # ---------------------------------------------------------------------------------------- command
 
 
-def check(name: str, claim: Claim, workdir: Path) -> list[str]:
+def check(name: str, claim: Claim, workdir: Path, resume: bool) -> list[str]:
     """Runs what a claim comes from and prints stated beside found; returns what does not hold."""
     stated = claim.stated()
-    shutil.rmtree(workdir, ignore_errors=True)
-    workdir.mkdir(parents=True)
+    if not resume:
+        shutil.rmtree(workdir, ignore_errors=True)
+    workdir.mkdir(parents=True, exist_ok=True)
+    log = workdir / "ended.jsonl"
+    ended = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     wheels = os.environ | {"HF_HUB_OFFLINE": "1"}  # of whose weights the numbers are
     for command in claim.into(workdir):
-        print(f"== {name}: python {' '.join(command)}", flush=True)
+        line = f"python {' '.join(command)}"
+        if command in ended:
+            print(f"== {name}: ended before: {line}", flush=True)
+            continue
+        print(f"== {name}: {line}", flush=True)
         given = [sys.executable, *command]
-        ended = subprocess.run(given, cwd=ROOT, env=wheels, check=False).returncode
-        if ended:
-            return [f"{name}: python {' '.join(command)} exited {ended}"]
+        status = subprocess.run(given, cwd=ROOT, env=wheels, check=False).returncode
+        if status:
+            return [f"{name}: {line} exited {status}"]
+        with log.open("a") as file:
+            file.write(f"{json.dumps(command)}\n")
     rows, wrong = [], []
     for (file, row, column), (mean, deviation, rounding) in stated.items():
         values = claim.found(workdir, row, column)
@@ -429,6 +439,7 @@ def reproduce(
     only: tuple[str, ...] = (),
     listed: Annotated[bool, tyro.conf.arg(name="list")] = False,
     workdir: Path = Path("runs/reproduce"),
+    resume: bool = False,
 ) -> int:
     """Runs claims and returns the exit status.
 
@@ -436,6 +447,8 @@ def reproduce(
         only: names of claims; all without any.
         listed: print the claims and how many numbers each states, and run nothing.
         workdir: a folder for each claim is made here anew.
+        resume: go on in the folders that are there: a command that ended is not run again, one that
+            was killed goes on at its last checkpoint.
 
     Raises:
         UserError: a name that is none, a table that is not there.
@@ -448,7 +461,11 @@ def reproduce(
             commands = " && ".join(f"python {' '.join(c)}" for c in claim.into(workdir / name))
             print(f"{name}: {len(claim.stated())} numbers, {commands}")
         return 0
-    wrong = [line for name, each in chosen.items() for line in check(name, each, workdir / name)]
+    wrong = [
+        line
+        for name, claim in chosen.items()
+        for line in check(name, claim, workdir / name, resume)
+    ]
     for line in wrong:
         print(f"not found again: {line}")
     return 1 if wrong else 0

@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+from functools import partial
 
 import pytest
 
@@ -81,6 +82,37 @@ def test_bad_names_and_commands_that_fail_are_told(tmp_path, monkeypatch, capsys
     said = capsys.readouterr().out
     assert "not found again: broken: python -c 1 / 0 exited 1\n" in said
     assert "other, README.md: image, sum is outside" in said
+
+
+ONCE = """
+import pathlib, sys
+file = pathlib.Path(sys.argv[1], "seeds.json")
+assert not file.exists()
+file.write_text('{"sum/image": [0.7]}')
+"""
+LATER = """
+import pathlib, sys
+file = pathlib.Path(sys.argv[1], "begun")
+begun = file.exists()
+file.touch()
+assert begun, "killed"
+"""
+
+
+def test_what_ended_before_a_kill_is_not_run_again(tmp_path, monkeypatch, capsys):
+    """And what was killed is run in the folder that it left; without the flag all begins anew."""
+    (tmp_path / "stated.md").write_text("input  sum\nimage  0.7 ± 0.1\n")
+    commands = [["-c", ONCE, "{workdir}"], ["-c", LATER, "{workdir}"]]
+    found = reproduce.of_seeds(lambda row, column: f"{column}/{row}")
+    claim = reproduce.Claim([("stated.md", ("sum",))], commands, found)
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    monkeypatch.setattr(reproduce, "CLAIMS", {"mine": claim})
+    again = partial(reproduce.reproduce, workdir=tmp_path / "runs")
+    assert again() == 1 and "0.7000" not in capsys.readouterr().out
+    assert again(resume=True) == 0
+    said = capsys.readouterr().out
+    assert "mine: ended before: python -c" in said and "0.7000" in said
+    assert again() == 1
 
 
 SPREAD = r"(-?\d+\.\d+)\s±\s(\d+\.\d+)"
