@@ -13,7 +13,7 @@
 # # 6 · Speech: from a wave to an answer
 #
 # A recording becomes a picture of its pitches (log-mel), an encoder reads that, and a *listener*
-# learns which frames begin a word piece without being told when anything was said (CTC). Below:
+# learns which letter a frame begins without being told when anything was said (CTC). Below:
 # both, each formula checked by the cell after it, and a small listener that spells tunes; then
 # SmolLM2 with such a listener translates and answers what you say into the microphone.
 
@@ -227,6 +227,8 @@ assert abs(ours + np.log(total)) < 1e-5 and apart < 1e-5
 # hears log-mel frames.
 
 # %%
+from functools import partial
+
 import optax
 
 from fusion_jax.language.listener import Listener, best_path
@@ -255,8 +257,9 @@ def batch(seed, size=32):
     return {"audio": heard, "spoken": Tokens(jnp.asarray(spoken), jnp.asarray(real))}
 
 
-listener = Listener(width=8, pieces=4, stack=3, hidden_width=32, depth=1)
-params = jax.jit(listener.init)(jax.random.key(0), batch(0)["audio"])["params"]
+listener = Listener(letters=4, stack=3, each=1, hidden_width=32, depth=1)
+start = partial(listener.init, method="spell")
+params = jax.jit(start)(jax.random.key(0), batch(0)["audio"])["params"]
 optimizer = optax.adam(3e-3)
 spelling = ctc(lambda logits: logits, "spoken")
 
@@ -264,7 +267,7 @@ spelling = ctc(lambda logits: logits, "spoken")
 @jax.jit
 def update(params, state, batch):
     def loss(params):
-        heard = listener.apply({"params": params}, batch["audio"], method="spell")[0]
+        heard = listener.apply({"params": params}, batch["audio"], method="spell")
         return spelling(heard, batch)[0]
 
     value, slope = jax.value_and_grad(loss)(params)
@@ -277,7 +280,7 @@ tunes = [batch(seed) for seed in range(1, 3 if quick else 21)]
 for step in range(2 if quick else 400):
     params, state, loss = update(params, state, tunes[step % len(tunes)])
 new = batch(1000)
-written = best_path(listener.apply({"params": params}, new["audio"], method="spell")[0])
+written = best_path(listener.apply({"params": params}, new["audio"], method="spell"))
 spoken, real = np.asarray(new["spoken"].values), np.asarray(new["spoken"].mask)
 truth = [notes[kept].tolist() for notes, kept in zip(spoken, real, strict=True)]
 right = np.mean([a == b for a, b in zip(written, truth, strict=True)])
@@ -307,9 +310,10 @@ if quick:  # small stand-ins for both models, three steps on noise: only that it
     small += ["--batch-size", "8", "--seconds", "1", "--written", "4"]
     flags = {translation: [*two, *small, "--listen-steps", "1", "--steps", "3"]}
 elif not whole:
-    few = ["--listen-steps", "200", "--steps", "250", "--views", "1", "--most", "12"]
-    flags[translation] = [*two, *few]
-    flags[dialogue] = ["--questions", "500", "--answered", "60", "--sentences", "300", *few]
+    few = ["--views", "1", "--most", "12"]
+    flags[translation] = [*two, *few, "--listen-steps", "200", "--steps", "250"]
+    flags[dialogue] = ["--questions", "500", "--sentences", "300", *few]
+    flags[dialogue] += ["--listen-steps", "400", "--steps", "400"]
 for workdir, settings in flags.items():
     experiment = f"experiments/{workdir.name.removeprefix('colab_')}.py"
     command = ["train", experiment, "--workdir", str(workdir), "--overwrite", "--no-tensorboard"]

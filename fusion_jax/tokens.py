@@ -59,7 +59,8 @@ def mean_pool(tokens: Tokens) -> jax.Array:
 
 def windows(tokens: Tokens, factor: int) -> Tokens:
     """Groups of `factor` neighbours, the last filled up: values [b, t', f, d], mask [b, t', f]."""
-    missing = -tokens.mask.shape[1] % factor
+    length = tokens.mask.shape[1]
+    missing = (length + factor - 1) // factor * factor - length  # 0 or more, as exports can see
     values = jnp.pad(tokens.values, ((0, 0), (0, missing), (0, 0)))
     mask = jnp.pad(tokens.mask, ((0, 0), (0, missing)))
     return Tokens(

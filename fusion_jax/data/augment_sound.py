@@ -1,4 +1,4 @@
-"""Other speeds and noise for recordings, on the device, as pure functions.
+"""Other speeds, noise and a telephone's band for recordings, on the device, as pure functions.
 
     keys = row_keys(batch["id"], batch["step"], seed=0)
     sound = change_speed(batch["audio"], uniform(keys, 0.9, 1.1))
@@ -14,6 +14,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from fusion_jax.data.audio import SAMPLE_RATE
 from fusion_jax.tokens import Tokens, fill
 
 HALF = 12  # taps of the resampling filter on each side
@@ -86,6 +87,22 @@ def add_noise(sound: Tokens, noise: jax.Array, decibels: jax.Array) -> Tokens:
     scale = loudness(samples) / jnp.where(quiet, 1.0, loudness(noise))
     scale *= 10 ** (-decibels.astype(samples.dtype)[:, None] / 20)
     return sound.replace(values=samples + jnp.where(quiet, 0.0, scale) * noise)
+
+
+def cut_band(sound: Tokens, top: jax.Array) -> Tokens:
+    """Leaves out of each row what is higher than `top` hertz, float32 [b]; a telephone's is 3400.
+
+    What fills up a row's real samples is taken for silence.
+
+    Args:
+      sound: float [b, samples] at 16 kHz.
+    """
+    samples = fill(sound)
+    hertz = jnp.fft.rfftfreq(samples.shape[1], 1 / SAMPLE_RATE)
+    spectrum = jnp.fft.rfft(samples)
+    kept = jnp.where(hertz[None] <= top[:, None], spectrum, 0.0)
+    low = jnp.fft.irfft(kept, samples.shape[1]).astype(samples.dtype)
+    return sound.replace(values=jnp.where(sound.mask, low, 0.0))
 
 
 def white_noise(keys: jax.Array, samples: int) -> jax.Array:

@@ -49,14 +49,17 @@ class Views:
 SPEEDS = (0.9, 1.1)
 DECIBELS = (0.0, 20.0)
 """By which speech is louder than the noise mixed into it."""
+TELEPHONE, TELEPHONED = 3400.0, 0.5
+"""The highest hertz of a telephone, and the share of views that sound like one."""
 
 
 class SoundViews:
     """A source of which some rows' recordings have `count` alternatives: clean, then changed.
 
-    Each of the others is played at another speed and mixed with white noise, on the device, as
-    (row, view) alone say. What fills the time that is heard is not slowed down, so that nothing
-    that is said is cut off. Each is a function that makes it, see `features`.
+    Each of the others is played at another speed and mixed with white noise, half of them with no
+    more than a telephone's band, on the device, as (row, view) alone say. What fills the time that
+    is heard is not slowed down, so that nothing that is said is cut off. Each is a function that
+    makes it, see `features`.
 
     Args:
         rows: those of training; the others stay as they are.
@@ -69,6 +72,7 @@ class SoundViews:
         self.source, self.count, self.rows = source, count, frozenset(rows)
         self.heard = Waveforms(seconds)
         about = (source.checksum, count, sorted(self.rows), seconds, SPEEDS, DECIBELS)
+        about += (TELEPHONE, TELEPHONED)
         self.checksum = f"{about!r} sound views"
 
     def __len__(self) -> int:
@@ -101,14 +105,16 @@ class SoundViews:
 
 @jax.jit
 def _changed(sound: Tokens, row: jax.Array, view: jax.Array) -> Tokens:
-    """[1, samples] at a speed and in noise drawn for that row and view."""
-    speed, noise, loud = (augment_sound.row_keys(row[None], view, seed) for seed in range(3))
+    """[1, samples] at a speed, in noise and in a band drawn for that row and view."""
+    speed, noise, loud, band = (augment_sound.row_keys(row[None], view, seed) for seed in range(4))
     slowest, fastest = SPEEDS
     slowest = sound.mask.mean(axis=1).clip(slowest, 1.0)
     factor = slowest + (fastest - slowest) * augment_sound.uniform(speed, 0.0, 1.0)
     sound = augment_sound.change_speed(sound, factor)
     noise = augment_sound.white_noise(noise, sound.values.shape[1])
-    return augment_sound.add_noise(sound, noise, augment_sound.uniform(loud, *DECIBELS))
+    sound = augment_sound.add_noise(sound, noise, augment_sound.uniform(loud, *DECIBELS))
+    narrow = augment_sound.uniform(band, 0.0, 1.0) < TELEPHONED
+    return augment_sound.cut_band(sound, jnp.where(narrow, TELEPHONE, jnp.inf))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -38,6 +38,7 @@ from fusion_jax.errors import UserError
 from fusion_jax.language.answers import PLAIN
 from fusion_jax.language.ask import Assistant
 from fusion_jax.language.fused import FusedLM
+from fusion_jax.language.listener import Listener
 from fusion_jax.language.prompt import text_mask
 from fusion_jax.language.translate import NAMES, instruction
 from fusion_jax.paths import write_folder
@@ -263,7 +264,8 @@ def _medium(draft: Draft, assistant: Assistant, name: str) -> dict[str, Any]:
     def see(trees, raw):  # noqa: ANN001, ANN202
         tokens, scores = encoder.apply(trees[name], Tokens(**raw))
         media = {name: jax.tree.map(lambda leaf: leaf[:, None], tokens)}
-        connected = model.apply({"params": trees["connector"]}, media, method="connect")[name]
+        params = trees["connector"] | {part: trees[part] for part in reads}
+        connected = model.apply({"params": params}, media, method="connect")[name]
         found = {"vectors": connected.values, "real": connected.mask}
         return found if scores is None else found | {"scores": scores}
 
@@ -273,7 +275,9 @@ def _medium(draft: Draft, assistant: Assistant, name: str) -> dict[str, Any]:
     else:
         values = mask = f"b, {name}_length"
     raw = {"values": _shape(scope, values), "mask": _shape(scope, mask, bool)}
-    draft.function(name, see, {name: encoder.params, "connector": own}, raw)
+    # What hears words has them read and judged by the language model.
+    reads = {"decoder": assistant.params["decoder"]} if isinstance(connector, Listener) else {}
+    draft.function(name, see, {name: encoder.params, "connector": own, **reads}, raw)
     if encoder.words is not None:
         described["words"] = {"labels": list(encoder.words), "count": encoder.count}
     return described

@@ -29,7 +29,9 @@ from fusion_jax.attention import Mask
 from fusion_jax.errors import UserError
 from fusion_jax.language.decoder import Decoder
 from fusion_jax.language.generate import cross_context
+from fusion_jax.language.listener import Listener
 from fusion_jax.language.prompt import Prompt, positions, text_mask
+from fusion_jax.language.spelling import Heard
 from fusion_jax.tokens import Tokens, fill, mean_pool
 
 Batch = Mapping[str, Any]
@@ -91,6 +93,10 @@ class FusedLM(nn.Module):
             if name in self.encoders:
                 tokens = self.encoders[name](tokens, train=train)
             tokens = connector(tokens, train=train)
+            if isinstance(tokens, Heard):
+                tokens = self._likeliest(tokens, connector)
+            if jnp.issubdtype(tokens.values.dtype, jnp.integer):
+                tokens = Tokens(self.decoder.embed(fill(tokens)), tokens.mask)
             if tokens.values.shape[-1] != self.decoder.width:
                 raise UserError(
                     f"the {name} connector gives width {tokens.values.shape[-1]}, the decoder "
@@ -101,6 +107,34 @@ class FusedLM(nn.Module):
                 tokens,
             )
         return connected
+
+    def words(self, name: str, tokens: Tokens) -> Tokens:
+        """What a connector that hears words makes of items [b, ...]: ids int [b, t]."""
+        connector = self.connectors[name]
+        return self._likeliest(connector(tokens), connector)
+
+    def _likeliest(self, heard: Heard, how: Listener) -> Tokens:
+        """Of candidates [b, n, t] those that this language model expects as well, ids [b, t]."""
+        batch, count, _ = heard.ids.shape
+        if count == 1:
+            return Tokens(heard.ids[:, 0], heard.mask[:, 0])
+        before = jnp.array(how.before, jnp.int32)
+        first = jnp.broadcast_to(before[None], (batch * count, len(before)))
+        said = (leaf[:, :, : how.judged] for leaf in (heard.ids, heard.mask))
+        ids, said = (rearrange(leaf, "b n t -> (b n) t") for leaf in said)
+        ids = jnp.concatenate([first, ids], axis=1)
+        mask = jnp.concatenate([jnp.ones(first.shape, bool), said], axis=1)
+        hidden, _ = self.decoder(self.decoder.embed(ids), text_mask(mask))
+        start = max(len(before), 1)  # what comes first of all is expected by nothing
+        log_p = jax.nn.log_softmax(self.decoder.logits(hidden[:, start - 1 : -1]))
+        log_p = jnp.take_along_axis(log_p, ids[:, start:, None], axis=2)[:, :, 0]
+        expected = fill(Tokens(log_p, mask[:, start:])).sum(axis=1).reshape(batch, count)
+        best = (heard.log_p + how.trust * expected).argmax(axis=1)
+        ids, mask = (
+            jnp.take_along_axis(leaf, best[:, None, None], axis=1)[:, 0]
+            for leaf in (heard.ids, heard.mask)
+        )
+        return Tokens(ids, mask)
 
     def prompt(self, batch: Batch, train: bool = False) -> Prompt:
         """The vectors that the decoder reads: batch["text"] with media in place of their marks."""

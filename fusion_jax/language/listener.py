@@ -1,13 +1,11 @@
-"""A connector that spells: frames of speech to as many vectors as there are words in them.
+"""A connector that spells: frames of speech to the words that a language model reads instead.
 
-A CTC head says which word piece each frame is, if any. A frame of a new piece becomes one vector
-for the language model: the mean of its own word vectors, weighted by what the head believes, and
-beside it what a linear map makes of the frame. So the model reads nearly what it would read had
-the speech been typed, sees how sure that is, and gets no more tokens than that. After CTC
-compression (Gaido et al. 2021, arXiv 2102.01578) and LegoSLM (Ma et al. 2025, arXiv 2505.11352).
+A CTC head says which letter each frame is, if any. `spelling.search` finds the sentences of a
+dictionary's words that fit these letters best, and of a few such candidates the language model that
+reads them takes the one that it, too, expects (see `FusedLM.connect`): a recogniser and a language
+model listen together (Graves and Jaitly 2014, and rescoring as in arXiv 1601.00186).
 """
 
-from collections.abc import Sequence
 from functools import partial
 
 import flax.linen as nn
@@ -16,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
+from fusion_jax.language.spelling import Dictionary, Heard, search
 from fusion_jax.norm import LayerNorm
-from fusion_jax.pretrained.checkpoint import whole
 from fusion_jax.tokens import Tokens, fill, windows
 from fusion_jax.transformer import gelu
 
@@ -25,84 +23,81 @@ BLANK = 0
 
 
 class Listener(nn.Module):
-    """Tokens of a speech encoder -> at most `most` vectors of the model's width.
+    """Tokens of a speech encoder -> what may have been said, in at most `most` word pieces.
 
     Attributes:
-        width: of the language model.
-        pieces: how many word pieces it can spell; class 0 is the blank, piece i class i + 1. Their
-            vectors are the param "words" [pieces, width], see `vocabulary`.
-        most: vectors that come out. It may be changed after training.
+        letters: how many can be told apart; class 0 is the blank, letter i class i + 1.
+        dictionary: of what can be said; without one it only spells.
+        most: pieces that come out. It may be changed after training, as may all below `dropout`.
         stack: frames that are read as one.
+        each: letters that may begin in a stack.
         hidden_width, depth: of the layers between, each of which sees a neighbour on each side.
+        beams, candidates, weight, bonus, unknown: of the search.
+        trust: how much the language model has to say, which multiplies its log p.
+        judged: so many pieces are looked at by it, from the first on.
+        before: ids after which it expects them.
     """
 
-    width: int
-    pieces: int
+    letters: int
+    dictionary: Dictionary | None = None
     most: int = 24
-    stack: int = 4
+    stack: int = 2
+    each: int = 2
     hidden_width: int = 384
-    depth: int = 2
+    depth: int = 3
     dropout: float = 0.1
     dtype: jnp.dtype = jnp.float32
+    beams: int = 16
+    candidates: int = 1
+    weight: float = 0.7
+    bonus: float = 2.5
+    unknown: float = -3.0
+    trust: float = 0.5
+    judged: int = 24
+    before: tuple[int, ...] = ()
 
-    def setup(self) -> None:
-        dense = partial(nn.Dense, dtype=self.dtype)
-        self.enter = dense(self.hidden_width)
-        self.norms = [LayerNorm(dtype=self.dtype) for _ in range(self.depth + 1)]
-        self.wide = [dense(2 * self.hidden_width) for _ in range(self.depth)]
-        self.narrow = [dense(self.hidden_width) for _ in range(self.depth)]
-        self.drop = nn.Dropout(self.dropout)
-        self.head = dense(self.pieces + 1)
-        self.beside = dense(self.width, kernel_init=nn.initializers.zeros)
-        shape = (self.pieces, self.width)
-        self.words = self.param("words", nn.initializers.normal(0.02), shape)
-
-    def spell(
-        self, tokens: Tokens, train: bool = False, classes: jax.Array | None = None
-    ) -> tuple[Tokens, jax.Array]:
-        """[b, t, any] -> logits of classes, Tokens [b, t / stack, pieces + 1], and hidden states.
+    @nn.compact
+    def spell(self, tokens: Tokens, train: bool = False) -> Tokens:
+        """[b, t, any] -> logits of letters, Tokens [b, t / stack * each, letters + 1].
 
         Each recording is standardized over its own frames: what differs between speakers,
         microphones and synthesizers is mostly there.
-
-        Args:
-            classes: int [k], of which alone there are to be logits, [b, t / stack, k].
         """
+        dense = partial(nn.Dense, dtype=self.dtype)
+        norm = partial(LayerNorm, dtype=self.dtype)
         stacks = windows(_standardized(tokens), self.stack)
         mask = stacks.mask.any(axis=2)
         values = rearrange(stacks.values, "b t s d -> b t (s d)")
-        hidden = self.enter(values.astype(self.dtype))
-        for norm, wide, narrow in zip(self.norms, self.wide, self.narrow, strict=False):
-            seen = fill(Tokens(norm(hidden), mask))
+        hidden = dense(self.hidden_width)(values.astype(self.dtype))
+        drop = nn.Dropout(self.dropout, deterministic=not train)
+        for _ in range(self.depth):
+            seen = fill(Tokens(norm()(hidden), mask))
             padded = jnp.pad(seen, ((0, 0), (1, 1), (0, 0)))
             seen = jnp.concatenate([padded[:, :-2], seen, padded[:, 2:]], axis=-1)
-            hidden += self.drop(narrow(gelu(wide(seen))), deterministic=not train)
-        hidden = self.norms[-1](hidden)
-        if classes is None:
-            return Tokens(self.head(hidden), mask), hidden
-        head = self.head.variables["params"]
-        kernel, bias = (head[name][..., classes].astype(self.dtype) for name in ("kernel", "bias"))
-        return Tokens(hidden @ kernel + bias[None, None], mask), hidden
-
-    def __call__(self, tokens: Tokens, train: bool = False) -> Tokens:
-        """[b, t, any] -> [b, most, width]"""
-        logits, hidden = self.spell(tokens, train)
-        belief = jax.nn.softmax(logits.values[..., BLANK + 1 :].astype(jnp.float32), axis=-1)
-        spoken = belief.astype(self.dtype) @ self.words.astype(self.dtype) + self.beside(hidden)
-        room = ((0, 0), (0, self.most))  # so that there are as many, whatever the length
-        kept = jnp.pad(new_pieces(logits), room)
-        order = jnp.argsort(~kept, axis=1, stable=True)[:, : self.most]
+            wide = gelu(dense(2 * self.hidden_width)(seen))
+            hidden += drop(dense(self.hidden_width)(wide))
+        logits = dense(self.each * (self.letters + 1))(norm()(hidden))
         return Tokens(
-            jnp.take_along_axis(jnp.pad(spoken, (*room, (0, 0))), order[:, :, None], axis=1),
-            jnp.take_along_axis(kept, order, axis=1),
+            rearrange(logits, "b t (e c) -> b (t e) c", e=self.each),
+            jnp.repeat(mask, self.each, axis=1),
         )
 
-
-def new_pieces(logits: Tokens) -> jax.Array:
-    """Which frames begin a piece, bool [b, t]: neither blank nor as the frame before."""
-    best = logits.values.argmax(axis=-1)
-    before = jnp.pad(best, ((0, 0), (1, 0)), constant_values=BLANK)[:, : best.shape[1]]
-    return logits.mask & (best != BLANK) & (best != before)
+    def __call__(self, tokens: Tokens, train: bool = False) -> Heard | Tokens:
+        """[b, t, any]; ids int [b, t] of what was heard before stay as they are."""
+        if jnp.issubdtype(tokens.values.dtype, jnp.integer):
+            return tokens
+        logits = self.spell(tokens, train)
+        return search(
+            jax.nn.log_softmax(logits.values.astype(jnp.float32)),
+            logits.mask,
+            self.dictionary,
+            beams=self.beams,
+            candidates=self.candidates,
+            most=self.most,
+            weight=self.weight,
+            bonus=self.bonus,
+            unknown=self.unknown,
+        )
 
 
 def best_path(logits: Tokens, blank: int = BLANK) -> list[list[int]]:
@@ -125,26 +120,3 @@ def _standardized(tokens: Tokens) -> Tokens:
     centered = (values - mean) * weight
     deviation = jnp.sqrt((centered**2).sum(axis=1, keepdims=True) / count + 1e-6)
     return Tokens(centered / deviation, tokens.mask)
-
-
-class Spelling:
-    """The word pieces of some texts, as classes of a `Listener`.
-
-    Args:
-        ids: of each text, by the language model's tokenizer.
-        table: its word vectors, [vocabulary, width].
-    """
-
-    def __init__(self, ids: Sequence[Sequence[int]], table: np.ndarray):
-        self.pieces = sorted({piece for row in ids for piece in row})
-        self._classes = {piece: index + 1 for index, piece in enumerate(self.pieces)}
-        self.start = {"words": whole(table)[self.pieces].astype(np.float32)}
-
-    def classes(self, ids: Sequence[int]) -> np.ndarray:
-        """Ids -> classes, int32; pieces that it does not know are left out."""
-        known = [self._classes[piece] for piece in ids if piece in self._classes]
-        return np.asarray(known, np.int32)
-
-    def ids(self, classes: Sequence[int]) -> list[int]:
-        """Classes without blanks -> ids."""
-        return [self.pieces[each - 1] for each in classes]

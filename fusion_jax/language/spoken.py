@@ -1,6 +1,6 @@
 """A published language model that hears, of which a little is trained, and what it says.
 
-spoken = SpokenLM.of(checkpoint, hearing, spelling, ranks={"query": 8})
+spoken = SpokenLM.of(checkpoint, hearing, dictionary, ranks={"query": 8})
 spoken.turns([Turn("<audio>", "A badger is ...", row=3)], length=96)      # to train on
 spoken.write(params, ["<audio>"], [3], max_tokens=24)                     # what it answers
 """
@@ -8,13 +8,14 @@ spoken.write(params, ["<audio>"], [3], max_tokens=24)                     # what
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 from tqdm import tqdm
 
 from fusion_jax import paths
@@ -27,10 +28,14 @@ from fusion_jax.language.fused import FusedLM, Layout, Params
 from fusion_jax.language.generate import generate
 from fusion_jax.language.hearing import LONGEST, Hearing, PackedTurns, Turn, Turns
 from fusion_jax.language.items import answer_all
-from fusion_jax.language.listener import Listener, Spelling, best_path
+from fusion_jax.language.listener import Listener
+from fusion_jax.language.spelling import Dictionary
 from fusion_jax.language.tuned import Tuned
 from fusion_jax.pretrained.load import Pretrained
 from fusion_jax.tokens import Tokens
+
+NEAR = 4
+"""Ids before what is said, by which the language model tells what it expects."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -40,23 +45,24 @@ class SpokenLM:
     Attributes:
         tuned: the model; its connector of sound is `listener`.
         published: the params that it starts from.
-        hearing, spelling: what it hears, and the word pieces that its listener spells.
+        hearing: what it hears; its listener has the dictionary of what can be said.
         chat, layout: how turns of training become ids.
         config, checksum: of the language model.
-        heard: most vectors of a recording when it is asked, where a turn has more room than the
+        heard: most word pieces of a recording when it is asked, where a turn has more room than the
             `listener.most` of training: 30 s are about 80 words.
+        candidates: of which the language model takes one, when it is asked.
     """
 
     tuned: Tuned
     listener: Listener
     published: Params
     hearing: Hearing
-    spelling: Spelling
     chat: Chat
     layout: Layout
     config: Mapping[str, Any]
     checksum: str
     heard: int = 80
+    candidates: int = 1
     batch_size: int = 20
 
     @classmethod
@@ -64,11 +70,12 @@ class SpokenLM:
         cls,
         checkpoint: Pretrained,
         hearing: Hearing,
-        spelling: Spelling,
+        dictionary: Dictionary,
         *,
         ranks: Mapping[str, int],
         template: str | None = None,
         heard: int = 80,
+        candidates: int = 1,
         **listener: Any,
     ) -> "SpokenLM":
         """Around that checkpoint.
@@ -76,28 +83,27 @@ class SpokenLM:
         Args:
             ranks: of LoRA, {pattern of the decoder's paths: rank}.
             template: of chats, if not the checkpoint's own.
-            heard: see the attribute.
+            heard, candidates: see the attributes.
             listener: further attributes of the `Listener`.
         """
-        connector = Listener(checkpoint.module.width, len(spelling.pieces), **listener)
+        connector = Listener(len(dictionary.letters), dictionary, **listener)
         connectors: dict[str, nn.Module] = {"audio": connector}
         model = FusedLM(checkpoint.module, connectors)
         chat = Chat.of(checkpoint)
         if template is not None:
             chat = dataclasses.replace(chat, template=template)
-        base = {"decoder": checkpoint.params, "connectors_audio": spelling.start}
         layout = model.layout(jax.random.key(0), {"audio": hearing.items([None])})
         return cls(
             Tuned(model, ranks),
             connector,
-            {"base": base},
+            {"base": {"decoder": checkpoint.params}},
             hearing,
-            spelling,
             chat,
             layout,
             checkpoint.config,
             checkpoint.checksum,
             heard,
+            candidates,
         )
 
     def init(self, key: jax.Array) -> Params:
@@ -113,22 +119,27 @@ class SpokenLM:
         return PackedTurns(self.turns((), length), items=max(1, length // 32))
 
     def spell(self, params: Params, rows: Sequence[int]) -> list[str]:
-        """What the listener alone writes of utterances."""
+        """What is heard of utterances, in words."""
         written = []
-        for start in tqdm(range(0, len(rows), 64), desc="listening", unit="batch", leave=False):
-            heard = self.hearing.items(rows[start : start + 64])
-            sound = Tokens(heard.values[:, 0], heard.mask[:, 0])
-            for classes in self._best(params["connectors_audio"], sound):
-                written.append(self.chat.tokenizer.decode(self.spelling.ids(classes)).strip())
+        for start in tqdm(range(0, len(rows), 16), desc="listening", unit="batch", leave=False):
+            ids = self._heard(params, self.hearing.items(rows[start : start + 16]))
+            for row, real in zip(np.asarray(ids.values), np.asarray(ids.mask), strict=True):
+                written.append(self.chat.tokenizer.decode(row[0, real[0]].tolist()).strip())
         return written
 
-    def _best(self, params: Params, sound: Tokens) -> list[list[int]]:
-        return best_path(self._spell(params, sound))
+    def _heard(self, params: Params, items: Tokens) -> Tokens:
+        """Items of sound [b, 1, t, d] -> of words, ids [b, 1, heard]."""
+        ids = self.words(params, Tokens(items.values[:, 0], items.mask[:, 0]))
+        return jax.tree.map(lambda leaf: leaf[:, None, : self.heard], ids)
 
     @cached_property
-    def _spell(self) -> Any:
+    def words(self) -> Callable[[Params, Tokens], Tokens]:
+        """(params of `tuned.model`, sound [b, t, d]) -> ids [b, heard + 1]: one more than are read
+        shows what says too much."""
+        listener = self.asked[0].connectors["audio"].clone(most=self.heard + 1)
+        model = self.tuned.model.clone(connectors={"audio": listener})
         return jax.jit(
-            lambda params, sound: self.listener.apply({"params": params}, sound, method="spell")[0]
+            lambda params, sound: model.apply({"params": params}, "audio", sound, method="words")
         )
 
     def write(
@@ -154,7 +165,7 @@ class SpokenLM:
         def answer(asked: Sequence[tuple[str, int | None]], text: Tokens) -> list[list[int]]:
             rows = [row for _, row in asked]
             heard = any(row is not None for row in rows)
-            audio = {"audio": self.hearing.items(rows)} if heard else {}
+            audio = {"audio": self._heard(params, self.hearing.items(rows))} if heard else {}
             prompt = self._prompt(params, {"text": text, **audio})
             written = generate(
                 decoder, params["decoder"], prompt, max_tokens=max_tokens, stop_ids=stops
@@ -167,7 +178,11 @@ class SpokenLM:
     @cached_property
     def asked(self) -> tuple[FusedLM, Layout]:
         """The model as it is asked, here and through `assistant`, and its layout."""
-        model = self.tuned.model.clone(connectors={"audio": self.listener.clone(most=self.heard)})
+        mark = self.layout.marks["audio"]
+        asked = self.chat.prompt([{"role": "user", "content": "<audio>"}], self.layout)
+        before = tuple(asked[max(asked.index(mark) - NEAR, 0) : asked.index(mark)])
+        listener = self.listener.clone(most=self.heard, candidates=self.candidates, before=before)
+        model = self.tuned.model.clone(connectors={"audio": listener})
         return model, model.layout(jax.random.key(0), {"audio": self.hearing.items([None])})
 
     @cached_property
@@ -202,14 +217,13 @@ class SpokenLM:
 
         def read(file: Path) -> Tokens:
             items = self.hearing.read(file)
-            sound = Tokens(items.values[:, 0], items.mask[:, 0])
-            pieces = len(self._best(merged["connectors_audio"], sound)[0])
-            if pieces > self.heard:
+            ids = self.words(merged, Tokens(items.values[:, 0], items.mask[:, 0]))
+            if ids.mask.sum() > self.heard:
                 raise UserError(
-                    f"{file} says {pieces} word pieces, of which {self.heard} are heard at once: "
+                    f"{file} says more than the {self.heard} word pieces that are heard at once: "
                     "cut it into parts"
                 )
-            return items
+            return jax.tree.map(lambda leaf: np.asarray(leaf)[None, :, : self.heard], ids)
 
         encode = self.hearing.published.module.apply
         encoder = Encoder(

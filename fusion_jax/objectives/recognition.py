@@ -84,47 +84,14 @@ def ctc(logits: Callable[[Any], Tokens], labels: str, blank: int = 0) -> Loss:
     return ctc
 
 
-def sampled_classes(
-    labels: Tokens, classes: int, count: int, rng: jax.Array
-) -> tuple[jax.Array, Tokens, jax.Array]:
-    """The blank, all classes of some labels, and others drawn at random in place of the rest.
-
-    Where there are tens of thousands, a batch is told from few of them in a fraction of the time.
-    Those drawn count for all that were not, so that the sum that a softmax divides by is right on
-    average, and its logarithm, the loss, a little too low (importance sampling, as in arXiv
-    1412.2007).
-
-    Args:
-      labels: int [b, t], without the blank, 0.
-      classes: how many there are.
-      count: how many to take, the blank and those of the labels among them; b t + 1 or more.
-
-    Returns:
-      Which classes, int [count]; the labels by their place among these; what is to be added to the
-      logits of each, float32 [count].
-    """
-    said = jnp.zeros(classes, bool).at[jnp.where(labels.mask, labels.values, 0)].set(True)
-    said = said.at[0].set(True)
-    order = said.astype(jnp.float32) + jax.random.uniform(rng, (classes,))
-    order = order.at[0].set(2.0)  # stays first
-    _, picked = jax.lax.top_k(order, count)
-    places = jnp.zeros(classes, jnp.int32).at[picked].set(jnp.arange(count, dtype=jnp.int32))
-    known = said.sum().astype(jnp.float32)
-    weight = jnp.log((classes - known) / (count - known).clip(1.0))
-    renamed = places[jnp.where(labels.mask, labels.values, 0)]
-    return picked, Tokens(renamed, labels.mask), jnp.where(said[picked], 0.0, weight)
-
-
 def spell_and_answer(
-    model: SpokenLM, answers: Mapping[str, Objective], ctc_weight: float, told_from: int = 0
+    model: SpokenLM, answers: Mapping[str, Objective], ctc_weight: float
 ) -> Objective:
     """Spells the stream "listen" of `Dictation`, and learns answers where there are any.
 
     Args:
         answers: {stream of `Turns`: how it is learned}; each counts alike.
         ctc_weight: of the spelling, once there are answers.
-        told_from: classes of a step of spelling, see `sampled_classes`, where a batch cannot hold
-            more; 0 takes all.
 
     Raises:
         UserError: a batch with another stream.
@@ -134,22 +101,14 @@ def spell_and_answer(
     def spell(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Metrics]:
         masked, dropped = jax.random.split(rng)
         heard = spec_augment(batch["audio"], masked, bands=30, time=0.1)
-        classes, labels = model.listener.pieces + 1, batch["spoken"]
-        count = max(told_from, labels.values.size + 1)
-        few, added = None, None
-        if told_from and count < classes:
-            few, labels, added = sampled_classes(labels, classes, count, jax.random.fold_in(rng, 2))
-        logits, _ = model.listener.apply(
+        logits = model.listener.apply(
             {"params": params["base"]["connectors_audio"]},
             heard,
             train=True,
-            classes=few,
             rngs={"dropout": dropped},
             method="spell",
         )
-        if added is not None:
-            logits = Tokens(logits.values + added[None, None], logits.mask)
-        return spelling(logits, {"spoken": labels})
+        return spelling(logits, batch)
 
     def hearing(answer: Objective) -> Objective:
         @wraps(answer)

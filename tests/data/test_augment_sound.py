@@ -87,3 +87,15 @@ def test_an_example_is_changed_alike_in_any_batch():
     others = changed(ids, step=6), changed(ids, seed=1)
     assert not any(np.array_equal(together[0], other[0]) for other in others)
     assert np.abs(together[0] - 1).max() <= 0.1 and len(set(together[0].tolist())) == 3
+
+
+def test_a_telephone_carries_what_is_low():
+    times = np.arange(SIZE) / 16000
+    low, high = (np.sin(2 * np.pi * hertz * times).astype(np.float32) for hertz in (1000, 5000))
+    mask = np.ones((2, SIZE), bool)
+    mask[:, 3000:] = False
+    sound = Tokens(np.where(mask, np.stack([low + high] * 2), np.nan), mask)
+    found = augment.cut_band(sound, jnp.array([3400.0, jnp.inf])).values
+    assert not found[:, 3000:].any()
+    np.testing.assert_allclose(found[0, 100:2900], low[100:2900], atol=0.02)
+    np.testing.assert_allclose(found[1, :3000], (low + high)[:3000], atol=1e-5)

@@ -11,7 +11,7 @@ from fusion_jax.data import features
 from fusion_jax.data.audio import Waveforms
 from fusion_jax.data.pipeline import Padded
 from fusion_jax.data.spoken import Spoken, Utterance
-from fusion_jax.data.views import DECIBELS, SPEEDS, SoundViews, standardized
+from fusion_jax.data.views import DECIBELS, SPEEDS, TELEPHONE, SoundViews, standardized
 from fusion_jax.errors import UserError
 from fusion_jax.tokens import Tokens
 
@@ -68,6 +68,17 @@ def test_each_view_is_of_another_speed_and_loudness_of_noise(views):
     assert len({round(each, 3) for each in speeds}) == len({round(each, 2) for each in ratios}) == 9
     assert max(len(view) for view in heard(views, 3)) == 8000  # nothing is cut off
     assert min(speeds[-3:]) >= 1
+
+
+def test_some_views_sound_like_a_telephone(views):
+    shares = []
+    for row in (0, 2, 3):
+        for view in heard(views, row)[1:]:
+            power = np.abs(np.fft.rfft(view)) ** 2
+            high = np.fft.rfftfreq(len(view), 1 / RATE) > TELEPHONE + 200
+            shares.append(power[high].sum() / power.sum())
+    narrow = np.array(shares) < 1e-3
+    assert 0 < narrow.sum() < len(narrow) and min(np.array(shares)[~narrow]) > 3e-3
 
 
 def test_a_view_depends_on_its_row_alone(views, tmp_path):

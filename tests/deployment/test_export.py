@@ -28,10 +28,11 @@ from fusion_jax.deployment.runtime.artifact import Artifact, BadInput
 from fusion_jax.deployment.runtime.chat_protocol import ChatRequest
 from fusion_jax.deployment.runtime.generation import Generator, TooLong
 from fusion_jax.errors import UserError
+from fusion_jax.language import spelling
 from fusion_jax.language.ask import Encoder
 from fusion_jax.language.fused import FusedLM, init_around
 from fusion_jax.language.generate import advance, prefill
-from fusion_jax.language.listener import Listener, best_path
+from fusion_jax.language.listener import Listener
 from fusion_jax.language.prompt import Prompt, pad
 from fusion_jax.language.translate import instruction
 from fusion_jax.tokens import Tokens
@@ -257,7 +258,10 @@ def test_answers_are_those_in_process(assistant, generator, tmp_path):
 
 def test_speech_of_more_than_is_heard_at_once_is_refused_and_not_cut(assistant, tmp_path):
     decoder = assistant.model.decoder
-    listener = Listener(decoder.width, 3, most=2, hidden_width=8, depth=1)
+    words = [" a", " b", " ab"]
+    dictionary = spelling.Dictionary.tree(" ab", words, [0.0] * 3, [[[5], [6], [7]]] * 2)
+    how = {"hidden_width": 8, "depth": 1, "beams": 4, "candidates": 3, "before": (3,)}
+    listener = Listener(3, dictionary, most=2, **how)
     model = FusedLM(decoder, {"audio": listener})
     sound = Tokens(np.zeros((1, 1, 20, 4), np.float32), np.ones((1, 1, 20), bool))
     base = {"decoder": assistant.params["decoder"]}
@@ -284,14 +288,15 @@ def test_speech_of_more_than_is_heard_at_once_is_refused_and_not_cut(assistant, 
     for seed in range(12):
         item = np.random.default_rng(seed).normal(size=3000 + 1900 * (seed % 3)).astype(np.float32)
         tokens, _ = hear(None, Tokens(item[None], np.ones((1, len(item)), bool)))
-        own = {"params": params["connectors_audio"]}
-        [pieces] = best_path(listener.apply(own, tokens, method="spell")[0])
-        outcomes.add(min(len(pieces), 3))
-        if len(pieces) > 2:
+        longer = model.clone(connectors={"audio": listener.clone(most=9)})
+        said = longer.apply({"params": params}, "audio", tokens, method="words")
+        outcomes.add(min(int(said.mask.sum()), 3))
+        if said.mask.sum() > 2:
             with pytest.raises(BadInput, match="more than the 2 word pieces"):
                 generator.see("audio", item)
         else:
-            expected = listener.apply(own, tokens)
+            items = {"audio": jax.tree.map(lambda leaf: leaf[:, None], tokens)}
+            expected = model.apply({"params": params}, items, method="connect")["audio"]
             found, _ = generator.see("audio", item)
             np.testing.assert_allclose(found, expected.values[expected.mask], atol=1e-5)
     assert {2, 3} <= outcomes

@@ -17,8 +17,8 @@ from fusion_jax.__main__ import main
 from fusion_jax.data import features
 from fusion_jax.data.spoken import Utterance
 from fusion_jax.errors import UserError
+from fusion_jax.tokens import Tokens
 from fusion_jax.training import experiment
-from fusion_jax.training.loop import restore_params
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'user' %}: {{ m.content }} ? "
@@ -57,7 +57,8 @@ def run(tmp_path_factory):
     """A workdir that was trained by the command."""
     folder = tmp_path_factory.mktemp("dialogue")
     (folder / "own.py").write_text(OWN)
-    model = small_checkpoint(folder / "lm", LANGUAGE_MODEL, WORDS, TEMPLATE)
+    config = LANGUAGE_MODEL | {"vocab_size": len({"[UNK]", "</s>", *WORDS})}  # all can be read
+    model = small_checkpoint(folder / "lm", config, WORDS, TEMPLATE)
     flags = [
         *("--language-model", model, "--tower", small_checkpoint(folder / "tower", HEARING)),
         *("--steps", "4", "--listen-steps", "2", "--batch-size", "8", "--turns", "8"),
@@ -73,7 +74,7 @@ def run(tmp_path_factory):
 
 def test_the_report_compares_with_typed_words_and_hearing_nothing(run):
     found = json.loads((run / "report" / "metrics.json").read_text())
-    ways = ("fused", "fused, typed", "nothing heard", "listener, then SmolLM2")
+    ways = ("fused", "fused, typed", "nothing heard")
     assert found["wer/noise/listener"] >= 0
     for kind in ("noise", "more noise"):
         scores = [found[f"answer/{kind}, {each}/{way}"] for each in TABLES for way in ways]
@@ -81,13 +82,6 @@ def test_the_report_compares_with_typed_words_and_hearing_nothing(run):
     logged = [json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines()]
     trained = [row for row in logged if "train/loss" in row][-1]
     assert {"train/listen/spell", "train/turn/agreement", "train/told/accuracy"} <= set(trained)
-
-
-def test_the_words_that_it_says_stay_the_language_models(run):
-    module, s = experiment.reopen(run)
-    trained = restore_params(module.build(s), s, run)["base"]["connectors_audio"]
-    _, model = dialogue.assemble(s)
-    np.testing.assert_array_equal(trained["words"], model.spelling.start["words"])
 
 
 def test_definitions_end_with_their_noun(monkeypatch):
@@ -134,7 +128,7 @@ def test_who_only_listens_asks_for_no_answers(run, monkeypatch):
     found = dialogue.build(alone)
     assert set(found.data[3]) == set(found.data[0]) and "turn" not in found.data[3]
     assert len(found.data[3]["listen"]["spoken"].values) == 8
-    with pytest.raises(UserError, match="--lora-rank 2: give more --steps"):
+    with pytest.raises(UserError, match="--lora-rank 2: adapters alone learn from answers"):
         dialogue.build(dataclasses.replace(s, listen_steps=s.steps))
     with pytest.raises(UserError, match=r"mine\.jsonl: its answers are learned after"):
         dialogue.build(dataclasses.replace(alone, asked=Path("mine.jsonl")))
@@ -142,7 +136,8 @@ def test_who_only_listens_asks_for_no_answers(run, monkeypatch):
 
 def test_what_says_more_than_is_heard_is_refused(run, tmp_path, monkeypatch, capsys):
     (tmp_path / "long.wav").write_bytes(noise(1))
-    monkeypatch.setattr(dialogue.SpokenLM, "_best", lambda *_: [[1] * 81])
+    said = Tokens(np.ones((1, 81), np.int32), np.ones((1, 81), bool))
+    monkeypatch.setattr(dialogue.SpokenLM, "words", lambda *_: said)
     asked = ["--workdir", str(run), "--audio", str(tmp_path / "long.wav"), ""]
     assert main(["ask", *asked]) == 2
-    assert "81 word pieces, of which 80 are heard at once" in capsys.readouterr().err
+    assert "says more than the 80 word pieces that are heard at once" in capsys.readouterr().err

@@ -18,15 +18,15 @@ from fusion_jax.compression.quantization import on_kernels, quantize
 from fusion_jax.compression.running import running
 from fusion_jax.data.pipeline import Batches
 from fusion_jax.errors import UserError
+from fusion_jax.language import spelling
 from fusion_jax.language.chat import Chat
 from fusion_jax.language.fused import FusedLM
 from fusion_jax.language.hearing import Dictation, Hearing, Turn, Turns, Typed, load_speech
 from fusion_jax.language.items import as_items
-from fusion_jax.language.listener import Listener, Spelling
+from fusion_jax.language.listener import Listener
 from fusion_jax.language.sight import Sight
 from fusion_jax.language.spoken import SpokenLM
 from fusion_jax.language.tuned import Tuned
-from fusion_jax.objectives import recognition
 from fusion_jax.objectives.generative import causal_lm
 from fusion_jax.objectives.recognition import as_typed, spell_and_answer
 from fusion_jax.pretrained.tower import Tower
@@ -117,17 +117,17 @@ def spoken():
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     decoder = tiny.decoder()
     params = tiny.random_params(decoder)
-    spelling = Spelling([[5, 6, 7]], params["embedding"]["embedding"])
-    listener = Listener(tiny.WIDTH, 3, most=6, stack=2, hidden_width=8, depth=1)
+    words = [" a", " b", " ab"]
+    dictionary = spelling.Dictionary.tree(" ab", words, [0.0] * 3, [[[5], [6], [7]]] * 2)
+    listener = Listener(3, dictionary, most=6, hidden_width=8, depth=1, beams=4)
     model = FusedLM(decoder, {"audio": listener})
     template = "{% for m in messages %}{{ m.content }} w3 {% endfor %}"
     chat = Chat(tokenizer, template, {}, (2,))
     hearing = Heard(None, None, (12, 3))
     layout = model.layout(jax.random.key(0), {"audio": hearing.items([None])})
-    base = {"decoder": params, "connectors_audio": spelling.start}
-    tuned = Tuned(model, {"query": 2})
+    tuned, base = Tuned(model, {"query": 2}), {"base": {"decoder": params}}
     return SpokenLM(
-        tuned, listener, {"base": base}, hearing, spelling, chat, layout, {}, "sum", batch_size=2
+        tuned, listener, base, hearing, chat, layout, {}, "sum", candidates=3, batch_size=2
     )
 
 
@@ -215,29 +215,7 @@ def test_spelling_comes_alone_first_and_then_beside_the_answers(spoken):
     assert total > 0.5 * alone
     moved = lambda tree: float(sum(jnp.abs(leaf).sum() for leaf in jax.tree.leaves(tree)))  # noqa: E731
     assert moved(first["lora"]) == 0 < moved(second["lora"])
-    assert moved(first["base"]["connectors_audio"]["head"]) > 0
-
-
-def test_spelling_is_told_from_few_classes_at_about_the_same_loss(spoken):
-    """Thirteen, ten of them drawn from 198: near the loss from all, and on its lower side."""
-    listener = spoken.listener.clone(pieces=200, dropout=0.0)
-    head = {"kernel": 0.3 * jax.random.normal(jax.random.key(2), (8, 201)), "bias": jnp.zeros(201)}
-    params = spoken.init(jax.random.key(0))
-    words = {"words": jnp.zeros((200, tiny.WIDTH))}
-    params["base"]["connectors_audio"] |= words | {"head": head}
-    batch = {"listen": batches(spoken)["listen"]}
-    given, losses = dataclasses.replace(spoken, listener=listener), {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recognition, "spec_augment", lambda heard, *_, **__: heard)
-        for told_from in (0, 201, 1):
-            objective = spell_and_answer(given, {}, 1.0, told_from)
-            run = jax.jit(lambda key, objective=objective: objective(params, batch, key)[0])
-            losses[told_from] = [float(run(jax.random.key(seed))) for seed in range(100)]
-    (every,) = set(losses[0])
-    assert losses[201] == losses[0]
-    few = np.mean(losses[1])
-    error = np.std(losses[1]) / 10
-    assert error > 0 and 0.95 * every - 3 * error < few < every + 3 * error
+    assert moved(first["base"]["connectors_audio"]) > 0
 
 
 def typed_batch(spoken, turns):

@@ -1,0 +1,357 @@
+"""Sentences that letters spell: a dictionary as a tree, and a search for the likeliest.
+
+    dictionary = Dictionary.of(tokenizer, texts)     # of the tokenizer's words, and those of texts
+    dictionary.spell("What is a badger?")            # letters to train on, int32 [t]
+    found = search(log_p, real, dictionary, ...)     # the likeliest sentences of frames of letters
+
+CTC prefix beam search (Graves and Jaitly 2014; Hannun et al. 2014, arXiv 1408.2873), in one
+compiled loop. A word of the dictionary is as likely as it is common; others are unlikely alike.
+"""
+
+import dataclasses
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from tokenizers import Tokenizer
+
+MARKS = ".,;:!?"
+"""Which stand behind a word without a space."""
+NEVER = -1e9
+BEGIN = ("\u0120", "\u2581")
+"""How a piece that begins a word is written in vocabularies of bytes and of SentencePiece."""
+WHOLE = 5
+"""Letters from which a piece that begins a word counts as a word, be it in a text or not."""
+COMMONEST, RAREST = 100, 200_000
+"""A word is as common as one over its rank among the tokenizer's pieces and the first of these; one
+that is no piece has the rank of the second."""
+
+
+def letters_of(text: str) -> str:
+    """What is said of a text: in small letters, without brackets and quotation marks."""
+    text = unicodedata.normalize("NFC", text.casefold()).replace("’", "'")
+    kept = "".join(c if c.isalnum() or c in "'-" or c in MARKS else " " for c in text)
+    words = " ".join(word.strip("'-") for word in kept.split())
+    for mark in MARKS:
+        words = words.replace(f" {mark}", mark)
+    return " ".join(words.split())
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dictionary:
+    """A tree of words behind a space, and of what other words are pieced together from.
+
+    Attributes:
+        letters: class i + 1 is letters[i], class 0 the blank; the first is the space.
+        children: int32 [nodes, classes], where a letter leads to; 0, the root, if nowhere. The last
+            node has none: it stands for words that are not in the tree.
+        depth: float32 [nodes], letters of a word up to there; 0 for the last.
+        common: float32 [nodes], the logarithm of how common the word is that ends there, or NEVER.
+        entry: int32 [nodes], which entry ends there; -1: none.
+        ids: int32 [2, entries, most], as the language model writes it at the beginning of a
+            sentence and later; -1: none.
+    """
+
+    letters: str
+    children: np.ndarray
+    depth: np.ndarray
+    common: np.ndarray
+    entry: np.ndarray
+    ids: np.ndarray
+
+    @classmethod
+    def of(
+        cls, tokenizer: Tokenizer, texts: Sequence[str], more: Iterable[str] = (), rarest: int = 5
+    ) -> "Dictionary":
+        """Of a language model's own words, of those in texts, and more.
+
+        Args:
+            texts: to be spelled: their letters are those that are told apart, but for rare ones.
+            rarest: a letter is in so many texts, at least.
+        """
+        said = [letters_of(text) for text in texts]
+        counts = Counter(letter for text in said for letter in set(text))
+        letters = " " + "".join(sorted(c for c, n in counts.items() if n >= rarest and c != " "))
+        known = set(letters[1:]) - set(MARKS)
+        ranks: dict[str, tuple[int, str]] = {}
+
+        def add(word: str, rank: int, written: str) -> None:
+            if word and set(word) <= known:
+                ranks[word] = min(ranks.get(word, (rank, written)), (rank, written))
+
+        names = {letters_of(word): word for name in more for word in name.split()}
+        spoken = {word.rstrip(MARKS) for text in said for word in text.split()}
+        pieces = {}
+        for piece, rank in tokenizer.get_vocab().items():
+            text = tokenizer.decode([rank]).strip()  # a piece of bytes is not what it says
+            word = letters_of(text)
+            if text.isalpha() and piece[:1] in BEGIN:
+                if len(word) >= WHOLE or word in spoken or word in names:
+                    add(word, rank, text)
+            elif text and set(text) <= known:
+                pieces[text] = [rank]
+        for word, as_written in {**{each: each for each in sorted(spoken)}, **names}.items():
+            add(word, RAREST, as_written)
+        single = [*known, *(mark for mark in letters[1:] if mark in MARKS)]
+        encode = partial(tokenizer.encode_batch, add_special_tokens=False)
+        pieces |= {text: row.ids for text, row in zip(single, encode(single), strict=True)}
+        words = sorted(ranks)
+        written = [ranks[word][1] for word in words]
+        first = encode([f"{each[0].upper()}{each[1:]}" for each in written])
+        later = encode([f" {each}" for each in written])
+        common = [-np.log(ranks[word][0] + COMMONEST) for word in words]
+        texts = [f" {word}" for word in words] + list(pieces)
+        rows = [[row.ids for row in place] + list(pieces.values()) for place in (first, later)]
+        return cls.tree(letters, texts, common + [NEVER] * len(pieces), rows)
+
+    @classmethod
+    def tree(
+        cls,
+        letters: str,
+        texts: Sequence[str],
+        common: Sequence[float],
+        ids: Sequence[Sequence[Sequence[int]]],
+    ) -> "Dictionary":
+        """Of entries: words with a space before them, pieces of words, and marks.
+
+        Args:
+            common: of words, the logarithm of how common they are; of others NEVER.
+            ids: of each at the beginning of a sentence, and later.
+        """
+        classes = {letter: index + 1 for index, letter in enumerate(letters)}
+        children: list[dict[int, int]] = [{1: START}, {}]
+        depth = [-1, 0]
+        ends: dict[int, int] = {}
+        for index, text in enumerate(texts):
+            node = 0
+            for letter in text:
+                if (following := children[node].get(classes[letter])) is None:
+                    following = children[node][classes[letter]] = len(children)
+                    children.append({})
+                    depth.append(depth[node] + 1)
+                node = following
+            ends[node] = index
+        table = np.zeros((len(children) + 1, len(letters) + 1), np.int32)
+        for node, following in enumerate(children):
+            table[node, list(following)] = list(following.values())
+        entry = np.full(len(table), -1, np.int32)
+        entry[list(ends)] = list(ends.values())
+        worth = np.where(entry >= 0, np.asarray(common, np.float32)[entry], NEVER)
+        most = max(len(row) for place in ids for row in place)
+        rows = [[[*row, *[-1] * (most - len(row))] for row in place] for place in ids]
+        depths = np.array([*depth, 0], np.float32)
+        return cls(letters, table, depths, np.float32(worth), entry, np.array(rows, np.int32))
+
+    def spell(self, text: str) -> np.ndarray:
+        """Classes of a text's letters, int32 [t]; those that it does not know are left out."""
+        classes = {letter: index + 1 for index, letter in enumerate(self.letters)}
+        known = "".join(letter for letter in letters_of(text) if letter in classes)
+        return np.array([classes[letter] for letter in " ".join(known.split())], np.int32)
+
+    def write(self, letters: jax.Array, count: jax.Array, most: int) -> tuple[jax.Array, jax.Array]:
+        """Letters int [n, t], the first `count` [n] of each -> ids [n, most] and their mask.
+
+        Word by word by the longest entry, that is a word's own ids if it is in the dictionary, and
+        pieces of it if not.
+        """
+        children, entry, ids = (jnp.asarray(x) for x in (self.children, self.entry, self.ids))
+        rows, length = letters.shape
+        place = jnp.arange(length + 1)
+        text = jnp.where(place[None, :-1] < count[:, None], letters, 0)
+        text = jnp.pad(text, ((0, 0), (1, LONGEST)), constant_values=((0, 0), (1, 0)))
+        node = jnp.zeros((rows, length + 1), jnp.int32)
+        alive, size, best = jnp.ones(node.shape, bool), node + 1, node - 1
+        for step in range(LONGEST):
+            node = children[node, text[:, step : step + length + 1]]
+            alive &= node > 0
+            ends = alive & (entry[node] >= 0)
+            best, size = jnp.where(ends, entry[node], best), jnp.where(ends, step + 1, size)
+
+        def begin(at: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            following, begins = state
+            here = following == at
+            return jnp.where(here, at + size[:, at], following), begins.at[:, at].set(here)
+
+        state = jnp.zeros(rows, jnp.int32), jnp.zeros((rows, length + 1), bool)
+        _, begins = jax.lax.fori_loop(0, length + 1, begin, state)
+        begins &= (best >= 0) & (place[None] <= count[:, None]) & (count[:, None] > 0)
+        found = jnp.where(begins[:, :, None], ids[(place > 0).astype(jnp.int32)[None], best], -1)
+        found = found.reshape(rows, -1)
+        order = jnp.argsort(found < 0, axis=1, stable=True)[:, :most]
+        found = jnp.take_along_axis(found, order, axis=1)
+        return jnp.maximum(found, 0), found >= 0
+
+
+START = 1
+"""The node behind a space."""
+LONGEST = 24
+"""Letters of an entry, the space before it among them; what is longer is pieced together."""
+
+
+@struct.dataclass
+class Heard:
+    """Sentences that may have been said, the likeliest first, of each row of a batch.
+
+    Attributes:
+        ids: int32 [b, n, most], as the language model writes them.
+        mask: bool [b, n, most].
+        log_p: float32 [b, n], of frames and of how common the words are.
+    """
+
+    ids: jax.Array
+    mask: jax.Array
+    log_p: jax.Array
+
+
+@struct.dataclass
+class _Beams:
+    """Beginnings of sentences, [k] of each."""
+
+    hash: jax.Array  # uint32, of all letters
+    parent: jax.Array  # uint32, without the last
+    node: jax.Array  # int32, of the word that is being spelled
+    blank: jax.Array  # log p of all paths that end in a blank
+    letter: jax.Array  # of those that end in the last letter
+    common: jax.Array  # of the words so far
+    letters: jax.Array  # int32 [k, most]
+    count: jax.Array  # int32
+
+    @property
+    def last(self) -> jax.Array:
+        at = (self.count - 1).clip(0)[:, None]
+        return jnp.take_along_axis(self.letters, at, axis=1)[:, 0]
+
+
+def search(
+    log_p: jax.Array,
+    real: jax.Array,
+    dictionary: Dictionary,
+    *,
+    beams: int,
+    candidates: int,
+    most: int,
+    weight: float,
+    bonus: float,
+    unknown: float,
+) -> Heard:
+    """The likeliest sentences. Sends no gradient.
+
+    Args:
+        log_p: float32 [b, t, classes], of letters, at each frame.
+        real: bool [b, t].
+        beams: beginnings that are kept at each frame.
+        candidates: sentences that come out.
+        most: pieces of a sentence; what is longer is cut.
+        weight, bonus: a word adds weight * (log of how common it is) + bonus.
+        unknown: what each letter adds of one that is not in the dictionary.
+    """
+    common = dictionary.common
+    worth = np.where(common > NEVER, weight * common + bonus, unknown * dictionary.depth)
+    worth[list(_marks(dictionary))] = 0.0
+    leaving = unknown * (dictionary.depth + 1)
+    how = {"beams": beams, "most": LETTERS * most}
+    one = partial(_search, d=dictionary, worth=worth, leaving=leaving, **how)
+    last, scores = jax.vmap(one)(jax.lax.stop_gradient(log_p), real)
+    scores, best = jax.lax.top_k(scores, candidates)
+    letters = jnp.take_along_axis(last.letters, best[:, :, None], axis=1)
+    count = jnp.take_along_axis(last.count, best, axis=1)
+    ids, mask = jax.vmap(partial(dictionary.write, most=most))(letters, count)
+    return Heard(ids, mask, scores)
+
+
+LETTERS = 6
+"""For so many there is room for each piece."""
+
+
+def _marks(d: Dictionary) -> dict[int, int]:
+    """{node: class} of marks."""
+    classes = [index + 1 for index, letter in enumerate(d.letters) if letter in MARKS]
+    return {int(d.children[0, each]): each for each in classes}
+
+
+def _search(
+    log_p: jax.Array,
+    real: jax.Array,
+    d: Dictionary,
+    worth: np.ndarray,
+    leaving: np.ndarray,
+    beams: int,
+    most: int,
+) -> tuple[_Beams, jax.Array]:
+    """Of one row: the beams at its end, and their scores [k].
+
+    Args:
+        worth, leaving: what a word adds that ends at a node, and one that is not in the tree when
+            the letter after the node shows that; float32 [nodes].
+    """
+    children, worth, leaving = (jnp.asarray(each) for each in (d.children, worth, leaving))
+    nodes, classes = children.shape
+    every, unknown = jnp.arange(classes), nodes - 1
+    space, mark = every == 1, np.isin(np.arange(classes), list(_marks(d).values()))
+    letter_of_word = ~(mark | np.asarray(np.arange(classes) <= 1))
+    after_mark = jnp.asarray(np.isin(np.arange(nodes), list(_marks(d))))
+
+    def step(frame: jax.Array, beam: _Beams) -> _Beams:
+        p, here = log_p[frame], real[frame]
+        last, total = beam.last, jnp.logaddexp(beam.blank, beam.letter)
+        # Longer by a letter each, [k, classes].
+        goes_on = letter_of_word[None] & ~after_mark[beam.node][:, None]
+        following = children[beam.node]
+        leaves = goes_on & (following == 0)
+        following = jnp.where(leaves, unknown, following)
+        ends = (space | mark)[None] & (beam.node != START)[:, None]
+        following = jnp.where(ends, jnp.where(mark, children[0], START)[None], following)
+        again = every[None] == last[:, None]
+        longer = jnp.where(again, beam.blank[:, None], total[:, None]) + p[None]
+        longer = jnp.where(ends | goes_on, longer, NEVER)
+        # As they are; and those that another one becomes.
+        same = beam.hash[:, None] == beam.parent[None]  # [i, j]: j is i and a letter
+        becomes = jnp.where(same, longer[:, last], NEVER)
+        letter = jnp.where(beam.count > 0, beam.letter + p[last], NEVER)
+        letter = jnp.logaddexp(letter, jax.nn.logsumexp(becomes, axis=0))
+        blank = total + p[0]
+        taken = (same[:, :, None] & (every[None, None] == last[None, :, None])).any(axis=1)
+        longer = jnp.where(taken, NEVER, longer)
+        common = beam.common[:, None] + jnp.where(ends, worth[beam.node][:, None], 0.0)
+        common += jnp.where(leaves, leaving[beam.node][:, None], 0.0)
+        scores = jnp.logaddexp(blank, letter) + beam.common
+        scores = jnp.concatenate([scores, (longer + common).reshape(-1)])
+        _, best = jax.lax.top_k(scores, beams)
+        grows = best >= beams
+        row = jnp.where(grows, (best - beams) // classes, best)
+        added = jnp.where(grows, (best - beams) % classes, 0)
+        kept = jax.tree.map(lambda leaf: leaf[row], beam)
+        place = jnp.where(grows, kept.count, most)  # beyond the end nothing is written
+        new = _Beams(
+            hash=jnp.where(grows, kept.hash * 1_000_003 + added.astype(jnp.uint32), kept.hash),
+            parent=jnp.where(grows, kept.hash, kept.parent),
+            node=jnp.where(grows, following[row, added], kept.node),
+            blank=jnp.where(grows, NEVER, blank[row]),
+            letter=jnp.where(grows, longer[row, added], letter[row]),
+            common=jnp.where(grows, common[row, added], kept.common),
+            letters=kept.letters.at[jnp.arange(beams), place].set(added, mode="drop"),
+            count=(kept.count + grows.astype(jnp.int32)).clip(0, most),
+        )
+        return jax.tree.map(lambda a, b: jnp.where(here, a, b), new, beam)
+
+    def of(value: float, dtype: jnp.dtype = jnp.float32) -> jax.Array:
+        return jnp.full((beams,), value, dtype)
+
+    first = _Beams(
+        hash=jnp.arange(1, beams + 1, dtype=jnp.uint32),
+        parent=of(0, jnp.uint32),
+        node=of(START, jnp.int32),
+        blank=of(NEVER).at[0].set(0.0),
+        letter=of(NEVER),
+        common=of(0.0),
+        letters=jnp.zeros((beams, most), jnp.int32),
+        count=of(0, jnp.int32),
+    )
+    end = jax.lax.fori_loop(0, log_p.shape[0], step, first)
+    ended = jnp.where(end.node != START, worth[end.node], 0.0)
+    return end, jnp.logaddexp(end.blank, end.letter) + end.common + ended
