@@ -87,17 +87,18 @@ class Dictionary:
         names = {letters_of(word): word for name in more for word in name.split()}
         spoken = {word.rstrip(MARKS) for text in said for word in text.split()}
         pieces = {}
-        for piece, rank in tokenizer.get_vocab().items():
+        vocabulary = tokenizer.get_vocab()  # in another order in each process
+        for piece, rank in sorted(vocabulary.items(), key=lambda each: each[1]):
             text = tokenizer.decode([rank]).strip()  # a piece of bytes is not what it says
             word = letters_of(text)
             if text.isalpha() and piece[:1] in BEGIN:
                 if len(word) >= WHOLE or word in spoken or word in names:
                     add(word, rank, text)
             elif text and set(text) <= known:
-                pieces[text] = [rank]
+                pieces.setdefault(text, [rank])
         for word, as_written in {**{each: each for each in sorted(spoken)}, **names}.items():
             add(word, RAREST, as_written)
-        single = [*known, *(mark for mark in letters[1:] if mark in MARKS)]
+        single = list(letters[1:])
         encode = partial(tokenizer.encode_batch, add_special_tokens=False)
         pieces |= {text: row.ids for text, row in zip(single, encode(single), strict=True)}
         words = sorted(ranks)

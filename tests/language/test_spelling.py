@@ -1,5 +1,6 @@
 """What may have been said: against all paths, on a dictionary of few words; and real ones."""
 
+import dataclasses
 import itertools
 import re
 
@@ -90,6 +91,11 @@ def test_a_dictionary_has_the_tokenizers_words_and_those_of_texts():
         "rare \u00fc"
     ]
     made = Dictionary.of(tokenizer, texts, ["tiger bee", "z\u00fcri"], rarest=3)
+    vocabulary = {"a'": 40, "\u0120a'": 30}  # both say the same: the commoner stands for it
+    orders = [list(vocabulary.items()), list(vocabulary.items())[::-1]]
+    either = [Dictionary.of(Shuffled(tokenizer, order), ["a'a"], rarest=1) for order in orders]
+    for a, b in zip(*(dataclasses.astuple(each) for each in either), strict=True):
+        np.testing.assert_array_equal(a, b)
     assert made.letters[0] == " " and "\u00fc" not in made.letters and "?" in made.letters
     entries = {spelled(made, node): node for node in np.flatnonzero(made.entry >= 0)}
     words = {text[1:]: node for text, node in entries.items() if text[0] == " "}
@@ -111,6 +117,22 @@ def test_a_dictionary_has_the_tokenizers_words_and_those_of_texts():
     ids, mask = made.write(room, np.array([len(each) for each in asked], np.int32), 40)
     said = [tokenizer.decode(row[real].tolist()) for row, real in zip(ids, mask, strict=True)]
     assert said == ["Paris great", "bicat?"]
+
+
+class Shuffled:
+    """A tokenizer whose vocabulary comes in a certain order, as from another process."""
+
+    def __init__(self, tokenizer: Tokenizer, pieces: list[tuple[str, int]]):
+        self.tokenizer, self.pieces = tokenizer, pieces
+
+    def get_vocab(self) -> dict[str, int]:
+        return dict(self.pieces)
+
+    def decode(self, ids: list[int]) -> str:
+        return {40: "a'", 30: " a'"}[ids[0]]
+
+    def encode_batch(self, *given: object, **settings: object) -> list:
+        return self.tokenizer.encode_batch(*given, **settings)
 
 
 def spelled(made: Dictionary, node: int) -> str:
