@@ -329,5 +329,5 @@ for recording in recordings.values():
     display(Audio(recording))
 thing, question = map(str, recordings.values())
 assert main(["translate", "--workdir", str(translation), "--to", "en", thing]) == 0
-answering = translation if quick else dialogue
-assert main(["ask", "--workdir", str(answering), "--audio", question, ""]) == 0
+answering, words = (translation, "To English: <audio>") if quick else (dialogue, "")
+assert main(["ask", "--workdir", str(answering), "--audio", question, words]) == 0

@@ -155,7 +155,9 @@ def small_speech(folder: Path) -> list[str]:
         translated += f"{number}.flac\tAn owl {number}\t{split}\n"
     (folder / "validated.tsv").write_text(said)
     (folder / "covost_v2.fr_en.tsv").write_text(translated)
-    return ["--published", f"covost2 {folder} {folder / 'covost_v2.fr_en.tsv'}"]
+    (folder / "words.jsonl").write_text('{"fr": ["hibou"], "en": ["owl"]}\n')
+    published = f"covost2 {folder} {folder / 'covost_v2.fr_en.tsv'}"
+    return ["--published", published, "--lexicon", str(folder / "words.jsonl")]
 
 
 def small_table(folder: Path) -> Path:

@@ -68,7 +68,7 @@ from fusion_jax.knowledge import wordnet
 from fusion_jax.language.ask import Assistant
 from fusion_jax.language.hearing import Dictation, Turn, Typed, open_hearing
 from fusion_jax.language.recogniser import recogniser
-from fusion_jax.language.spelling import Dictionary
+from fusion_jax.language.spelling import Dictionary, letters_in, own_words
 from fusion_jax.language.spoken import SpokenLM
 from fusion_jax.language.tuned import TRAINED
 from fusion_jax.objectives.generative import causal_lm
@@ -350,7 +350,9 @@ def assemble(s: Settings) -> tuple[Corpus, SpokenLM]:
     if checkpoint.tokenizer is None or checkpoint.chat_template is None:
         raise UserError(f"{s.language_model} does not chat: give a checkpoint with a chat template")
     texts = [corpus.utterances[row].text for row in trained]
-    dictionary = Dictionary.of(checkpoint.tokenizer, texts)
+    letters = letters_in(texts)
+    words = own_words(checkpoint.tokenizer, texts, letters)
+    dictionary = Dictionary.of(checkpoint.tokenizer, letters, {"en": words})
     ranks = {s.lora: s.lora_rank} if s.lora_rank else {}
     model = SpokenLM.of(checkpoint, hearing, dictionary, ranks=ranks, candidates=s.candidates)
     return corpus, model

@@ -39,7 +39,12 @@ class Entry:
 
 
 def load(name: str, folder: str | Path | None = None) -> list[Entry]:
-    """The entries of a dictionary, in the order of the file.
+    """The entries of a dictionary, in the order of the file; see `articles`."""
+    return [entry for text in articles(name, folder) if (entry := parse(text)).text]
+
+
+def articles(name: str, folder: str | Path | None = None) -> list[str]:
+    """The texts of a dictionary as they are, in the order of the file.
 
     Args:
       name: of the files NAME.dict.dz and NAME.index; the package is dict-NAME.
@@ -63,7 +68,7 @@ def load(name: str, folder: str | Path | None = None) -> list[Entry]:
     except (OSError, EOFError, KeyError, ValueError) as error:
         raise UserError(f"{content}: not a readable dictionary ({error})") from error
     texts = (whole[start : start + length] for start, length in sorted(spans))
-    return [entry for text in texts if (entry := parse(text.decode("utf-8", "replace"))).text]
+    return [text.decode("utf-8", "replace") for text in texts]
 
 
 def _span(line: str) -> tuple[int, int] | None:

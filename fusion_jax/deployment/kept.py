@@ -53,7 +53,9 @@ def servable(workdir: Path, senses: Path | None = None) -> Path | Callable[..., 
             raise UserError(f"{workdir}: a {type(model).__name__} neither answers nor is exported")
         from fusion_jax.deployment.speaking import Described, Standing
 
-        return functools.partial(Standing, Described(name, card["about"]), model)
+        asked = getattr(model, "translation", None)
+        described = Described(name, card["about"], translation=asked)
+        return functools.partial(Standing, described, model)
     stablehlo.write(folder, name, model, card, shared=True)
     for old in workdir.glob(f"{KEPT}*"):
         if old != folder:

@@ -31,6 +31,7 @@ class Answers(Protocol):
 
     Attributes:
         readers: which files it takes, "image" and "audio".
+        translation: how it is asked if it translates, see `translate.forms`; it may be missing.
     """
 
     readers: Collection[str]
@@ -110,11 +111,16 @@ class Described:
     name: str
     about: str
     version: str = "1"
+    translation: Mapping[str, Any] | None = None
 
     @property
     def manifest(self) -> dict[str, Any]:
         about = {"name": self.name, "version": self.version}
-        return about | {"kind": "generate", "turns": False}
+        return about | {
+            "kind": "generate",
+            "turns": False,
+            "translation": self.translation,
+        }
 
     @property
     def card(self) -> dict[str, Any]:

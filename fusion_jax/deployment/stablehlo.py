@@ -40,7 +40,7 @@ from fusion_jax.language.ask import Assistant
 from fusion_jax.language.fused import FusedLM
 from fusion_jax.language.listener import Listener
 from fusion_jax.language.prompt import text_mask
-from fusion_jax.language.translate import NAMES, instruction
+from fusion_jax.language.translate import forms
 from fusion_jax.paths import write_folder
 from fusion_jax.tokens import Tokens
 
@@ -227,11 +227,7 @@ def language_model(draft: Draft, assistant: Assistant) -> None:
     if chat.template is not None:
         (draft.folder / "chat_template.jinja").write_text(chat.template)
     if assistant.languages:
-        draft.manifest["translation"] = {
-            "languages": {code: NAMES.get(code, code) for code in assistant.languages},
-            "begin": instruction("{to}", None, None, spoken=False),
-            "begin_from": instruction("{to}", "{from}", None, spoken=False),
-        }
+        draft.manifest["translation"] = forms(assistant.languages)
     draft.manifest |= {
         "kind": "generate",
         "turns": chat.template not in (None, PLAIN),

@@ -32,7 +32,7 @@ class Listener(nn.Module):
         stack: frames that are read as one.
         each: letters that may begin in a stack.
         hidden_width, depth: of the layers between, each of which sees a neighbour on each side.
-        beams, candidates, weight, bonus, unknown: of the search.
+        beams, candidates, weight, bonus, unknown, languages: of the search.
         trust: how much the language model has to say, which multiplies its log p.
         judged: so many pieces are looked at by it, from the first on.
         before: ids after which it expects them.
@@ -52,6 +52,7 @@ class Listener(nn.Module):
     weight: float = 0.7
     bonus: float = 2.5
     unknown: float = -3.0
+    languages: tuple[str, ...] = ()
     trust: float = 0.5
     judged: int = 24
     before: tuple[int, ...] = ()
@@ -97,6 +98,7 @@ class Listener(nn.Module):
             weight=self.weight,
             bonus=self.bonus,
             unknown=self.unknown,
+            languages=self.languages,
         )
 
 

@@ -1,17 +1,20 @@
 """Sentences that letters spell: a dictionary as a tree, and a search for the likeliest.
 
-    dictionary = Dictionary.of(tokenizer, texts)     # of the tokenizer's words, and those of texts
+    letters = letters_in(texts)                      # that are told apart
+    dictionary = Dictionary.of(tokenizer, letters, {"en": own_words(tokenizer, texts, letters)})
     dictionary.spell("What is a badger?")            # letters to train on, int32 [t]
     found = search(log_p, real, dictionary, ...)     # the likeliest sentences of frames of letters
 
 CTC prefix beam search (Graves and Jaitly 2014; Hannun et al. 2014, arXiv 1408.2873), in one
-compiled loop. A word of the dictionary is as likely as it is common; others are unlikely alike.
+compiled loop. A word of the dictionary is as likely as it is common; others are unlikely alike. A
+dictionary may be of several languages: a sentence is then in one of them, and its letters tell in
+which.
 """
 
 import dataclasses
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 import jax
@@ -42,6 +45,47 @@ def letters_of(text: str) -> str:
     return " ".join(words.split())
 
 
+def letters_in(texts: Iterable[str], rarest: int = 5) -> str:
+    """The letters of texts that are told apart, the space first: each is in so many texts."""
+    counts = Counter(letter for text in texts for letter in set(letters_of(text)))
+    return " " + "".join(sorted(c for c, n in counts.items() if n >= rarest and c != " "))
+
+
+Words = Mapping[str, tuple[float, str]]
+"""{a word in small letters: (the logarithm of how common it is, how it is written)}."""
+
+
+def words_in(texts: Iterable[str]) -> Iterator[str]:
+    """The words of texts, in small letters and without marks."""
+    for text in texts:
+        yield from (word.rstrip(MARKS) for word in letters_of(text).split())
+
+
+def counted_words(texts: Iterable[str], more: Iterable[str]) -> Words:
+    """The words of texts, as common as they are there, and of more, which are rarer than those."""
+    counts = Counter(words_in(texts))
+    words = set(counts).union(*(letters_of(each).split() for each in more))
+    total = counts.total() + len(words)
+    return {word: (float(np.log((counts[word] + 1) / total)), word) for word in sorted(words)}
+
+
+def own_words(tokenizer: Tokenizer, texts: Iterable[str], letters: str) -> Words:
+    """A language model's own words, and those of texts.
+
+    Its own are pieces that begin a word and are long, or are a word of the texts; they are as
+    common as the piece is.
+    """
+    known, spoken = set(letters[1:]) - set(MARKS), set(words_in(texts))
+    ranks: dict[str, tuple[int, str]] = {word: (RAREST, word) for word in spoken}
+    for piece, rank in tokenizer.get_vocab().items():
+        text = tokenizer.decode([rank]).strip()  # a piece of bytes is not what it says
+        word = letters_of(text)
+        whole = text.isalpha() and piece[:1] in BEGIN and set(word) <= known
+        if whole and (len(word) >= WHOLE or word in spoken):
+            ranks[word] = min(ranks.get(word, (rank, text)), (rank, text))
+    return {word: (-float(np.log(rank + COMMONEST)), text) for word, (rank, text) in ranks.items()}
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dictionary:
     """A tree of words behind a space, and of what other words are pieced together from.
@@ -51,10 +95,12 @@ class Dictionary:
         children: int32 [nodes, classes], where a letter leads to; 0, the root, if nowhere. The last
             node has none: it stands for words that are not in the tree.
         depth: float32 [nodes], letters of a word up to there; 0 for the last.
-        common: float32 [nodes], the logarithm of how common the word is that ends there, or NEVER.
+        common: float32 [languages, nodes], the logarithm of how common the word is that ends there
+            in each language, or NEVER.
         entry: int32 [nodes], which entry ends there; -1: none.
         ids: int32 [2, entries, most], as the language model writes it at the beginning of a
             sentence and later; -1: none.
+        languages: codes, of `common`.
     """
 
     letters: str
@@ -63,65 +109,58 @@ class Dictionary:
     common: np.ndarray
     entry: np.ndarray
     ids: np.ndarray
+    languages: tuple[str, ...] = ("",)
 
     @classmethod
-    def of(
-        cls, tokenizer: Tokenizer, texts: Sequence[str], more: Iterable[str] = (), rarest: int = 5
-    ) -> "Dictionary":
-        """Of a language model's own words, of those in texts, and more.
+    def of(cls, tokenizer: Tokenizer, letters: str, languages: Mapping[str, Words]) -> "Dictionary":
+        """Of words of one or several languages, as far as these letters spell them.
 
         Args:
-            texts: to be spelled: their letters are those that are told apart, but for rare ones.
-            rarest: a letter is in so many texts, at least.
+            tokenizer: the language model's, whose pieces other words are pieced together from.
+            letters: that are told apart, see `letters_in`.
+            languages: {code: words}.
         """
-        said = [letters_of(text) for text in texts]
-        counts = Counter(letter for text in said for letter in set(text))
-        letters = " " + "".join(sorted(c for c, n in counts.items() if n >= rarest and c != " "))
         known = set(letters[1:]) - set(MARKS)
-        ranks: dict[str, tuple[int, str]] = {}
-
-        def add(word: str, rank: int, written: str) -> None:
-            if word and set(word) <= known:
-                ranks[word] = min(ranks.get(word, (rank, written)), (rank, written))
-
-        names = {letters_of(word): word for name in more for word in name.split()}
-        spoken = {word.rstrip(MARKS) for text in said for word in text.split()}
-        pieces = {}
-        vocabulary = tokenizer.get_vocab()  # in another order in each process
-        for piece, rank in sorted(vocabulary.items(), key=lambda each: each[1]):
-            text = tokenizer.decode([rank]).strip()  # a piece of bytes is not what it says
-            word = letters_of(text)
-            if text.isalpha() and piece[:1] in BEGIN:
-                if len(word) >= WHOLE or word in spoken or word in names:
-                    add(word, rank, text)
-            elif text and set(text) <= known:
-                pieces.setdefault(text, [rank])
-        for word, as_written in {**{each: each for each in sorted(spoken)}, **names}.items():
-            add(word, RAREST, as_written)
-        single = list(letters[1:])
         encode = partial(tokenizer.encode_batch, add_special_tokens=False)
+        pieces = {}
+        for piece, number in sorted(tokenizer.get_vocab().items(), key=lambda each: each[1]):
+            text = tokenizer.decode([number]).strip()  # a piece of bytes is not what it says
+            begins = text.isalpha() and piece[:1] in BEGIN
+            if text and set(text) <= known and not begins:
+                pieces.setdefault(text, [number])
+        single = list(letters[1:])
         pieces |= {text: row.ids for text, row in zip(single, encode(single), strict=True)}
-        words = sorted(ranks)
-        written = [ranks[word][1] for word in words]
-        first = encode([f"{each[0].upper()}{each[1:]}" for each in written])
-        later = encode([f" {each}" for each in written])
-        common = [-np.log(ranks[word][0] + COMMONEST) for word in words]
-        texts = [f" {word}" for word in words] + list(pieces)
+        written: dict[str, str] = {}
+        for words in languages.values():
+            for word, (_, text) in words.items():
+                if word and set(word) <= known:
+                    written.setdefault(word, text)
+        words = sorted(written)
+        texts = [written[word] for word in words]
+        first = encode([f"{each[0].upper()}{each[1:]}" for each in texts])
+        later = encode([f" {each}" for each in texts])
         rows = [[row.ids for row in place] + list(pieces.values()) for place in (first, later)]
-        return cls.tree(letters, texts, common + [NEVER] * len(pieces), rows)
+        never = [NEVER] * len(pieces)
+        common = [
+            [each.get(word, (NEVER,))[0] for word in words] + never for each in languages.values()
+        ]
+        texts = [f" {word}" for word in words] + list(pieces)
+        return cls.tree(letters, texts, common, rows, tuple(languages))
 
     @classmethod
     def tree(
         cls,
         letters: str,
         texts: Sequence[str],
-        common: Sequence[float],
+        common: Sequence[float] | Sequence[Sequence[float]],
         ids: Sequence[Sequence[Sequence[int]]],
+        languages: tuple[str, ...] = ("",),
     ) -> "Dictionary":
         """Of entries: words with a space before them, pieces of words, and marks.
 
         Args:
-            common: of words, the logarithm of how common they are; of others NEVER.
+            common: of words, the logarithm of how common they are, perhaps in each of several
+                languages; of others NEVER.
             ids: of each at the beginning of a sentence, and later.
         """
         classes = {letter: index + 1 for index, letter in enumerate(letters)}
@@ -142,11 +181,12 @@ class Dictionary:
             table[node, list(following)] = list(following.values())
         entry = np.full(len(table), -1, np.int32)
         entry[list(ends)] = list(ends.values())
-        worth = np.where(entry >= 0, np.asarray(common, np.float32)[entry], NEVER)
+        worth = np.where(entry >= 0, np.atleast_2d(np.float32(common))[:, entry], NEVER)
         most = max(len(row) for place in ids for row in place)
         rows = [[[*row, *[-1] * (most - len(row))] for row in place] for place in ids]
         depths = np.array([*depth, 0], np.float32)
-        return cls(letters, table, depths, np.float32(worth), entry, np.array(rows, np.int32))
+        ids = np.array(rows, np.int32)
+        return cls(letters, table, depths, np.float32(worth), entry, ids, languages)
 
     def spell(self, text: str) -> np.ndarray:
         """Classes of a text's letters, int32 [t]; those that it does not know are left out."""
@@ -216,6 +256,7 @@ class _Beams:
     hash: jax.Array  # uint32, of all letters
     parent: jax.Array  # uint32, without the last
     node: jax.Array  # int32, of the word that is being spelled
+    language: jax.Array  # int32, which the words are of
     blank: jax.Array  # log p of all paths that end in a blank
     letter: jax.Array  # of those that end in the last letter
     common: jax.Array  # of the words so far
@@ -239,6 +280,7 @@ def search(
     weight: float,
     bonus: float,
     unknown: float,
+    languages: Sequence[str] = (),
 ) -> Heard:
     """The likeliest sentences. Sends no gradient.
 
@@ -249,13 +291,17 @@ def search(
         candidates: sentences that come out.
         most: pieces of a sentence; what is longer is cut.
         weight, bonus: a word adds weight * (log of how common it is) + bonus.
-        unknown: what each letter adds of one that is not in the dictionary.
+        unknown: what each letter adds of one that is not in the dictionary, or of another language.
+        languages: of the dictionary's, that may be spoken; none: all.
     """
     common = dictionary.common
     worth = np.where(common > NEVER, weight * common + bonus, unknown * dictionary.depth)
-    worth[list(_marks(dictionary))] = 0.0
+    worth[:, list(_marks(dictionary))] = 0.0
     leaving = unknown * (dictionary.depth + 1)
-    how = {"beams": beams, "most": LETTERS * most}
+    spoken = [dictionary.languages.index(each) for each in languages or dictionary.languages]
+    if len(spoken) > beams:
+        raise ValueError(f"{beams} beams for {len(spoken)} languages: give one each, at least")
+    how = {"beams": beams, "most": LETTERS * most, "languages": spoken}
     one = partial(_search, d=dictionary, worth=worth, leaving=leaving, **how)
     last, scores = jax.vmap(one)(jax.lax.stop_gradient(log_p), real)
     scores, best = jax.lax.top_k(scores, candidates)
@@ -283,12 +329,13 @@ def _search(
     leaving: np.ndarray,
     beams: int,
     most: int,
+    languages: Sequence[int],
 ) -> tuple[_Beams, jax.Array]:
     """Of one row: the beams at its end, and their scores [k].
 
     Args:
-        worth, leaving: what a word adds that ends at a node, and one that is not in the tree when
-            the letter after the node shows that; float32 [nodes].
+        worth, leaving: what a word adds that ends at a node, float32 [languages, nodes], and one
+            that is not in the tree when the letter after the node shows that, float32 [nodes].
     """
     children, worth, leaving = (jnp.asarray(each) for each in (d.children, worth, leaving))
     nodes, classes = children.shape
@@ -318,7 +365,9 @@ def _search(
         blank = total + p[0]
         taken = (same[:, :, None] & (every[None, None] == last[None, :, None])).any(axis=1)
         longer = jnp.where(taken, NEVER, longer)
-        common = beam.common[:, None] + jnp.where(ends, worth[beam.node][:, None], 0.0)
+        common = beam.common[:, None] + jnp.where(
+            ends, worth[beam.language, beam.node][:, None], 0.0
+        )
         common += jnp.where(leaves, leaving[beam.node][:, None], 0.0)
         scores = jnp.logaddexp(blank, letter) + beam.common
         scores = jnp.concatenate([scores, (longer + common).reshape(-1)])
@@ -332,6 +381,7 @@ def _search(
             hash=jnp.where(grows, kept.hash * 1_000_003 + added.astype(jnp.uint32), kept.hash),
             parent=jnp.where(grows, kept.hash, kept.parent),
             node=jnp.where(grows, following[row, added], kept.node),
+            language=kept.language,
             blank=jnp.where(grows, NEVER, blank[row]),
             letter=jnp.where(grows, longer[row, added], letter[row]),
             common=jnp.where(grows, common[row, added], kept.common),
@@ -347,12 +397,13 @@ def _search(
         hash=jnp.arange(1, beams + 1, dtype=jnp.uint32),
         parent=of(0, jnp.uint32),
         node=of(START, jnp.int32),
-        blank=of(NEVER).at[0].set(0.0),
+        language=of(0, jnp.int32).at[: len(languages)].set(jnp.array(languages, jnp.int32)),
+        blank=of(NEVER).at[: len(languages)].set(0.0),
         letter=of(NEVER),
         common=of(0.0),
         letters=jnp.zeros((beams, most), jnp.int32),
         count=of(0, jnp.int32),
     )
     end = jax.lax.fori_loop(0, log_p.shape[0], step, first)
-    ended = jnp.where(end.node != START, worth[end.node], 0.0)
+    ended = jnp.where(end.node != START, worth[end.language, end.node], 0.0)
     return end, jnp.logaddexp(end.blank, end.letter) + end.common + ended

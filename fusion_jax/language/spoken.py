@@ -118,29 +118,47 @@ class SpokenLM:
         """Rows of several turns to train on, which are drawn elsewhere."""
         return PackedTurns(self.turns((), length), items=max(1, length // 32))
 
-    def spell(self, params: Params, rows: Sequence[int]) -> list[str]:
-        """What is heard of utterances, in words."""
+    def spell(self, params: Params, rows: Sequence[int], language: str | None = None) -> list[str]:
+        """What is heard of utterances, in words, if it is known in which language they are."""
         written = []
         for start in tqdm(range(0, len(rows), 16), desc="listening", unit="batch", leave=False):
-            ids = self._heard(params, self.hearing.items(rows[start : start + 16]))
+            ids = self._heard(params, self.hearing.items(rows[start : start + 16]), language)
             for row, real in zip(np.asarray(ids.values), np.asarray(ids.mask), strict=True):
-                written.append(self.chat.tokenizer.decode(row[0, real[0]].tolist()).strip())
+                written.append(self.text(row[0, real[0]].tolist()))
         return written
 
-    def _heard(self, params: Params, items: Tokens) -> Tokens:
+    def _heard(self, params: Params, items: Tokens, language: str | None = None) -> Tokens:
         """Items of sound [b, 1, t, d] -> of words, ids [b, 1, heard]."""
-        ids = self.words(params, Tokens(items.values[:, 0], items.mask[:, 0]))
+        sound = Tokens(items.values[:, 0], items.mask[:, 0])
+        ids = self.words(language)(params, sound)
         return jax.tree.map(lambda leaf: leaf[:, None, : self.heard], ids)
 
-    @cached_property
-    def words(self) -> Callable[[Params, Tokens], Tokens]:
+    def words(self, language: str | None = None) -> Callable[[Params, Tokens], Tokens]:
         """(params of `tuned.model`, sound [b, t, d]) -> ids [b, heard + 1]: one more than are read
-        shows what says too much."""
-        listener = self.asked[0].connectors["audio"].clone(most=self.heard + 1)
-        model = self.tuned.model.clone(connectors={"audio": listener})
-        return jax.jit(
-            lambda params, sound: model.apply({"params": params}, "audio", sound, method="words")
-        )
+        shows what says too much.
+
+        Args:
+            language: that is spoken; None, or one that the listener has no words of: any.
+        """
+        if language not in self.listener.dictionary.languages:
+            language = None
+        if language not in self._words:
+            listener = (
+                self.asked[0]
+                .connectors["audio"]
+                .clone(most=self.heard + 1, languages=() if language is None else (language,))
+            )
+            model = self.tuned.model.clone(connectors={"audio": listener})
+            self._words[language] = jax.jit(
+                lambda params, sound: model.apply(
+                    {"params": params}, "audio", sound, method="words"
+                )
+            )
+        return self._words[language]
+
+    @cached_property
+    def _words(self) -> dict[str | None, Callable[[Params, Tokens], Tokens]]:
+        return {}
 
     def write(
         self,
@@ -148,12 +166,14 @@ class SpokenLM:
         contents: Sequence[str],
         rows: Sequence[int | None],
         max_tokens: int,
+        language: str | None = None,
     ) -> list[list[int]]:
         """The ids that the model answers to each, greedily, without the stop.
 
         Args:
             params: of `tuned.model`, adapters merged; the decoder's alone if nothing is heard.
             contents: what is asked, with `<audio>` where the utterance of the row stands.
+            language: that is spoken, if it is known.
         """
         asked = list(zip(contents, rows, strict=True))
         model, layout = self.asked
@@ -165,7 +185,8 @@ class SpokenLM:
         def answer(asked: Sequence[tuple[str, int | None]], text: Tokens) -> list[list[int]]:
             rows = [row for _, row in asked]
             heard = any(row is not None for row in rows)
-            audio = {"audio": self._heard(params, self.hearing.items(rows))} if heard else {}
+            sound = self.hearing.items(rows) if heard else None
+            audio = {} if sound is None else {"audio": self._heard(params, sound, language)}
             prompt = self._prompt(params, {"text": text, **audio})
             written = generate(
                 decoder, params["decoder"], prompt, max_tokens=max_tokens, stop_ids=stops
@@ -214,17 +235,6 @@ class SpokenLM:
         """
         model, layout = self.asked
         merged = self.tuned.merged(params)
-
-        def read(file: Path) -> Tokens:
-            items = self.hearing.read(file)
-            ids = self.words(merged, Tokens(items.values[:, 0], items.mask[:, 0]))
-            if ids.mask.sum() > self.heard:
-                raise UserError(
-                    f"{file} says more than the {self.heard} word pieces that are heard at once: "
-                    "cut it into parts"
-                )
-            return jax.tree.map(lambda leaf: np.asarray(leaf)[None, :, : self.heard], ids)
-
         encode = self.hearing.published.module.apply
         encoder = Encoder(
             lambda params, sound: (encode({"params": params}, sound), None),
@@ -236,8 +246,26 @@ class SpokenLM:
             merged,
             self.chat,
             layout,
-            readers={"audio": read},
+            readers={"audio": self.reader(merged)},
             encoders={"audio": encoder},
             config=self.config,
             data=data,
         )
+
+    def reader(self, params: Params, language: str | None = None) -> Callable[[Path], Tokens]:
+        """How the words of a recording are read, ids [1, 1, heard]; see `words`.
+
+        It raises UserError for a recording that says more than is heard at once.
+        """
+
+        def read(file: Path) -> Tokens:
+            items = self.hearing.read(file)
+            ids = self.words(language)(params, Tokens(items.values[:, 0], items.mask[:, 0]))
+            if ids.mask.sum() > self.heard:
+                raise UserError(
+                    f"{file} says more than the {self.heard} word pieces that are heard at once: "
+                    "cut it into parts"
+                )
+            return jax.tree.map(lambda leaf: np.asarray(leaf)[None, :, : self.heard], ids)
+
+        return read

@@ -6,6 +6,7 @@ import inspect
 import io
 import itertools
 import json
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,8 +17,9 @@ import soundfile
 
 from fusion_jax.data import concepts, stamps
 from fusion_jax.errors import UserError
+from fusion_jax.knowledge.lexicon import Lexicon
 from fusion_jax.language.ask import Assistant
-from fusion_jax.language.translate import instruction, pieces, translate
+from fusion_jax.language.translate import check, instruction, translate
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
@@ -30,6 +32,7 @@ def experiment(name):
     return module
 
 
+WORDS = Lexicon([{"fr": ["un", "une"], "en": ["a"], "da": ["en"]}])
 translation, dialogue = experiment("translation"), experiment("dialogue")
 
 
@@ -74,25 +77,27 @@ def drawing(views):
 def test_draws_are_of_training_and_depend_on_seed_and_index_alone(corpus):
     turns = drawing(views=3)
     places = {number: number % 7 for number in translation.heard(corpus)}
-    drawn = translation.Drawn(corpus, turns, places, (0.3, 0.3, 0.25, 0.15), 2.0, seed=0)
+    drawn = translation.Drawn(corpus, WORDS, turns, places, (0.3, 0.3, 0.25, 0.15), 2.0, seed=0)
     found = [drawn[index] for index in range(800)]
     assert found[:50] == [drawn[index] for index in range(50)]
     other = dataclasses.replace(drawn, seed=1)
     assert found[:50] != [other[index] for index in range(50)]
     held = {text for row in corpus.rows["held"] for text in corpus.captions[row].values()}
-    ways = np.zeros(2)
+    ways, aided = np.zeros(2), 0
     assert {view for *_, view in found} == {0, 1, 2}
     first = [list(itertools.islice(drawn.drawn(index), 5)) for index in range(60)]
     assert len({turn.content for turns in first for turn, _ in turns}) > 150
     for turn in [turn for turns in first for turn, _ in turns] + [turn for _, turn, _ in found]:
         asked = turn.content.split(": ", 1)[1].removeprefix("<audio>").strip()
+        aided += asked.endswith(" (a)") and turn.answer.lower().startswith("a ")
+        asked = asked.removesuffix(" (a)")
         assert turn.answer not in held and asked not in held
         assert (turn.row is None) == ("<audio>" not in turn.content)
         ways += [turn.row is None, turn.row is not None]
         if turn.row is not None:
             assert corpus.utterances[turn.row].noise is None
             assert turn.places == turn.row % 7
-    assert ways.min() > 100
+    assert ways.min() > 100 and aided > 20
 
 
 def test_published_sets_keep_their_splits(tmp_path):
@@ -177,9 +182,9 @@ def test_published_sets_are_joined_and_none_trains_on_what_another_tests(tmp_pat
             dialogue.read_published(dialogue.Settings(**wrong), set())
     places = dict.fromkeys(translation.heard(found))
     shares = (0.3, 0.3, 0.25, 0.15)
-    drawn = translation.Drawn(found, drawing(views=1), places, shares, 2.0, seed=0)
+    drawn = translation.Drawn(found, WORDS, drawing(views=1), places, shares, 2.0, seed=0)
     asked = {drawn[index][1].content for index in range(400)}
-    assert {"To English: <audio>", "From French to English: <audio> Un lac"} <= asked
+    assert {"To English: <audio> (a)", "From French to English: <audio> Un lac (a)"} <= asked
     assert not any("Un hibou" in each for each in asked)  # nothing to translate it into
     for index in range(400):
         _, turn, view = drawn[index]
@@ -199,17 +204,18 @@ class Knowing:
     def merged(self, params):
         return params
 
-    def write(self, params, asked, rows, most):
+    def write(self, params, asked, rows, most, language=None):
         if params == {"decoder": "as it came"}:
             return [f"{ask.splitlines()[1]}\nand more" for ask in asked]
         said = [row is not None and self.corpus.utterances[row].text for row in rows]
-        alone = [ask.endswith("<audio>") for ask in asked]
+        alone = [re.sub(r" \(\w+\)$", "", ask).endswith("<audio>") for ask in asked]
         return [text if only else "" for text, only in zip(said, alone, strict=True)]
 
     def text(self, ids):
         return ids
 
-    def spell(self, params, rows):
+    def spell(self, params, rows, language=None):
+        assert {self.corpus.utterances[row].language for row in rows} == {language} or not language
         return [self.corpus.utterances[row].text for row in rows]
 
 
@@ -224,12 +230,14 @@ def test_the_report_leaves_out_what_there_is_none_of(corpus, tmp_path, monkeypat
     monkeypatch.setattr(translation, "bleu", bleu)
     few = {**corpus.rows, "train": corpus.rows["train"][:60]}  # the nearest of them is sought
     corpus = dataclasses.replace(corpus, rows=few)
-    found = translation.report(s, corpus, Knowing(corpus), {}, tmp_path)
+    found = translation.report(s, corpus, WORDS, Knowing(corpus), {}, tmp_path)
     assert set(measured) == {"en", "fr", "da", "ru"}  # each by its own tokens
     assert "From English, BLEU/ru/nearest caption" in found
     row = "Into English, chrF/all that were heard"
     assert found[f"{row}/speech"] == found[f"{row}/copy the source"] > 0
     assert found[f"{row}/text"] == found[f"{row}/both"] == 0
+    aided = found["Into English, chrF/fr/words looked up"]
+    assert aided > found["Into English, chrF/ru/words looked up"] == 0
     held = [r for r in corpus.rows["held"] if "en" in corpus.captions[r]]
     truth = [corpus.captions[r]["en"] for r in held if (r, "fr", None) in corpus.spoken][: s.most]
     first = translation.examples(corpus, "fr", "en").splitlines()[1]
@@ -248,16 +256,16 @@ def test_the_report_leaves_out_what_there_is_none_of(corpus, tmp_path, monkeypat
     clean = dataclasses.replace(corpus, spoken=clean)
     monkeypatch.setattr(translation, "plot_scores", lambda *_: None)  # seen above
     few = dataclasses.replace(s, languages=("en", "fr"), pairs=())
-    found = translation.report(few, clean, Knowing(clean), {}, tmp_path)
+    found = translation.report(few, clean, WORDS, Knowing(clean), {}, tmp_path)
     assert not any("noise" in name or "other" in name for name in found)
     silent = dataclasses.replace(corpus, spoken={}, utterances=[])
-    found = translation.report(s, silent, Knowing(silent), {}, tmp_path)
+    found = translation.report(s, silent, WORDS, Knowing(silent), {}, tmp_path)
     assert {name.split(",")[0] for name in found} == {"From English", "Between other languages"}
     assert not any(name.endswith(("/speech", "/both")) for name in found)
     french = {row: {"fr": texts.get("fr", "")} for row, texts in corpus.captions.items()}
     said = {item: number for item, number in corpus.spoken.items() if item[1] == "fr"}
     alone = dataclasses.replace(corpus, captions=french, spoken=said)
-    found = translation.report(s, alone, Knowing(alone), {}, tmp_path)
+    found = translation.report(s, alone, WORDS, Knowing(alone), {}, tmp_path)
     assert {name.split(",")[0] for name in found} == {"Written down"}
 
 
@@ -270,16 +278,21 @@ def test_the_nearest_caption_is_of_training(corpus):
 
 
 def test_a_run_says_between_which_languages_it_translates(monkeypatch):
-    model = SimpleNamespace(assistant=lambda params, data: Assistant(None, params, None))
+    answers = lambda params, data: Assistant(None, params, None)  # noqa: E731
+    model = SimpleNamespace(assistant=answers, reader=lambda params, language: language)
     corpus = translation.Corpus({0: {"fr": "Un", "en": "One"}}, {"train": [0]}, [], {})
-    monkeypatch.setattr(translation, "assemble", lambda s: (corpus, model))
+    monkeypatch.setattr(translation, "assemble", lambda s: (corpus, WORDS, model))
     told = translation.assistant(translation.Settings(languages=("en", "fr", "de")), {})
-    assert told.languages == ("en", "fr")
+    assert told.assistant.languages == ("en", "fr")
+    assert told.translation["languages"] == {"en": "English", "fr": "French"}
+    assert told.reader("fr") == "fr" and told.lexicon is WORDS
 
 
 def test_instructions_and_what_is_no_source():
     assert instruction("en", None, None, True) == "To English: <audio>"
     assert instruction("es", "fr", "un chat", False) == "From French to Spanish: un chat"
+    aided = instruction("en", "fr", "un chat", True, ["a", "cat"])
+    assert aided == "From French to English: <audio> un chat (a, cat)"
     with pytest.raises(UserError, match="2 texts and 0 files"):
         translate(("a", "b"), Path("nowhere"), "en")
     with pytest.raises(UserError, match="0 texts and 2 files"):
@@ -291,23 +304,15 @@ def test_the_command_may_write_what_the_report_measures():
     assert default == translation.Settings.written
 
 
-def test_a_language_that_was_not_trained_on_is_refused(monkeypatch):
-    monkeypatch.setattr(Assistant, "answer", lambda self, asked, media, max_tokens: iter([asked]))
-    model = Assistant(None, {}, None, languages=("en", "fr"))
-    assert list(pieces(model, "en", "fr", ["un chat"], [], 4)) == [
-        "From French to English: un chat"
-    ]
-    assert list(pieces(model, "en", None, [], [Path("a.ogg")], 4)) == ["To English: <audio>"]
+def test_a_language_that_was_not_trained_on_is_refused():
     for to, source, told in (
         ("english", None, r"--to english: .* between en \(English\), fr \(French\)"),
         ("en", "fra", "--from fra: "),
         ("fr", "de", "--from de: "),
     ):
         with pytest.raises(UserError, match=told):
-            pieces(model, to, source, ["un chat"], [], 4)
-    for other in (dataclasses.replace(model, languages=()), SimpleNamespace()):
-        with pytest.raises(UserError, match="not a translation run"):
-            pieces(other, "en", None, ["un chat"], [], 4)
+            check(("en", "fr"), to, source)
+    check(("en", "fr"), "en", None)
 
 
 def test_what_is_a_file_or_ends_as_one_is_not_translated_as_words(tmp_path):

@@ -10,6 +10,13 @@ from tokenizers import pre_tokenizers
 
 from colab.quick import HEARING
 from fusion_jax.__main__ import main
+from fusion_jax.deployment.kept import servable
+from fusion_jax.deployment.runtime import page
+from fusion_jax.deployment.runtime.host import Limits
+from fusion_jax.deployment.runtime.metrics import Metrics
+from fusion_jax.errors import UserError
+from fusion_jax.language import translate as translate_module
+from fusion_jax.language.ask import from_workdir
 
 LANGUAGE_MODEL = {
     "model_type": "llama",
@@ -38,7 +45,10 @@ def flags(tmp_path_factory, save_tiny):
         translated += f"{number}.flac\tAn owl {number}\t{split}\n"
     (folder / "validated.tsv").write_text(said)
     (folder / "covost_v2.fr_en.tsv").write_text(translated)
-    known = pre_tokenizers.Whitespace().pre_tokenize_str("From French to English: Un hibou An owl")
+    (folder / "words.jsonl").write_text('{"fr": ["hibou"], "en": ["owl"]}\n')
+    known = pre_tokenizers.Whitespace().pre_tokenize_str(
+        "From French to English: Un hibou (owl) An owl"
+    )
     numbers = map(str, range(len(SPLITS)))
     words = [*(word for word, _ in known), *numbers]
     save_tiny(folder, words, {"lm": LANGUAGE_MODEL, "tower": HEARING})
@@ -47,6 +57,7 @@ def flags(tmp_path_factory, save_tiny):
         *("--published", published, "--languages", "en", "fr", "--pairs", "fr-en"),
         *("--language-model", str(folder / "lm"), "--tower", str(folder / "tower")),
         *("--steps", "4", "--listen-steps", "2", "--batch-size", "8", "--rows", "8"),
+        *("--lexicon", str(folder / "words.jsonl")),
         *("--seconds", "1", "--written", "4", "--lora", "attention/query", "--no-tensorboard"),
     ]
 
@@ -74,8 +85,40 @@ def test_trains_reports_and_translates(flags, tmp_path, monkeypatch, capsys):
     translate = ["translate", "--workdir", str(run), "--max-tokens", "4", "--to", "en"]
     recording = str(Path(flags[1].split()[1]) / "clips" / "3.flac")
     assert main([*translate, "--from", "fr", "Un hibou 3"]) == 0
+    told = capsys.readouterr()
+    assert told.err.splitlines()[-2:] == ["Facts:", "  hibou: owl"] and "hibou" not in told.out
     assert main([*translate, recording]) == 0
     assert main([*translate, "Un hibou 3", recording]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 3
+    told = capsys.readouterr()
+    assert len(told.out.splitlines()) == 2 and told.err.count("Heard: ") == 2
     assert main([*translate, "--from", "ru", "Un hibou 3"]) == 2
     assert "fr (French)" in capsys.readouterr().err
+
+    translator = from_workdir(run)
+    with pytest.raises(UserError, match='ask as in "From French to English: un chat"'):
+        list(translator.answer("What is this?"))
+    asked = "From French to English: <audio> Un hibou"
+    said = "".join(translator.answer(asked, {"audio": [Path(recording)]}, max_tokens=4))
+    _, heard, mattered, *facts = said.split("\n")[-5:]
+    assert heard.startswith("Heard: ") and mattered.startswith("What mattered most: the ")
+    assert facts == ["Facts:", "  hibou: owl"]
+    written = translator.given("en", "fr", "Un hibou", [])
+    assert written.asked == "From French to English: Un hibou (owl)" and not written.heard
+    unknown = translator.given("en", None, "Un hibou", [])
+    assert unknown.asked == "To English: Un hibou (owl)"
+    assert translator.given("fr", None, "Un hibou", []).looked_up == []  # it is French by its words
+    host = servable(run)(Limits(), Metrics().count)
+    try:
+        told = page.facts(host.served, 10**6)
+        assert told["translation"]["languages"] == {"en": "English", "fr": "French"}
+        assert told["audio_seconds"] == 30 and not told["evidence"]
+    finally:
+        host.close()
+    monkeypatch.setattr(translate_module, "log_likelihood", likelihood)
+    given = {"words": written, "recording": unknown}
+    told = translate_module.mattered(translator.assistant, written, given, "An owl")
+    assert told == "What mattered most: the recording (nats: the words +0.0, the recording +2.0)"
+
+
+def likelihood(assistant, question, media, answer):
+    return {"From French to English: Un hibou (owl)": -1.0}.get(question, -3.0)

@@ -13,10 +13,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from fusion_jax.__main__ import main
 from fusion_jax.errors import UserError
-from fusion_jax.language.ask import Assistant, ask
+from fusion_jax.language.ask import Assistant, ask, joined
 from fusion_jax.language.chat import Chat
 from fusion_jax.language.connectors import Projection
 from fusion_jax.language.conversation import Conversation, talk
+from fusion_jax.language.evidence import log_likelihood
 from fusion_jax.language.fused import FusedLM, init_around
 from fusion_jax.language.generate import generate
 from fusion_jax.language.hearing import load_speech
@@ -282,3 +283,23 @@ def test_whom_to_ask(tmp_path):
         ask("Who?", workdir=tmp_path / "old")
     with pytest.raises(UserError, match="holds no run"):
         ask("Who?", workdir=Path("nowhere"))
+
+
+def test_what_an_answer_rests_on_is_its_log_p(assistant, tmp_path):
+    """Against the model's own logits, token by token, with a picture and without."""
+    picture = tmp_path / "picture"
+    picture.write_bytes(b"abcdef")
+    for media in ({}, {"image": [picture]}):
+        total, said = 0.0, [7, 8, 9]
+        for place, token in enumerate(said):
+            question = assistant.marked("w1 w2", media)
+            ids = assistant.ids([{"role": "user", "content": question}], media) + said[:place]
+            batch = {"text": pad([ids])} | {
+                name: joined(items) for name, items in assistant.read(media).items()
+            }
+            params = {"params": assistant.params}
+            hidden = assistant.model.apply(params, batch).hidden
+            logits = assistant.model.apply(params, hidden[:, -1:], method="logits")
+            total += float(jax.nn.log_softmax(logits[0, 0])[token])
+        found = log_likelihood(assistant, "w1 w2", media, "w7 w8 w9")
+        np.testing.assert_allclose(found, total, rtol=1e-4)

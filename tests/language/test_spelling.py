@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from fusion_jax.language.spelling import NEVER, Dictionary, letters_of, search
+from fusion_jax.language.spelling import (
+    NEVER,
+    Dictionary,
+    counted_words,
+    letters_in,
+    letters_of,
+    own_words,
+    search,
+)
 
 LETTERS = " .ab"
 ENTRIES = [" a", " ab", " ba", "a", "b", "ba", "."]
@@ -17,6 +25,8 @@ COMMON = [-1.0, -2.0, -0.5, *[NEVER] * 4]
 FIRST = [[10], [11], [12, 8], [30], [31], [32], [1]]
 LATER = [[20, 7], [21], [22], [30], [31], [32], [1]]
 FEW = Dictionary.tree(LETTERS, ENTRIES, COMMON, [FIRST, LATER])
+OTHER = [NEVER, -0.1, -3.0, *[NEVER] * 4]
+TWO = Dictionary.tree(LETTERS, ENTRIES, [COMMON, OTHER], [FIRST, LATER], ("x", "y"))
 
 
 def written(text: str) -> list[int]:
@@ -31,15 +41,19 @@ def written(text: str) -> list[int]:
     return ids
 
 
-@pytest.mark.parametrize("most", [20, 3])
-def test_the_likeliest_of_all_paths(most):
+@pytest.mark.parametrize(
+    ("most", "made", "languages"),
+    [(20, FEW, ()), (3, FEW, ()), (20, TWO, ()), (20, TWO, ("y",))],
+)
+def test_the_likeliest_of_all_paths(most, made, languages):
     frames, how = 6, {"weight": 0.7, "bonus": 0.3, "unknown": -0.8}
     logits = 2 * np.random.default_rng(0).normal(size=(3, frames, 5))
     log_p = np.float32(logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True)))
     log_p[:, -1] = np.nan  # not real
     real = np.broadcast_to(np.arange(frames) < frames - 1, (3, frames))
-    how |= {"beams": 200, "candidates": 40, "most": most}
-    found = jax.jit(lambda log_p: search(log_p, real, FEW, **how))(log_p)
+    how |= {"beams": 400, "candidates": 40, "most": most, "languages": languages}
+    found = jax.jit(lambda log_p: search(log_p, real, made, **how))(log_p)
+    spoken = {FEW: [COMMON], TWO: [COMMON, OTHER][bool(languages) :]}[made]
     for row in range(3):
         totals: dict[str, float] = {}
         for path in itertools.product(range(5), repeat=frames - 1):
@@ -47,18 +61,26 @@ def test_the_likeliest_of_all_paths(most):
             p = sum(log_p[row, t, k] for t, k in enumerate(path))
             totals[text] = np.logaddexp(totals.get(text, -np.inf), p)
         scored = []
-        for text, total in totals.items():
+        for (text, total), common in itertools.product(totals.items(), spoken):
             if re.fullmatch(r"(?:[ab]+\.*(?: |$))*", text):
                 for word in re.findall("[ab]+", text):
-                    known = f" {word}" in ENTRIES
-                    common = COMMON[ENTRIES.index(f" {word}")] if known else 0.0
-                    total += 0.7 * common + 0.3 if known else -0.8 * len(word)
+                    known = f" {word}" in ENTRIES and common[ENTRIES.index(f" {word}")] > NEVER
+                    worth = common[ENTRIES.index(f" {word}")] if known else 0.0
+                    total += 0.7 * worth + 0.3 if known else -0.8 * len(word)
                 scored.append((total, text))
         scored.sort(key=lambda each: -each[0])
         np.testing.assert_allclose(found.log_p[row], [s for s, _ in scored[:40]], rtol=1e-4)
-        for place, (_, text) in enumerate(scored[:40]):
+        said = {text: written(text)[:most] for _, text in scored}
+        for place, (score, _) in enumerate(scored[:40]):
             ids = found.ids[row, place][found.mask[row, place]].tolist()
-            assert ids == written(text)[:most], text
+            alike = [said[text] for other, text in scored if abs(other - score) < 1e-4]
+            assert ids in alike, (ids, alike)
+
+
+def test_each_language_has_a_beam():
+    how = {"candidates": 1, "most": 9, "weight": 1.0, "bonus": 0.0, "unknown": -0.5}
+    with pytest.raises(ValueError, match="1 beams for 2 languages"):
+        search(np.zeros((1, 4, 5), np.float32), np.ones((1, 4), bool), TWO, beams=1, **how)
 
 
 def test_few_beams_find_what_is_clear():
@@ -90,19 +112,23 @@ def test_a_dictionary_has_the_tokenizers_words_and_those_of_texts():
     texts = ["Is a cat \u201cgreat\u201d?", "Paris is a \u2019big\u2019 city?"] * 3 + [
         "rare \u00fc"
     ]
-    made = Dictionary.of(tokenizer, texts, ["tiger bee", "z\u00fcri"], rarest=3)
+    letters = letters_in(texts, rarest=3)
+    made = Dictionary.of(tokenizer, letters, {"en": own_words(tokenizer, texts, letters)})
     vocabulary = {"a'": 40, "\u0120a'": 30}  # both say the same: the commoner stands for it
     orders = [list(vocabulary.items()), list(vocabulary.items())[::-1]]
-    either = [Dictionary.of(Shuffled(tokenizer, order), ["a'a"], rarest=1) for order in orders]
+    either = [
+        Dictionary.of(shuffled, " 'a", {"en": own_words(shuffled, ["a'a"], " 'a")})
+        for shuffled in (Shuffled(tokenizer, order) for order in orders)
+    ]
     for a, b in zip(*(dataclasses.astuple(each) for each in either), strict=True):
         np.testing.assert_array_equal(a, b)
     assert made.letters[0] == " " and "\u00fc" not in made.letters and "?" in made.letters
     entries = {spelled(made, node): node for node in np.flatnonzero(made.entry >= 0)}
     words = {text[1:]: node for text, node in entries.items() if text[0] == " "}
-    assert {"cat", "paris", "great", "big", "tiger", "bee", "greats"} <= set(words)
+    assert {"cat", "paris", "great", "big", "greats"} <= set(words)
     assert {"?", "a", "c"} <= set(entries)
-    assert not {"x9", "z\u00fcri", "\u00fc", "seb"} & set(words)
-    common = made.common
+    assert not {"x9", "\u00fc", "seb"} & set(words)
+    (common,) = made.common
     assert common[words["cat"]] > common[words["paris"]] > common[words["great"]]
     pieces = made.ids[:, made.entry[words["paris"]]]
     assert [tokenizer.decode([p for p in row if p >= 0]) for row in pieces.tolist()] == [
@@ -117,6 +143,25 @@ def test_a_dictionary_has_the_tokenizers_words_and_those_of_texts():
     ids, mask = made.write(room, np.array([len(each) for each in asked], np.int32), 40)
     said = [tokenizer.decode(row[real].tolist()) for row, real in zip(ids, mask, strict=True)]
     assert said == ["Paris great", "bicat?"]
+
+
+def test_words_of_several_languages():
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate("abc\u0120ABC")}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    one = counted_words(["a ba. a", "A cb"], ["ca bb", "ba"])
+    assert {word: p for word, (p, _) in one.items()} == {
+        word: pytest.approx(np.log(count / 10))
+        for word, count in {"a": 4, "ba": 2, "cb": 2, "bb": 1, "ca": 1}.items()
+    }
+    made = Dictionary.of(tokenizer, " .ab", {"x": one, "y": counted_words(["bb"], [])})
+    assert made.languages == ("x", "y")
+    words = {spelled(made, node): made.common[:, node] for node in np.flatnonzero(made.entry >= 0)}
+    found = {w: p > NEVER for w, p in words.items() if w[0] == " "}
+    assert {w: tuple(p) for w, p in found.items()} == {
+        " a": (True, False),
+        " ba": (True, False),
+        " bb": (True, True),
+    }
 
 
 class Shuffled:
