@@ -68,9 +68,9 @@ from fusion_jax.knowledge import wordnet
 from fusion_jax.language.ask import Assistant
 from fusion_jax.language.hearing import Dictation, Turn, Typed, open_hearing
 from fusion_jax.language.recogniser import recogniser
-from fusion_jax.language.spelling import Dictionary, letters_in, own_words
 from fusion_jax.language.spoken import SpokenLM
 from fusion_jax.language.tuned import TRAINED
+from fusion_jax.language.word_tree import Dictionary, letters_in, own_words
 from fusion_jax.objectives.generative import causal_lm
 from fusion_jax.objectives.recognition import as_typed, spell_and_answer
 from fusion_jax.pretrained.load import load

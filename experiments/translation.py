@@ -13,31 +13,6 @@ which reads this beside the words, learns what to make of it. Any language goes 
 report has rows into English, from English, and between `pairs` of others. What happens to be
 written alike on both sides is left out of the test, as are recordings that say more than the
 caption. A second split is by language: no recording of an `unheard` one was in training.
-
-Before words were looked up: seed 0, 77 minutes on one core, then two, beside other work, things never trained on, people's
-recordings, beside copying what is given and the translation of the most similar caption of training
-(in brackets the 95% interval over 1,000 resamplings of sentences; 30 sentences where a single
-language is named):
-
-                                text              speech           both              copied  nearest
-    into English, 254 recordings of nine languages:
-      chrF                      10.7 [9.4-12.0]   8.6 [7.5-9.8]    10.9 [9.6-12.4]   9.9     16.7
-      BLEU                      1.9 [1.4-2.5]     1.3 [0.7-1.9]    1.4 [1.0-1.9]     0.4     1.6
-      same to the letter, %     2.8 [0.8-4.7]     0.8 [0.0-2.0]    2.8 [0.8-4.7]     0.0     0.0
-    Danish, never heard, chrF   11.0 [7.2-14.8]   6.2 [5.0-7.4]    11.8 [8.2-15.4]   19.9    20.3
-    French to Spanish, chrF     22.7 [16-29]      12.8 [9.8-16]    17.1 [13-21]      21.9    18.0
-    French to English, chrF     12.6 [8.0-17]     12.2 [8.7-16]    11.6 [8.2-15]     21.0    18.6
-      in noise at 20 dB                           10.4 [7.3-14]    11.6 [7.9-15]
-      10 dB                                       7.5 [6.0-8.9]    14.1 [8.1-19]
-      0 dB                                        8.1 [6.4-9.8]    12.5 [8.1-17]
-
-So it is not yet of use: the nearest caption is nearer by chrF. What it lacks are words, not steps.
-Nothing that is tested on was written in any language in training, and SmolLM2 brings few: as it
-came, shown six examples, it has chrF 12.1 in French, 13.1 in Spanish and 7.5 in Russian (trained
-12.6, 12.4 and 8.1), and no chicken for poulet. Speech is spelled with 37 to 71% of characters wrong
-where there are 400 to 550 recordings of a language, 82 to 85 in English, Dutch and Danish. Into
-English, text and speech together are about as good as text alone (chrF +0.27, paired bootstrap p =
-0.21). A `--language-model` that knows these languages is the next thing to try.
 """
 
 import dataclasses
@@ -76,10 +51,10 @@ from fusion_jax.knowledge import lexicon
 from fusion_jax.knowledge.lexicon import Lexicon
 from fusion_jax.language.answers import PLAIN
 from fusion_jax.language.hearing import Dictation, PackedTurns, Turn, open_hearing
-from fusion_jax.language.spelling import Dictionary, counted_words, letters_in
 from fusion_jax.language.spoken import SpokenLM
 from fusion_jax.language.translate import WRITTEN, Translator, instruction
 from fusion_jax.language.tuned import TRAINED
+from fusion_jax.language.word_tree import Dictionary, counted_words, letters_in
 from fusion_jax.objectives.generative import causal_lm
 from fusion_jax.objectives.recognition import spell_and_answer
 from fusion_jax.pretrained.load import load

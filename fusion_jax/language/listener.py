@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from fusion_jax.language.spelling import Dictionary, Heard, search
+from fusion_jax.language.spelling import Heard, search
+from fusion_jax.language.word_tree import Dictionary
 from fusion_jax.norm import LayerNorm
 from fusion_jax.tokens import Tokens, fill, windows
 from fusion_jax.transformer import gelu

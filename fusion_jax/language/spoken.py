@@ -29,8 +29,8 @@ from fusion_jax.language.generate import generate
 from fusion_jax.language.hearing import LONGEST, Hearing, PackedTurns, Turn, Turns
 from fusion_jax.language.items import answer_all
 from fusion_jax.language.listener import Listener
-from fusion_jax.language.spelling import Dictionary
 from fusion_jax.language.tuned import Tuned
+from fusion_jax.language.word_tree import Dictionary
 from fusion_jax.pretrained.load import Pretrained
 from fusion_jax.tokens import Tokens
 

@@ -28,13 +28,13 @@ from fusion_jax.deployment.runtime.artifact import Artifact, BadInput
 from fusion_jax.deployment.runtime.chat_protocol import ChatRequest
 from fusion_jax.deployment.runtime.generation import Generator, TooLong
 from fusion_jax.errors import UserError
-from fusion_jax.language import spelling
 from fusion_jax.language.ask import Encoder
 from fusion_jax.language.fused import FusedLM, init_around
 from fusion_jax.language.generate import advance, prefill
 from fusion_jax.language.listener import Listener
 from fusion_jax.language.prompt import Prompt, pad
 from fusion_jax.language.translate import instruction
+from fusion_jax.language.word_tree import Dictionary
 from fusion_jax.tokens import Tokens
 
 
@@ -259,7 +259,7 @@ def test_answers_are_those_in_process(assistant, generator, tmp_path):
 def test_speech_of_more_than_is_heard_at_once_is_refused_and_not_cut(assistant, tmp_path):
     decoder = assistant.model.decoder
     words = [" a", " b", " ab"]
-    dictionary = spelling.Dictionary.tree(" ab", words, [0.0] * 3, [[[5], [6], [7]]] * 2)
+    dictionary = Dictionary.tree(" ab", words, [0.0] * 3, [[[5], [6], [7]]] * 2)
     how = {"hidden_width": 8, "depth": 1, "beams": 4, "candidates": 3, "before": (3,)}
     listener = Listener(3, dictionary, most=2, **how)
     model = FusedLM(decoder, {"audio": listener})

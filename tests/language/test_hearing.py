@@ -18,7 +18,6 @@ from fusion_jax.compression.quantization import on_kernels, quantize
 from fusion_jax.compression.running import running
 from fusion_jax.data.pipeline import Batches
 from fusion_jax.errors import UserError
-from fusion_jax.language import spelling
 from fusion_jax.language.chat import Chat
 from fusion_jax.language.fused import FusedLM
 from fusion_jax.language.hearing import Dictation, Hearing, Turn, Turns, Typed, load_speech
@@ -27,6 +26,7 @@ from fusion_jax.language.listener import Listener
 from fusion_jax.language.sight import Sight
 from fusion_jax.language.spoken import SpokenLM
 from fusion_jax.language.tuned import Tuned
+from fusion_jax.language.word_tree import Dictionary
 from fusion_jax.objectives.generative import causal_lm
 from fusion_jax.objectives.recognition import as_typed, spell_and_answer
 from fusion_jax.pretrained.tower import Tower
@@ -118,7 +118,7 @@ def spoken():
     decoder = tiny.decoder()
     params = tiny.random_params(decoder)
     words = [" a", " b", " ab"]
-    dictionary = spelling.Dictionary.tree(" ab", words, [0.0] * 3, [[[5], [6], [7]]] * 2)
+    dictionary = Dictionary.tree(" ab", words, [0.0] * 3, [[[5], [6], [7]]] * 2)
     listener = Listener(3, dictionary, most=6, hidden_width=8, depth=1, beams=4)
     model = FusedLM(decoder, {"audio": listener})
     template = "{% for m in messages %}{{ m.content }} w3 {% endfor %}"

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from fusion_jax.language.fused import FusedLM
 from fusion_jax.language.listener import Listener, best_path
 from fusion_jax.language.prompt import text_mask
-from fusion_jax.language.spelling import NEVER, Dictionary, Heard
+from fusion_jax.language.spelling import Heard
+from fusion_jax.language.word_tree import NEVER, Dictionary
 from fusion_jax.tokens import Tokens
 
 spec = importlib.util.spec_from_file_location("tiny", Path(__file__).with_name("tiny.py"))
