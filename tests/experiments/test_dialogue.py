@@ -137,7 +137,7 @@ def test_who_only_listens_asks_for_no_answers(run, monkeypatch):
 def test_what_says_more_than_is_heard_is_refused(run, tmp_path, monkeypatch, capsys):
     (tmp_path / "long.wav").write_bytes(noise(1))
     said = Tokens(np.ones((1, 81), np.int32), np.ones((1, 81), bool))
-    monkeypatch.setattr(dialogue.SpokenLM, "words", lambda *_: said)
+    monkeypatch.setattr(dialogue.SpokenLM, "words", lambda *_: lambda *_: said)
     asked = ["--workdir", str(run), "--audio", str(tmp_path / "long.wav"), ""]
     assert main(["ask", *asked]) == 2
     assert "says more than the 80 word pieces that are heard at once" in capsys.readouterr().err
