@@ -46,6 +46,7 @@ that one alone, and did not help.
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Sequence, Set
 from pathlib import Path
@@ -339,6 +340,7 @@ def definitions(count: int, rng: np.random.Generator) -> list[str]:
 # ------------------------------------------------------------------------------ model, objective
 
 
+@functools.lru_cache(maxsize=1)  # to be trained, and to be asked
 def assemble(s: Settings) -> tuple[Corpus, SpokenLM]:
     """What is said, and the language model that hears it."""
     corpus = read_corpus(s)

@@ -13,13 +13,42 @@ which reads this beside the words, learns what to make of it. Any language goes 
 report has rows into English, from English, and between `pairs` of others. What happens to be
 written alike on both sides is left out of the test, as are recordings that say more than the
 caption. A second split is by language: no recording of an `unheard` one was in training.
+
+Seed 0, 62 minutes to train on two cores beside other work and 12 to report, things never trained
+on, people's recordings, beside what the lexicon says of each word and nothing else, the same model
+with nothing looked up, and the translation of the most similar caption of training (in brackets
+the 95% interval over 1,000 resamplings of sentences; 30 sentences where a language is named):
+
+                            text          speech        both          words unaided nearest
+    into English, 254 recordings of nine languages:
+      chrF                  36.9 [33-41]  16.6 [14-19]  37.0 [33-41]  35.8  13.1    16.7
+      BLEU                  10.6 [6.2-15] 3.5 [2.7-4.3] 11.6 [7.8-16] 2.3   2.3     1.6
+      same to the letter, % 29.9 [24-36]  9.8 [6.3-14]  31.5 [26-37]  3.9   2.0     0.0
+    chrF of Danish, unheard 34.4 [22-47]  7.2 [5.7-8.7] 33.3 [22-46]  37.3  16.1    20.3
+      French to Spanish     42.0 [29-54]  15.9 [9.4-22] 42.5 [30-55]  37.9  25.2    18.0
+      Russian to Catalan    34.6 [23-47]  27.7 [17-39]  34.1 [23-46]  23.8  9.4     20.4
+      French to English     39.7 [27-53]  10.8 [6.1-16] 35.9 [23-49]  38.2  17.1    18.6
+        in noise at 20 dB                 10.0 [5.4-15] 36.1 [23-49]
+        10 dB                             9.9 [5.8-14]  39.1 [27-52]
+        0 dB                              6.9 [5.3-8.5] 38.9 [26-52]
+
+So words are what it lacked (with none looked up, and trained without a lexicon, it had 10.7 from
+text): three of ten captions of new things come out to the letter, where the lexicon's words alone
+make one in 25, and the rest mostly are what the lexicon does not know. By chrF the model adds
+little to these words (into English 36.9 for 35.8, from Greek and into Russian it takes away), by
+BLEU and to the letter much. Text and speech together are as good as text (chrF +0.02, paired
+bootstrap p = 0.41). Speech alone is as near as the nearest caption of what was really said: where
+there are 400 to 550 recordings of a language 28 to 59% of characters are heard amiss, if it is told
+which language is spoken (28 to 71 if not), in English, Dutch and Danish, of which there are few or
+none, 75 to 83. From English into other languages, text has 20 (Russian) to 41 (French), the nearest
+caption 15 to 30. The listener's search was chosen on validation things.
 """
 
 import dataclasses
 import io
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -322,6 +351,7 @@ def meanings(words: Lexicon, text: str, source: str, to: str) -> list[str]:
 # ------------------------------------------------------------------------------ model, objective
 
 
+@lru_cache(maxsize=1)  # to be trained, and to be asked
 def assemble(s: Settings) -> tuple[Corpus, Lexicon, SpokenLM]:
     """What is translated, where words are looked up, and the language model that hears and reads.
 

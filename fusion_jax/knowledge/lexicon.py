@@ -54,10 +54,19 @@ ISO_639_3 = dict(
 def plain(text: str) -> str:
     """A phrase without case, punctuation and marks of stress; hyphens and apostrophes stay."""
     folded = unicodedata.normalize("NFC", text.casefold()).replace("’", "'")
-    kept = "".join(c if c.isalnum() or c in "'-" else " " for c in folded if c not in _STRESS)
+    if folded.isascii():
+        kept = _APART.sub(" ", folded)
+    else:
+        kept = "".join(c if _is_kept(c) else " " for c in folded if c not in _STRESS)
     return " ".join(word for each in kept.split() if (word := each.strip("'-")))
 
 
+def _is_kept(letter: str) -> bool:
+    # Combining marks (category M) are part of the letters of many scripts.
+    return letter.isalnum() or letter in "'-" or unicodedata.category(letter)[0] == "M"
+
+
+_APART = re.compile("[^a-z0-9'-]")
 _STRESS = "\u0300\u0301"  # where a letter has none of its own with it
 
 

@@ -72,6 +72,8 @@ def test_any_text_can_be_looked_up(text):
 def test_a_phrase_is_compared_without_case_marks_and_stress():
     assert plain("  \u00abL\u2019Oiseau-Mouche\u00bb ! ") == "l'oiseau-mouche"
     assert plain("\u043f\u0435\u043f\u0435\u0440\u0443\u0301\u0434\u0430") == "пеперуда"
+    assert plain("\u0939\u093f\u0928\u094d\u0926\u0940!") == "\u0939\u093f\u0928\u094d\u0926\u0940"
+    assert plain("a_b (c) 'd'") == "a b c d" and plain("\u00e9_b (c)") == "\u00e9 b c"
     assert plain("e\u0301te\u0301") == "\u00e9t\u00e9"
 
 
