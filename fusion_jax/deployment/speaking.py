@@ -31,7 +31,8 @@ class Answers(Protocol):
 
     Attributes:
         readers: which files it takes, "image" and "audio".
-        translation: how it is asked if it translates, see `translate.forms`; it may be missing.
+        translation: how it is asked if it translates, see `translate.forms`; it may be missing,
+            as may a method `warm`, which compiles what the first question would wait for.
     """
 
     readers: Collection[str]
@@ -134,6 +135,9 @@ class Standing:
 
     def __init__(self, described: Described, answers: Answers, limits: Limits, count: Count):
         speaker = Speaker(answers)
+        if hasattr(answers, "warm"):
+            with running():
+                answers.warm()
 
         def run(line: Line) -> None:
             with running():  # of this thread; as in `ask`, the model may be a compressed one

@@ -108,10 +108,14 @@ class FusedLM(nn.Module):
             )
         return connected
 
-    def words(self, name: str, tokens: Tokens) -> Tokens:
-        """What a connector that hears words makes of items [b, ...]: ids int [b, t]."""
+    def words(self, name: str, tokens: Tokens, spoken: jax.Array | None = None) -> Tokens:
+        """What a connector that hears words makes of items [b, ...]: ids int [b, t].
+
+        Args:
+            spoken: bool [languages], see `Listener`.
+        """
         connector = self.connectors[name]
-        return self._likeliest(connector(tokens), connector)
+        return self._likeliest(connector(tokens, spoken=spoken), connector)
 
     def _likeliest(self, heard: Heard, how: Listener) -> Tokens:
         """Of candidates [b, n, t] those that this language model expects as well, ids [b, t]."""

@@ -33,7 +33,7 @@ class Listener(nn.Module):
         stack: frames that are read as one.
         each: letters that may begin in a stack.
         hidden_width, depth: of the layers between, each of which sees a neighbour on each side.
-        beams, candidates, weight, bonus, unknown, languages: of the search.
+        beams, candidates, weight, bonus, unknown: of the search.
         trust: how much the language model has to say, which multiplies its log p.
         judged: so many pieces are looked at by it, from the first on.
         before: ids after which it expects them.
@@ -53,7 +53,6 @@ class Listener(nn.Module):
     weight: float = 0.7
     bonus: float = 2.5
     unknown: float = -3.0
-    languages: tuple[str, ...] = ()
     trust: float = 0.5
     judged: int = 24
     before: tuple[int, ...] = ()
@@ -84,8 +83,14 @@ class Listener(nn.Module):
             jnp.repeat(mask, self.each, axis=1),
         )
 
-    def __call__(self, tokens: Tokens, train: bool = False) -> Heard | Tokens:
-        """[b, t, any]; ids int [b, t] of what was heard before stay as they are."""
+    def __call__(
+        self, tokens: Tokens, train: bool = False, spoken: jax.Array | None = None
+    ) -> Heard | Tokens:
+        """[b, t, any]; ids int [b, t] of what was heard before stay as they are.
+
+        Args:
+            spoken: bool [languages], which of the dictionary's may be spoken; None: all.
+        """
         if jnp.issubdtype(tokens.values.dtype, jnp.integer):
             return tokens
         logits = self.spell(tokens, train)
@@ -99,7 +104,7 @@ class Listener(nn.Module):
             weight=self.weight,
             bonus=self.bonus,
             unknown=self.unknown,
-            languages=self.languages,
+            spoken=spoken,
         )
 
 

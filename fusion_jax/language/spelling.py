@@ -7,7 +7,6 @@ compiled loop. A word of the dictionary is as likely as it is common; others are
 a dictionary of several languages a sentence is in one, and its letters tell in which.
 """
 
-from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -64,7 +63,7 @@ def search(
     weight: float,
     bonus: float,
     unknown: float,
-    languages: Sequence[str] = (),
+    spoken: jax.Array | None = None,
 ) -> Heard:
     """The likeliest sentences. Sends no gradient.
 
@@ -76,16 +75,16 @@ def search(
         most: pieces of a sentence; what is longer is cut.
         weight, bonus: a word adds weight * (log of how common it is) + bonus.
         unknown: what each letter adds of one that is not in the dictionary, or of another language.
-        languages: of the dictionary's, that may be spoken; none: all.
+        spoken: bool [languages], which of the dictionary's may be spoken; None: all.
     """
     common = dictionary.common
     worth = np.where(common > NEVER, weight * common + bonus, unknown * dictionary.depth)
     worth[:, list(_marks(dictionary))] = 0.0
     leaving = unknown * (dictionary.depth + 1)
-    spoken = [dictionary.languages.index(each) for each in languages or dictionary.languages]
-    if len(spoken) > beams:
-        raise ValueError(f"{beams} beams for {len(spoken)} languages: give one each, at least")
-    how = {"beams": beams, "most": LETTERS * most, "languages": spoken}
+    if len(common) > beams:
+        raise ValueError(f"{beams} beams for {len(common)} languages: give one each, at least")
+    spoken = jnp.ones(len(common), bool) if spoken is None else spoken
+    how = {"beams": beams, "most": LETTERS * most, "spoken": spoken}
     one = partial(_search, d=dictionary, worth=worth, leaving=leaving, **how)
     last, scores = jax.vmap(one)(jax.lax.stop_gradient(log_p), real)
     scores, best = jax.lax.top_k(scores, candidates)
@@ -113,7 +112,7 @@ def _search(
     leaving: np.ndarray,
     beams: int,
     most: int,
-    languages: Sequence[int],
+    spoken: jax.Array,
 ) -> tuple[_Beams, jax.Array]:
     """Of one row: the beams at its end, and their scores [k].
 
@@ -181,8 +180,8 @@ def _search(
         hash=jnp.arange(1, beams + 1, dtype=jnp.uint32),
         parent=of(0, jnp.uint32),
         node=of(START, jnp.int32),
-        language=of(0, jnp.int32).at[: len(languages)].set(jnp.array(languages, jnp.int32)),
-        blank=of(NEVER).at[: len(languages)].set(0.0),
+        language=jnp.arange(beams, dtype=jnp.int32) % len(spoken),
+        blank=of(NEVER).at[: len(spoken)].set(jnp.where(spoken, 0.0, NEVER)),
         letter=of(NEVER),
         common=of(0.0),
         letters=jnp.zeros((beams, most), jnp.int32),

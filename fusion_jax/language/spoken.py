@@ -140,25 +140,19 @@ class SpokenLM:
         Args:
             language: that is spoken; None, or one that the listener has no words of: any.
         """
-        if language not in self.listener.dictionary.languages:
-            language = None
-        if language not in self._words:
-            listener = (
-                self.asked[0]
-                .connectors["audio"]
-                .clone(most=self.heard + 1, languages=() if language is None else (language,))
-            )
-            model = self.tuned.model.clone(connectors={"audio": listener})
-            self._words[language] = jax.jit(
-                lambda params, sound: model.apply(
-                    {"params": params}, "audio", sound, method="words"
-                )
-            )
-        return self._words[language]
+        known = self.listener.dictionary.languages
+        spoken = np.array([language in (each, None) or language not in known for each in known])
+        return lambda params, sound: self._words(params, sound, spoken)
 
     @cached_property
-    def _words(self) -> dict[str | None, Callable[[Params, Tokens], Tokens]]:
-        return {}
+    def _words(self) -> Callable[[Params, Tokens, np.ndarray], Tokens]:
+        listener = self.asked[0].connectors["audio"].clone(most=self.heard + 1)
+        model = self.tuned.model.clone(connectors={"audio": listener})
+
+        def words(params: Params, sound: Tokens, spoken: np.ndarray) -> Tokens:
+            return model.apply({"params": params}, "audio", sound, spoken, method="words")
+
+        return jax.jit(words)
 
     def write(
         self,

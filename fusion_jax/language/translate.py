@@ -9,13 +9,16 @@ import dataclasses
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import soundfile
 import tyro
 
+from fusion_jax.data.audio import SAMPLE_RATE
 from fusion_jax.errors import UserError
 from fusion_jax.knowledge.lexicon import Lexicon
 from fusion_jax.language.ask import Assistant, from_workdir
@@ -118,6 +121,17 @@ class Translator:
     def translation(self) -> dict[str, Any]:
         """How it is asked."""
         return forms(self.assistant.languages)
+
+    def warm(self) -> None:
+        """Compiles what the first questions would wait for, typed and spoken."""
+        rng, to = np.random.default_rng(0), self.assistant.languages[0]
+        with tempfile.TemporaryDirectory() as folder:
+            noise = Path(folder) / "noise.wav"
+            soundfile.write(noise, 0.1 * rng.normal(size=2 * SAMPLE_RATE), SAMPLE_RATE)
+            typed = [("a " * words, ()) for words in (1, 8, 14, 22)]
+            for text, files in (*typed, (None, (noise,)), ("a", (noise,))):
+                given = self.given(to, None, text, files)
+                list(self.assistant.answer(given.asked, given.media, max_tokens=WRITTEN))
 
     def given(self, to: str, source: str | None, text: str | None, files: Sequence[Path]) -> Given:
         """Reads recordings and looks words up; those heard only if no text is given.

@@ -107,7 +107,20 @@ def test_trains_reports_and_translates(flags, tmp_path, monkeypatch, capsys):
     unknown = translator.given("en", None, "Un hibou", [])
     assert unknown.asked == "To English: Un hibou (owl)"
     assert translator.given("fr", None, "Un hibou", []).looked_up == []  # it is French by its words
+    asked = []
+    given = translate_module.Translator.given
+
+    def watched(self, *what):
+        asked.append(what)
+        return given(self, *what)
+
+    monkeypatch.setattr(translate_module.Translator, "given", watched)
     host = servable(run)(Limits(), Metrics().count)
+    assert {(bool(text), bool(files)) for *_, text, files in asked} == {
+        (True, False),
+        (False, True),
+        (True, True),
+    }  # what the first questions would wait for is compiled
     try:
         told = page.facts(host.served, 10**6)
         assert told["translation"]["languages"] == {"en": "English", "fr": "French"}

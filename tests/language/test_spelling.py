@@ -33,18 +33,23 @@ def written(text: str) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("most", "made", "languages"),
-    [(20, FEW, ()), (3, FEW, ()), (20, TWO, ()), (20, TWO, ("y",))],
+    ("most", "made", "spoken"),
+    [(20, FEW, [True]), (3, FEW, None), (20, TWO, None), (20, TWO, [False, True])],
 )
-def test_the_likeliest_of_all_paths(most, made, languages):
+def test_the_likeliest_of_all_paths(most, made, spoken):
     frames, how = 6, {"weight": 0.7, "bonus": 0.3, "unknown": -0.8}
     logits = 2 * np.random.default_rng(0).normal(size=(3, frames, 5))
     log_p = np.float32(logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True)))
     log_p[:, -1] = np.nan  # not real
     real = np.broadcast_to(np.arange(frames) < frames - 1, (3, frames))
-    how |= {"beams": 400, "candidates": 40, "most": most, "languages": languages}
+    how |= {
+        "beams": 400,
+        "candidates": 40,
+        "most": most,
+        "spoken": None if spoken is None else np.array(spoken),
+    }
     found = jax.jit(lambda log_p: search(log_p, real, made, **how))(log_p)
-    spoken = {FEW: [COMMON], TWO: [COMMON, OTHER][bool(languages) :]}[made]
+    common_in = {FEW: [COMMON], TWO: [COMMON, OTHER][bool(spoken) :]}[made]
     for row in range(3):
         totals: dict[str, float] = {}
         for path in itertools.product(range(5), repeat=frames - 1):
@@ -52,7 +57,7 @@ def test_the_likeliest_of_all_paths(most, made, languages):
             p = sum(log_p[row, t, k] for t, k in enumerate(path))
             totals[text] = np.logaddexp(totals.get(text, -np.inf), p)
         scored = []
-        for (text, total), common in itertools.product(totals.items(), spoken):
+        for (text, total), common in itertools.product(totals.items(), common_in):
             if re.fullmatch(r"(?:[ab]+\.*(?: |$))*", text):
                 for word in re.findall("[ab]+", text):
                     known = f" {word}" in ENTRIES and common[ENTRIES.index(f" {word}")] > NEVER
