@@ -204,8 +204,7 @@ def test_a_process_that_is_stuck_ends_the_others_with_one_line(tmp_path):
 def test_bad_input_on_one_process_ends_all(tmp_path):
     pair = together(2, *command(tmp_path, "--poison", "8"), lost_after=8)
     statuses, errors = zip(*map(finish, pair), strict=True)
-    # On a busy machine JAX may notice first that the coordinator is gone, and aborts.
-    assert set(statuses) <= {1, 2, -signal.SIGABRT} and 2 in statuses
+    assert set(statuses) <= {1, 2} and 2 in statuses
     assert "loss nan" in errors[statuses.index(2)]
 
 
