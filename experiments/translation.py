@@ -358,9 +358,9 @@ def assemble(s: Settings) -> tuple[Corpus, Lexicon, SpokenLM]:
     The listener expects words of the captions of training and those that CLDR has.
     """
     corpus = read_corpus(s)
-    sources = [each for each in s.lexicon if each]
-    words = lexicon.load(sources, s.languages)
-    heard_words = lexicon.load([each for each in sources if each == "cldr"], s.languages)
+    emoji = lexicon.load([each for each in s.lexicon if each == "cldr"], s.languages)
+    others = lexicon.load([each for each in s.lexicon if each not in ("cldr", "")], s.languages)
+    words = Lexicon([*emoji.senses, *others.senses])
     source, rows = Spoken(corpus.utterances), heard(corpus)
     hearing = open_hearing(source, s.tower, seconds=s.seconds, views=s.views, rows=rows)
     checkpoint = load(s.language_model)
@@ -370,7 +370,7 @@ def assemble(s: Settings) -> tuple[Corpus, Lexicon, SpokenLM]:
         checkpoint.tokenizer,
         letters_in(corpus.utterances[number].text for number in rows),
         {
-            code: counted_words(written_in(corpus, code), heard_words.words(code))
+            code: counted_words(written_in(corpus, code), emoji.words(code))
             for code in s.languages
             if any(language == code for _, language, _ in corpus.spoken)
         },

@@ -33,8 +33,8 @@ def test_the_phrase_that_belongs_to_it_most():
     # papillon: 1 and 1/2; butterfly 1 and 1/3; shared 1 and 1/3.
     only = Lexicon(SENSES[:2])
     assert only._weight("butterfly", "en", "fr") == pytest.approx(1 + 1 / 3)
-    # pretty: shared 1/3 of 1/2 and 1/3, which is 0.8, beside butterfly 2 * (4/3) / (3/2 + 4/3).
-    assert 2 * (1 + 1 / 3) / (1.5 + 1 + 1 / 3) > 2 * (1 / 3) / (1.5 + 1 / 3)
+    # pretty is in the second alone, 1/3; insecte 2/3 / (1/3 + 1/2), papillon 2/3 / (1/3 + 3/2).
+    assert only.translate("pretty", "en", "fr") == "insecte"
     faint = [{"a": ["x"], "b": [f"y{i}" for i in range(30)]}, *[{"a": ["x"], "b": ["z"]}] * 30]
     assert Lexicon([faint[0]]).translate("x", "a", "b") is None  # one of thirty keywords
     assert Lexicon(faint).translate("x", "a", "b") == "z"
